@@ -1,0 +1,182 @@
+/* The compute backend: what runs the base layers and the experts. Implementations: cpu/ (cpu-ref, cpu), cuda/.
+ *
+ * Work is asynchronous: a submit returns at once and the job's `done` is called when it has ended, from any thread
+ * (perhaps before submit returns). Nothing here blocks but open, close, load and free.
+ *
+ * A model with M MoE layers is cut into M + 1 *segments*, the stretches between two dispatches:
+ *   segment 0        embed → (dense layers) → attention of MoE layer 0 → post-attention norm → gate
+ *   segment s        combine of MoE layer s-1 → (dense layers) → attention of MoE layer s → norm → gate
+ *   segment M        combine of MoE layer M-1 → (dense layers) → final norm → logits
+ *
+ * Numerics (docs/architecture.md, "Numeric profile"): every output element is one lane with a fixed order over K, whatever
+ * the number of rows, so results are bit-identical under every batch, chunking, placement and retry. */
+#pragma once
+#include <stdatomic.h>
+
+#include "common/model/model.h"
+
+#define MOE_KV_BLOCK_TOKENS 16 /* positions in a KV block; block b of a sequence holds positions [16b, 16b + 16) */
+#define MOE_FFN_BLOCKS 8       /* the down projection is a binary tree over 8 blocks of the intermediate width */
+
+typedef struct moe_backend moe_backend;
+typedef struct moe_base moe_base;     /* base-layer weights in the backend's own layout */
+typedef struct moe_expert moe_expert; /* one expert's weights, or a slice of them, in the backend's own layout */
+typedef struct moe_kv moe_kv;         /* a pool of KV blocks for all layers */
+typedef struct moe_rows moe_rows;     /* the hidden state of one micro-batch between its segments */
+
+/* One piece of submitted work. The submitter owns it and keeps it in place until done was called. */
+typedef struct moe_job {
+    void (*done)(struct moe_job *job); /* any thread; last touch of the job by the backend */
+    void *owner;                       /* the submitter's */
+    _Atomic uint64_t progress;         /* ticks while the job advances; for hang detection */
+    moe_status status;                 /* valid once done was called */
+    int64_t compute_ns;                /* time from start to end of the computation */
+    char message[128];                 /* when status is not OK */
+} moe_job;
+
+/* The blocks of one sequence of a micro-batch. Block table borrowed until the job is done. */
+typedef struct moe_kv_view {
+    const int32_t *blocks; /* block numbers in the pool, by position / MOE_KV_BLOCK_TOKENS */
+    int32_t num_blocks;
+} moe_kv_view;
+
+/* Which routing a segment must produce. */
+typedef enum moe_route_source {
+    MOE_ROUTE_NONE,
+    MOE_ROUTE_GATE,     /* this layer's own gate */
+    MOE_ROUTE_PRE_GATE, /* this layer's pre-gate: routing of the next MoE layer */
+    MOE_ROUTE_NEXT_GATE /* the next MoE layer's gate applied to this layer's vector: a prediction for hints */
+} moe_route_source;
+
+/* Top-k routing of rows: experts in ascending order of expert id, weights as the family defines them. */
+typedef struct moe_route {
+    int32_t *experts; /* [rows, top_k], host memory of the caller */
+    float *weights;   /* [rows, top_k] */
+} moe_route;
+
+/* The expert outputs to combine at the start of a segment:
+ *   moe(t) = fma over j = 0..counts[t]-1 of weights[t, j] · outputs[t, j, :], starting from 0, in that order.
+ * exact: slot j is the token's j-th expert in ascending order. partial: slot j is a worker's weighted sum, weight 1. */
+typedef struct moe_combine {
+    const float *outputs;  /* [rows, top_k, H], host */
+    const float *weights;  /* [rows, top_k] */
+    const int32_t *counts; /* [rows], each ≤ top_k */
+} moe_combine;
+
+typedef struct moe_segment {
+    int32_t index;    /* 0 … num_moe_layers */
+    int32_t num_rows; /* 1 … the micro-batch's max_rows */
+    moe_rows *rows;   /* hidden state, carried from segment to segment */
+    moe_kv *kv;
+    const int32_t *token_ids; /* [rows]; read by segment 0 */
+    const int32_t *positions; /* [rows], absolute; rows of a sequence are consecutive and ascending */
+    const int32_t *sequences; /* [rows], index into views */
+    const moe_kv_view *views; /* [num_views] */
+    int32_t num_views;
+    moe_combine combine; /* read by segments 1 … M */
+
+    /* outputs of segments 0 … M-1 */
+    float *activations;         /* [rows, H]: the expert input (post-attention norm), host */
+    bool want_gate;             /* fill `route` from this layer's gate */
+    moe_route route;            /* */
+    moe_route_source want_next; /* NONE, PRE_GATE or NEXT_GATE: fill `next`; ignored at the last MoE layer */
+    moe_route next;
+
+    /* outputs of segment M */
+    const int32_t *logit_rows; /* [num_logit_rows], ascending */
+    int32_t num_logit_rows;
+    float *logits; /* [num_logit_rows, V], host */
+} moe_segment;
+
+typedef enum moe_combine_mode { MOE_COMBINE_EXACT, MOE_COMBINE_PARTIAL } moe_combine_mode;
+
+/* Consecutive assignments of one expert. */
+typedef struct moe_ffn_group {
+    moe_expert *expert;
+    int32_t first, count;
+} moe_ffn_group;
+
+/* Expert FFN over a batch of assignments (one assignment = one token row at one expert):
+ *   f(x) = down · (silu(gate · x) ⊙ (up · x)), the down projection restricted to blocks [block_lo, block_hi).
+ *   exact:   out[a, :] = f_expert(a)(x[row(a), :])
+ *   partial: out[r, :] = Σ over the assignments a of row r, in order, fma(weight(a), f(x[r, :])) from 0 */
+typedef struct moe_ffn_batch {
+    const float *x; /* [num_rows, H], host, 64-byte aligned */
+    int32_t num_rows;
+    const moe_ffn_group *groups; /* cover [0, num_assignments) in order */
+    int32_t num_groups;
+    const int32_t *assignment_rows; /* [num_assignments] */
+    const float *assignment_weights; /* [num_assignments]; read in partial mode */
+    int32_t num_assignments;
+    moe_combine_mode mode;
+    int32_t block_lo, block_hi; /* 0, MOE_FFN_BLOCKS for whole experts; else an aligned power-of-two range */
+    float *out;                 /* exact [num_assignments, H], partial [num_rows, H], host */
+} moe_ffn_batch;
+
+/* Single operations on host memory, synchronous, f32: the op table that compares backends. y and x never alias. */
+typedef struct moe_ops {
+    void (*embed)(const moe_tensor *table, const int32_t *ids, int32_t rows, float *y /* [rows, H] */);
+    /* y = x · weight / sqrt(mean(x²) + eps); x, y [rows, width] */
+    void (*rms_norm)(const float *x, const moe_tensor *weight, float eps, int32_t rows, int32_t width, float *y);
+    /* y = x @ W^T (+ bias); x [rows, W.cols], y [rows, W.rows] */
+    void (*linear)(const float *x, const moe_tensor *w, const moe_tensor *bias, int32_t rows, float *y);
+    /* in place, x [rows, heads, head_dim]: rotates pairs (i, i + d/2) by position · theta^(-2i/d) */
+    void (*rotary)(float *x, const int32_t *positions, float theta, int32_t rows, int32_t heads, int32_t head_dim);
+    /* causal attention of one sequence: q [rows, heads, d] at positions first … first+rows-1 over k, v [first+rows, kv, d] */
+    void (*attention)(const float *q, const float *k, const float *v, int32_t first, int32_t rows, int32_t heads, int32_t kv_heads,
+                      int32_t head_dim, int32_t window, float *y /* [rows, heads, d] */);
+    /* top-k routing from router logits [rows, E]; ties go to the lower expert id */
+    void (*gate_topk)(const float *logits, int32_t rows, int32_t num_experts, int32_t top_k, moe_gate_kind kind, bool norm_topk,
+                      moe_route out);
+    /* y [rows, H] += moe(t) as in moe_combine, top_k slots a row */
+    void (*combine)(const moe_combine *c, int32_t rows, int32_t top_k, int32_t hidden, float *y);
+    /* y [rows, H] = f(x) over blocks [block_lo, block_hi) */
+    void (*ffn)(const float *x, const moe_ffn_weights *w, int32_t rows, int32_t block_lo, int32_t block_hi, float *y);
+} moe_ops;
+
+typedef struct moe_memory_info {
+    int64_t total_bytes, free_bytes; /* of the device, or of host memory for CPU backends */
+} moe_memory_info;
+
+typedef struct moe_backend_ops {
+    const char *name;           /* "cpu-ref", "cpu", "cuda" */
+    const moe_ops *single;      /* the op table */
+    void (*close)(moe_backend *backend);
+    /* A short text that names the numeric profile ("cpu/avx512/float32"): equal text, equal bits. Borrowed. */
+    const char *(*profile)(const moe_backend *backend);
+    moe_status (*memory_info)(moe_backend *backend, moe_memory_info *out, moe_error *err);
+
+    /* Packs the base-layer weights. `progress` (may be NULL) is called with 0 … 1. */
+    moe_status (*base_load)(moe_backend *b, const moe_model *model, void (*progress)(void *ctx, double fraction), void *ctx,
+                            moe_base **out, moe_error *err);
+    void (*base_free)(moe_backend *b, moe_base *base);
+    moe_status (*kv_create)(moe_backend *b, moe_base *base, int32_t num_blocks, moe_kv **out, moe_error *err);
+    void (*kv_free)(moe_backend *b, moe_kv *kv);
+    int64_t (*kv_block_bytes)(const moe_model_config *config); /* of all layers together */
+    moe_status (*rows_create)(moe_backend *b, moe_base *base, int32_t max_rows, moe_rows **out, moe_error *err);
+    void (*rows_free)(moe_backend *b, moe_rows *rows);
+    /* `segment` and all it points to stay in place until done. Bad rows (non-finite values) are results, not errors. */
+    void (*segment_submit)(moe_backend *b, moe_base *base, const moe_segment *segment, moe_job *job);
+
+    /* Packs one expert; [block_lo, block_hi) as in moe_ffn_batch (0, MOE_FFN_BLOCKS: whole). */
+    moe_status (*expert_load)(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, moe_expert **out,
+                              moe_error *err);
+    void (*expert_free)(moe_backend *b, moe_expert *expert);
+    int64_t (*expert_bytes)(const moe_expert *expert);
+    void (*ffn_submit)(moe_backend *b, const moe_ffn_batch *batch, moe_job *job);
+} moe_backend_ops;
+
+struct moe_backend {
+    const moe_backend_ops *ops;
+};
+
+/* Block i of the 8 blocks of an intermediate width: [moe_ffn_block_start(I, i), moe_ffn_block_start(I, i + 1)). */
+static inline int32_t moe_ffn_block_start(int32_t intermediate, int32_t block) {
+    return (int32_t)((int64_t)intermediate * block / MOE_FFN_BLOCKS);
+}
+
+/* A slice [lo, hi) is legal when it is a node of the binary tree: a power-of-two length, aligned to that length. */
+static inline bool moe_ffn_slice_legal(int32_t lo, int32_t hi) {
+    int32_t n = hi - lo;
+    return lo >= 0 && n > 0 && hi <= MOE_FFN_BLOCKS && (n & (n - 1)) == 0 && lo % n == 0;
+}

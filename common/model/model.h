@@ -1,0 +1,59 @@
+/* An opened model: configuration and borrowed views of its weights, by role. Nothing is copied or converted.
+ *
+ * moe_model_open checks every tensor that the family needs (present, right shape, supported dtype) and refuses tensors it
+ * does not know, naming them. Immutable after open; any thread. */
+#pragma once
+#include "common/model/config.h"
+#include "common/tensor.h"
+
+typedef struct moe_ffn_weights { /* y = down · (silu(gate · x) ⊙ (up · x)) */
+    moe_tensor gate, up;         /* [I, H] each */
+    moe_tensor down;             /* [H, I] */
+} moe_ffn_weights;
+
+typedef struct moe_layer_weights {
+    moe_tensor input_norm;                     /* [H] */
+    moe_tensor q, k, v, o;                     /* [heads·d, H], [kv·d, H], [kv·d, H], [H, heads·d] */
+    moe_tensor q_bias, k_bias, v_bias, o_bias; /* absent where the family has none */
+    moe_tensor q_norm, k_norm;                 /* absent unless config.qk_norm */
+    moe_tensor post_norm;                      /* [H] */
+    moe_ffn_weights dense;                     /* present where !layer_is_moe */
+    moe_tensor gate;                           /* [E, H]; present where layer_is_moe */
+    moe_tensor pre_gate;                       /* [E, H] or absent: routing of the next MoE layer from this layer's gate input */
+    moe_ffn_weights shared;                    /* absent where shared_intermediate is 0 */
+    moe_tensor shared_gate;                    /* [1, H]; present where shared_gated */
+} moe_layer_weights;
+
+typedef struct moe_model {
+    moe_model_config config;
+    moe_generation_config generation;
+    const char *dir; /* owned */
+    moe_tensor embed; /* [V, H] */
+    moe_tensor final_norm;
+    moe_tensor lm_head; /* [V, H]; the embedding where tied */
+    moe_layer_weights *layers; /* [num_layers] */
+    moe_ffn_weights *experts;  /* [num_moe_layers, num_experts] */
+    bool has_pre_gates;        /* every MoE layer but the last has one */
+    uint64_t digest;           /* see moe_model_digest */
+    struct moe_safetensors *checkpoint;
+} moe_model;
+
+/* Opens DIR. The caller owns *out. NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED, with file and tensor named. */
+moe_status moe_model_open(const char *dir, moe_model **out, moe_error *err);
+void moe_model_close(moe_model **model); /* NULLs the pointer; idempotent */
+
+/* The weights of expert `expert` of the `moe_index`-th MoE layer (0-based among MoE layers, as in all routing). */
+static inline const moe_ffn_weights *moe_model_expert(const moe_model *m, int32_t moe_index, int32_t expert) {
+    return &m->experts[(int64_t)moe_index * m->config.num_experts + expert];
+}
+
+/* The identity of a model revision: SHA-256 over the sorted tensor names, dtypes and shapes and the first
+ * MOE_DIGEST_SAMPLE_BYTES of each tensor, first 8 bytes. Sampled so that no process reads a whole checkpoint for it;
+ * whole contents of experts are covered by moe_expert_digest. Computed at open. */
+#define MOE_DIGEST_SAMPLE_BYTES 4096
+
+/* SHA-256 over the canonical bytes of one expert (gate, up, down as stored), first 8 bytes. Reads all of them. */
+moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_error *err);
+
+/* Tells the kernel that the pages of these weights are no longer needed (they were packed elsewhere). */
+void moe_ffn_weights_release_pages(const moe_ffn_weights *weights);

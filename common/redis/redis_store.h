@@ -1,0 +1,14 @@
+/* A store in Redis (5 or later), by hiredis: WATCH/MULTI/EXEC, no scripting. The only code that uses hiredis. */
+#pragma once
+#include "common/store.h"
+
+typedef struct moe_redis_config {
+    const char *address;       /* "unix:/path" or "host:port" */
+    const char *username;      /* ACL user; NULL: default user */
+    const char *password_file; /* first line; NULL: none */
+    const char *cluster;       /* key prefix "moe:{cluster}:" */
+    int64_t timeout_ms;        /* of connect and of each command */
+} moe_redis_config;
+
+/* Opens lazily: the first call connects; after a failure later calls reconnect with back-off (AUTH is sent again). */
+moe_status moe_redis_open(const moe_redis_config *config, moe_store **out, moe_error *err);

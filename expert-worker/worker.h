@@ -1,0 +1,35 @@
+/* An expert worker: holds experts, computes Forward calls. A single-threaded loop (`step`) over its own transport; compute runs in
+ * the backend and completes through the transport's wake. */
+#pragma once
+#include "common/backend.h"
+#include "proto/rpc.h"
+
+typedef struct moe_worker moe_worker;
+
+typedef struct moe_worker_config {
+    const moe_model *model;    /* borrowed */
+    moe_backend *backend;      /* borrowed; not shared with a router's engine in the same process unless it is thread-safe to submit */
+    moe_transport *transport;  /* borrowed; already listening */
+    const moe_clock *clock;
+    const char *cluster_uuid, *id;
+    uint64_t incarnation;
+    int32_t max_queued_calls; /* more are refused with RESOURCE_EXHAUSTED */
+    int32_t max_batch_rows;   /* assignments computed in one batch */
+} moe_worker_config;
+
+moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe_error *err);
+void moe_worker_free(moe_worker **worker); /* waits for the running batch; NULLs; idempotent */
+
+/* Handles what arrived, starts and finishes batches; waits at most until deadline_ns when idle. */
+moe_status moe_worker_step(moe_worker *worker, int64_t deadline_ns, moe_error *err);
+moe_status moe_worker_start(moe_worker *worker, moe_error *err); /* step in a thread of its own */
+void moe_worker_stop(moe_worker *worker);
+
+/* What the registry publishes; any thread. */
+typedef struct moe_worker_view {
+    int32_t experts; /* loaded */
+    int64_t weight_bytes;
+    uint64_t rows;
+    int32_t queued_calls;
+} moe_worker_view;
+void moe_worker_get_view(moe_worker *worker, moe_worker_view *out);

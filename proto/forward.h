@@ -1,0 +1,58 @@
+/* The Forward call as plain data: encoding, and the one validator of both directions.
+ *
+ * The validator checks counts, checked products, enum values, expert ids and exact frame lengths against the receiver's own
+ * limits before anything is allocated or read. */
+#pragma once
+#include "common/backend.h"
+#include "proto/rpc.h"
+
+#define MOE_FORWARD_METHOD "/moesaic.v1.ExpertService/Forward"
+#define MOE_FORWARD_MAX_ROWS 65536
+#define MOE_FORWARD_MAX_HINTS 1024
+
+/* What a receiver knows, to check against. */
+typedef struct moe_forward_limits {
+    int32_t num_moe_layers, num_experts, top_k, hidden;
+    uint64_t model_digest;
+    const char *cluster_uuid;
+    uint64_t incarnation; /* the worker's own */
+} moe_forward_limits;
+
+typedef struct moe_forward_call {
+    uint64_t epoch, incarnation, request_id, step, model_digest;
+    uint32_t micro_batch, attempt;
+    int32_t layer; /* among MoE layers */
+    int32_t rows, assignments;
+    int32_t block_lo, block_hi;
+    moe_combine_mode combine;
+    const char *cluster_uuid;
+    int32_t num_hints;
+    const uint32_t *hints;
+    /* payload; when decoded these point into the message (activations possibly unaligned) */
+    const void *activations;              /* f32 [rows, hidden] */
+    const uint32_t *assignment_rows;      /* [assignments] */
+    const uint32_t *assignment_experts;   /* [assignments], strictly ascending by (expert, row) */
+    const float *assignment_weights;      /* [assignments]; NULL in exact mode */
+} moe_forward_call;
+
+typedef struct moe_forward_result {
+    uint64_t incarnation, epoch, shard_digest, compute_ns, queue_ns;
+    const float *out; /* exact [assignments, hidden], partial [rows, hidden]; when decoded possibly unaligned */
+} moe_forward_result;
+
+/* Sends the call to `peer`; see moe_rpc_call_start. `width` is the hidden size. */
+moe_status moe_forward_start(moe_rpc *rpc, moe_peer peer, const moe_forward_call *call, int32_t width, int64_t deadline_ns,
+                             moe_rpc_on_reply on_reply, void *ctx, uint64_t *call_id, moe_error *err);
+
+/* Worker side: checks a received request. The routing arrays are copied to aligned memory where the message is not aligned;
+ * *scratch owns that copy and the hints (moe_free it after the call was used). NaN or infinity in activations or weights is
+ * INVALID_ARGUMENT. A wrong cluster or model is FAILED_PRECONDITION, a wrong incarnation UNAVAILABLE. */
+moe_status moe_forward_decode(const Moesaic__V1__ForwardRequest *header, const moe_frame *payload, int num_payload,
+                              const moe_forward_limits *limits, moe_forward_call *out, void **scratch, moe_error *err);
+
+/* Worker side: answers. `out_rows` is assignments or rows, by mode. */
+void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, int32_t out_rows, int32_t width);
+
+/* Router side: checks a reply with status OK against the call it answers; finite values only (else DATA_LOSS). */
+moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, int32_t out_rows, int32_t width, uint64_t incarnation,
+                                    moe_forward_result *out, moe_error *err);

@@ -1,0 +1,77 @@
+/* The router's core: continuous batching, forward steps over expert workers, sampling. A single-threaded state machine
+ * (`step`), driven by a thread in production and by the virtual clock in the simulation. */
+#pragma once
+#include "common/backend.h"
+#include "proto/rpc.h"
+#include "router/engine/request.h"
+#include "router/placement/placement.h"
+
+typedef struct moe_engine moe_engine;
+
+typedef enum moe_gating { MOE_GATING_GATE, MOE_GATING_HINT, MOE_GATING_PRE_GATE } moe_gating;
+
+typedef struct moe_engine_config {
+    const moe_model *model;         /* borrowed */
+    moe_backend *backend;           /* borrowed */
+    moe_transport *const *transports; /* borrowed; asked in order whether they can reach a worker's endpoint; transports[0] is the
+                                         one slept on: completions and submissions wake it */
+    int32_t num_transports;
+    const moe_clock *clock;
+    const moe_tokenizer *tokenizer; /* borrowed; NULL: no text (--skip-tokenizer-init) */
+    const char *cluster_uuid, *id;
+    uint64_t incarnation;
+    moe_gating gating;
+    moe_combine_mode combine;
+    int32_t max_num_seqs;           /* running at once */
+    int32_t max_num_batched_tokens; /* rows of one micro-batch */
+    int32_t max_model_len;          /* tokens, prompt and output */
+    int32_t max_waiting;            /* queued requests; more are refused with RESOURCE_EXHAUSTED */
+    int32_t micro_batches;          /* in flight at once */
+    int32_t num_kv_blocks;
+    int64_t replica_wait_ns;        /* how long a step waits when an expert has no live replica */
+    int64_t call_timeout_ns;        /* budget of one layer's expert calls, retries included */
+    int64_t suspect_after_ns;       /* silence of a worker with calls outstanding */
+} moe_engine_config;
+
+moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe_error *err);
+void moe_engine_free(moe_engine **engine); /* every live request ends with CANCELLED first; NULLs; idempotent */
+
+/* Any thread. Queues a request; on_output is then called until its last event (not from inside this function). The request is
+ * checked: prompt of 1 … max_model_len - 1 tokens, ids in the vocabulary (INVALID_ARGUMENT); RESOURCE_EXHAUSTED when the queue is
+ * full; UNAVAILABLE while there is no placement map or the engine drains. */
+moe_status moe_engine_submit(moe_engine *engine, const moe_request *request, moe_on_output on_output, void *ctx, uint64_t *id,
+                             moe_error *err);
+/* Any thread. The request ends with CANCELLED within one step; unknown or ended ids are ignored. */
+void moe_engine_cancel(moe_engine *engine, uint64_t id);
+
+/* Any thread. Adopts a newer map (see placement.h); steps that began keep the one they began with. */
+void moe_engine_set_placement(moe_engine *engine, moe_placement *placement);
+
+/* Any thread: no new requests from now on; those accepted go on. */
+void moe_engine_drain(moe_engine *engine);
+
+/* Engine thread: handles what arrived and advances all micro-batches; waits at most until deadline_ns when idle. */
+moe_status moe_engine_step(moe_engine *engine, int64_t deadline_ns, moe_error *err);
+/* Runs step in a thread of its own until moe_engine_stop. */
+moe_status moe_engine_start(moe_engine *engine, moe_error *err);
+void moe_engine_stop(moe_engine *engine);
+
+/* What the engine sees of the cluster; any thread. */
+typedef struct moe_engine_worker_view {
+    char id[64];
+    uint64_t incarnation;
+    bool up, suspect;
+    double load; /* expert rows routed to it, decayed (half-life 60 s) */
+} moe_engine_worker_view;
+
+typedef struct moe_engine_view {
+    uint64_t epoch;
+    bool ready; /* has a map in which every expert has a connected replica */
+    int32_t running, waiting;
+    int32_t num_workers;
+    moe_engine_worker_view workers[MOE_PLACEMENT_MAX_WORKERS];
+} moe_engine_view;
+void moe_engine_get_view(moe_engine *engine, moe_engine_view *out);
+
+/* loads[moe_layer * num_experts + expert]: decayed expert rows; any thread. */
+void moe_engine_get_loads(moe_engine *engine, double *loads);

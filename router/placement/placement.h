@@ -1,0 +1,65 @@
+/* The placement map: which workers hold which experts. Immutable once made, reference-counted, shared between threads; a forward
+ * step uses one map from its first layer to its last. */
+#pragma once
+#include <stdatomic.h>
+
+#include "common/buf.h"
+#include "common/status.h"
+#include "common/transport.h"
+
+#define MOE_PLACEMENT_MAX_WORKERS 256
+#define MOE_PLACEMENT_MAX_REPLICAS 8
+#define MOE_WORKER_ID_BYTES 64
+
+typedef enum moe_replica_state { MOE_REPLICA_LOADING, MOE_REPLICA_READY, MOE_REPLICA_DRAINING } moe_replica_state;
+
+typedef struct moe_replica {
+    uint16_t worker; /* index into workers */
+    uint8_t state;   /* moe_replica_state */
+} moe_replica;
+
+typedef struct moe_placement_worker {
+    char id[MOE_WORKER_ID_BYTES];
+    uint64_t incarnation;
+    char endpoint[MOE_ENDPOINT_BYTES];
+    char public_key[41]; /* CURVE, Z85; "" for none */
+} moe_placement_worker;
+
+typedef struct moe_placement_entry { /* one (MoE layer, expert) */
+    uint64_t digest;                 /* of the expert's weights; 0 while unknown */
+    uint8_t num_replicas;
+    moe_replica replicas[MOE_PLACEMENT_MAX_REPLICAS];
+} moe_placement_entry;
+
+typedef struct moe_placement {
+    _Atomic int32_t references;
+    uint64_t epoch, fence, model_digest;
+    int32_t num_layers, num_experts; /* MoE layers */
+    int32_t num_workers;
+    moe_placement_worker *workers;
+    moe_placement_entry *entries; /* [num_layers, num_experts] */
+} moe_placement;
+
+/* A map without replicas; one reference, the caller's. NULL when out of memory. */
+moe_placement *moe_placement_new(int32_t num_layers, int32_t num_experts, int32_t num_workers);
+moe_placement *moe_placement_ref(moe_placement *placement);
+void moe_placement_unref(moe_placement **placement); /* NULLs; NULL is allowed */
+
+static inline moe_placement_entry *moe_placement_at(const moe_placement *p, int32_t layer, int32_t expert) {
+    return &p->entries[(int64_t)layer * p->num_experts + expert];
+}
+
+/* JSON, as stored under map:<epoch> and on disk; parse checks every field against the limits above. */
+moe_status moe_placement_to_json(const moe_placement *p, moe_buf *out, moe_error *err);
+moe_status moe_placement_from_json(const char *text, size_t size, moe_placement **out, moe_error *err);
+
+/* How experts are laid out over workers at bootstrap. */
+typedef enum moe_placement_kind { MOE_PLACEMENT_BALANCED, MOE_PLACEMENT_RANDOM, MOE_PLACEMENT_FILE } moe_placement_kind;
+
+/* Fills the replicas of `p` (all READY) with `replicas` distinct workers for every expert.
+ *   BALANCED: expert e of layer l goes to workers (e + l + r) mod W … so that each worker has ⌊⌋ or ⌈⌉ of every layer's share
+ *   RANDOM:   a seeded shuffle with every expert on `replicas` distinct workers and worker totals within one of each other
+ *   FILE:     {"layers": [[["w0","w1"], …], …]}: worker ids by layer and expert
+ * INVALID_ARGUMENT: replicas above the number of workers, or what is wrong in the file. */
+moe_status moe_placement_layout(moe_placement *p, moe_placement_kind kind, uint64_t seed, const char *file, int32_t replicas,
+                                moe_error *err);
