@@ -11,8 +11,8 @@ typedef struct moe_engine moe_engine;
 typedef enum moe_gating { MOE_GATING_GATE, MOE_GATING_HINT, MOE_GATING_PRE_GATE } moe_gating;
 
 typedef struct moe_engine_config {
-    const moe_model *model;         /* borrowed */
-    moe_backend *backend;           /* borrowed */
+    const moe_model *model;           /* borrowed */
+    moe_backend *backend;             /* borrowed */
     moe_transport *const *transports; /* borrowed; asked in order whether they can reach a worker's endpoint; transports[0] is the
                                          one slept on: completions and submissions wake it */
     int32_t num_transports;
@@ -28,9 +28,9 @@ typedef struct moe_engine_config {
     int32_t max_waiting;            /* queued requests; more are refused with RESOURCE_EXHAUSTED */
     int32_t micro_batches;          /* in flight at once */
     int32_t num_kv_blocks;
-    int64_t replica_wait_ns;        /* how long a step waits when an expert has no live replica */
-    int64_t call_timeout_ns;        /* budget of one layer's expert calls, retries included */
-    int64_t suspect_after_ns;       /* silence of a worker with calls outstanding */
+    int64_t replica_wait_ns;  /* how long a step waits when an expert has no live replica */
+    int64_t call_timeout_ns;  /* budget of one layer's expert calls, retries included */
+    int64_t suspect_after_ns; /* silence of a worker with calls outstanding */
 } moe_engine_config;
 
 moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe_error *err);

@@ -4,7 +4,8 @@
 
 typedef struct moe_output_processor moe_output_processor;
 
-typedef struct moe_output_config { /* borrowed for the call of new, except the tokenizer, eos_ids and sampling, which must outlive it */
+typedef struct moe_output_config { /* borrowed for the call of new, except the tokenizer, eos_ids and sampling, which must outlive
+                                      it */
     const moe_tokenizer *tokenizer; /* NULL: no text, no stop strings */
     const moe_sampling_params *sampling;
     const int32_t *eos_ids;
@@ -19,7 +20,7 @@ moe_status moe_output_processor_new(const moe_output_config *config, moe_output_
 void moe_output_processor_free(moe_output_processor **processor); /* NULLs; idempotent */
 
 /* Takes one sampled token and fills text, token_ids, finish (STOP on eos, a stop token or a stop string; LENGTH at max_tokens),
- * stop_reason and stop_token_id of *out, zeroing the rest. What *out points to is valid until the next feed. Text that could still
- * become a stop string is held back; at the end it is either dropped with the stop string or emitted. An eos or stop token adds no
- * text. An error of memory ends with finish ERROR and RESOURCE_EXHAUSTED. */
+ * stop_reason and stop_token_id of *out, zeroing the rest. What *out points to is valid until the next feed. Text that could
+ * still become a stop string is held back; at the end it is either dropped with the stop string or emitted. An eos or stop token
+ * adds no text. An error of memory ends with finish ERROR and RESOURCE_EXHAUSTED. */
 void moe_output_processor_feed(moe_output_processor *processor, int32_t token, moe_output *out);

@@ -15,15 +15,15 @@ typedef struct moe_logit_bias {
 } moe_logit_bias;
 
 typedef struct moe_sampling_params {
-    float temperature; /* 0: greedy */
-    float top_p;       /* (0, 1]; 1: off */
-    int32_t top_k;     /* 0: off */
-    float min_p;       /* [0, 1]; 0: off */
-    float repetition_penalty; /* > 0; 1: off; over prompt and output tokens */
+    float temperature;                         /* 0: greedy */
+    float top_p;                               /* (0, 1]; 1: off */
+    int32_t top_k;                             /* 0: off */
+    float min_p;                               /* [0, 1]; 0: off */
+    float repetition_penalty;                  /* > 0; 1: off; over prompt and output tokens */
     float presence_penalty, frequency_penalty; /* [-2, 2]; over output tokens */
-    uint64_t seed; /* always set: the front draws one where the client gave none */
-    int32_t max_tokens; /* ≥ 0; the engine lowers it to what the model's length allows */
-    int32_t min_tokens; /* eos and stops are not taken before that many */
+    uint64_t seed;                             /* always set: the front draws one where the client gave none */
+    int32_t max_tokens;                        /* ≥ 0; the engine lowers it to what the model's length allows */
+    int32_t min_tokens;                        /* eos and stops are not taken before that many */
     bool ignore_eos;
     int32_t stop_token_ids[MOE_MAX_EOS_AND_STOPS]; /* besides the model's eos ids */
     int32_t num_stop_token_ids;
@@ -68,13 +68,14 @@ typedef struct moe_output {
     const int32_t *token_ids; /* sampled tokens that this event adds (usually one; none in a closing event) */
     int32_t num_tokens;
     const moe_token_logprobs *logprobs; /* [num_tokens] where asked for, else NULL */
-    const moe_token_logprobs *prompt_logprobs; /* [prompt_tokens - 1] for prompt tokens 1 …, in the first event only, where asked for */
+    const moe_token_logprobs
+        *prompt_logprobs; /* [prompt_tokens - 1] for prompt tokens 1 …, in the first event only, where asked for */
     int32_t num_prompt_logprobs;
     moe_finish_reason finish;
     moe_status status; /* with finish ERROR: UNAVAILABLE (no replica left), CANCELLED, RESOURCE_EXHAUSTED, … */
     const char *message;
-    const char *stop_reason; /* the stop string that ended it, or NULL */
-    int32_t stop_token_id;   /* the stop token that ended it, or -1 */
+    const char *stop_reason;                  /* the stop string that ended it, or NULL */
+    int32_t stop_token_id;                    /* the stop token that ended it, or -1 */
     int32_t prompt_tokens, completion_tokens; /* so far */
 } moe_output;
 

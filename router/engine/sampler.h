@@ -1,5 +1,5 @@
-/* From a row of logits to the next token. Greedy, or drawn by a counter-based generator from (seed, output index), so that a request's
- * tokens do not depend on what else runs. One thread per sampler (scratch memory); no allocation while sampling. */
+/* From a row of logits to the next token. Greedy, or drawn by a counter-based generator from (seed, output index), so that a
+ * request's tokens do not depend on what else runs. One thread per sampler (scratch memory); no allocation while sampling. */
 #pragma once
 #include "router/engine/request.h"
 
@@ -13,15 +13,15 @@ typedef struct moe_sample_input {
     const moe_sampling_params *params;
     const moe_logit_bias *logit_bias;
     int32_t num_logit_bias;
-    const int32_t *tokens; /* prompt, then output */
+    const int32_t *tokens;          /* prompt, then output */
     int32_t num_prompt, num_tokens; /* the token sampled is output number num_tokens - num_prompt */
-    const int32_t *eos_ids; /* with params->stop_token_ids banned until min_tokens */
+    const int32_t *eos_ids;         /* with params->stop_token_ids banned until min_tokens */
     int32_t num_eos;
 } moe_sample_input;
 
-/* Order: logit_bias, min_tokens ban, repetition penalty (prompt and output), presence and frequency penalties (output), then greedy
- * (lowest id wins ties) or temperature, top-k, top-p, min-p and a draw. *logprobs is filled where params->logprobs >= 0, from the raw
- * logits. INTERNAL where a logit is NaN or none is finite. */
+/* Order: logit_bias, min_tokens ban, repetition penalty (prompt and output), presence and frequency penalties (output), then
+ * greedy (lowest id wins ties) or temperature, top-k, top-p, min-p and a draw. *logprobs is filled where params->logprobs >= 0,
+ * from the raw logits. INTERNAL where a logit is NaN or none is finite. */
 moe_status moe_sampler_sample(moe_sampler *sampler, const moe_sample_input *input, int32_t *token, moe_token_logprobs *logprobs,
                               moe_error *err);
 

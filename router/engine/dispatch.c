@@ -1,0 +1,352 @@
+/* Dispatch of one layer of one micro-batch: the plan becomes one Forward call per worker; results go to their slots; what fails
+ * becomes an orphan, which is planned again while other replicas, a newer map or a returning worker can take it. An expert is
+ * never skipped: where no replica comes in time, the sequences that need it end with UNAVAILABLE. */
+#include <stdio.h>
+#include <string.h>
+
+#include "common/alloc.h"
+#include "common/metrics.h"
+#include "proto/forward.h"
+#include "router/engine/internal.h"
+
+static sequence *row_sequence(const micro_batch *b, int32_t row) { return b->seqs[b->row_seq[row]].seq; }
+
+static void add_orphans(micro_batch *b, const moe_assignment *assignments, int32_t count) {
+    if (count == 0) return;
+    if (b->num_orphans == 0) b->orphaned_ns = engine_now(b->engine);
+    b->orphans_tried_ns = 0;
+    for (int32_t i = 0; i < count; i++)
+        if (row_sequence(b, assignments[i].row)->ended == MOE_OK) b->orphans[b->num_orphans++] = assignments[i];
+}
+
+static void release_call(expert_call *call) {
+    call->active = false;
+    call->batch->calls_outstanding--;
+}
+
+/* A call came to nothing: its work is an orphan, and its worker is left out of this layer's next plans. */
+static void call_failed(expert_call *call, const char *why) {
+    micro_batch *b = call->batch;
+    const engine_worker *w = &b->engine->workers[call->worker];
+    snprintf(b->last_failure, sizeof b->last_failure, "worker %s: %.400s", w->id, why);
+    b->excluded[call->worker] = true;
+    b->attempts++;
+    moe_metric_add(MOE_METRIC_EXPERT_RETRIES, 1);
+    release_call(call);
+    add_orphans(b, call->assignments, call->num_assignments);
+}
+
+static void end_call_sequences(const expert_call *call, moe_status status, const char *message) {
+    for (int32_t i = 0; i < call->num_assignments; i++)
+        scheduler_end(call->batch->engine, row_sequence(call->batch, call->assignments[i].row), status, message);
+}
+
+static void place_results(const expert_call *call, const float *out) {
+    micro_batch *b = call->batch;
+    size_t hidden = (size_t)b->engine->model->hidden, row_bytes = hidden * sizeof(float);
+    int64_t top_k = b->engine->model->top_k;
+    const char *from = (const char *)out;
+    bool exact = b->engine->config.combine == MOE_COMBINE_EXACT;
+    int32_t count = exact ? call->num_assignments : call->num_rows;
+    for (int32_t i = 0; i < count; i++, from += row_bytes) {
+        int64_t slot =
+            exact ? call->assignments[i].row * top_k + call->assignments[i].slot : call->rows[i] * top_k + call->row_slots[i];
+        memcpy(b->expert_out + (size_t)slot * hidden, from, row_bytes);
+        if (!exact) b->combine_weights[slot] = 1.0f;
+    }
+}
+
+static void on_reply(void *ctx, const moe_rpc_reply *reply) {
+    expert_call *call = ctx;
+    micro_batch *b = call->batch;
+    moe_engine *e = b->engine;
+    if (reply->status == MOE_DEADLINE_EXCEEDED) {
+        end_call_sequences(call, MOE_UNAVAILABLE, "an expert worker did not answer within the call's deadline");
+        release_call(call);
+        return;
+    }
+    if (reply->status != MOE_OK) {
+        call_failed(call, reply->message);
+        return;
+    }
+    int32_t out_rows = e->config.combine == MOE_COMBINE_EXACT ? call->num_assignments : call->num_rows;
+    moe_forward_result result;
+    moe_error err;
+    if (moe_forward_decode_reply(reply, out_rows, e->model->hidden, call->incarnation, &result, &err) != MOE_OK) {
+        call_failed(call, err.message);
+        return;
+    }
+    if (call->digest && result.shard_digest != call->digest) {
+        call_failed(call, "it computed with other weights than the placement map names (digest mismatch)");
+        return;
+    }
+    engine_worker *w = &e->workers[call->worker];
+    int64_t took = engine_now(e) - call->sent_ns;
+    w->call_ns = w->call_ns ? (7 * w->call_ns + took) / 8 : took;
+    moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED, (int64_t)out_rows * e->model->hidden * (int64_t)sizeof(float));
+    place_results(call, result.out);
+    release_call(call);
+}
+
+/* A free call with room for `count` assignments; NULL when out of memory or when all calls are active (the work waits as
+ * orphans). */
+static expert_call *take_call(micro_batch *b, int32_t count) {
+    expert_call *call = b->calls;
+    while (call < b->calls + b->max_calls && call->active) call++;
+    if (call == b->calls + b->max_calls) return NULL;
+    if (call->capacity < count) {
+        moe_assignment *assignments = moe_realloc(call->assignments, (size_t)count, sizeof *assignments);
+        if (assignments) call->assignments = assignments;
+        int32_t *rows = moe_realloc(call->rows, (size_t)count, sizeof *rows);
+        if (rows) call->rows = rows;
+        int32_t *row_slots = moe_realloc(call->row_slots, (size_t)count, sizeof *row_slots);
+        if (row_slots) call->row_slots = row_slots;
+        if (!assignments || !rows || !row_slots) return NULL;
+        call->capacity = count;
+    }
+    return call;
+}
+
+/* Experts of the next MoE layer that this micro-batch will probably want and that the worker holds. */
+static int32_t collect_hints(const micro_batch *b, int32_t placed, int32_t next_layer, plan_scratch *s) {
+    const moe_engine *e = b->engine;
+    if (!b->have_next_route || next_layer >= e->model->num_moe_layers) return 0;
+    memset(s->hinted, 0, (size_t)e->model->num_experts * sizeof *s->hinted);
+    for (int64_t i = 0; i < (int64_t)b->num_rows * e->model->top_k; i++) s->hinted[b->next_route.experts[i]] = true;
+    int32_t count = 0;
+    for (int32_t x = 0; x < e->model->num_experts && count < MOE_FORWARD_MAX_HINTS; x++) {
+        const moe_placement_entry *entry = moe_placement_at(b->map->placement, next_layer, x);
+        for (int r = 0; s->hinted[x] && r < entry->num_replicas; r++) {
+            if (entry->replicas[r].worker != placed) continue;
+            s->hints[count++] = (uint32_t)x;
+            break;
+        }
+    }
+    return count;
+}
+
+/* Numbers the rows that a call needs (each once, ascending) and gathers the message's arrays into scratch. */
+static void build_message(const micro_batch *b, expert_call *call, plan_scratch *s) {
+    size_t hidden = (size_t)b->engine->model->hidden;
+    for (int32_t t = 0; t < b->num_rows; t++) s->local_row[t] = -1;
+    for (int32_t i = 0; i < call->num_assignments; i++) s->local_row[call->assignments[i].row] = 0;
+    call->num_rows = 0;
+    for (int32_t t = 0; t < b->num_rows; t++) {
+        if (s->local_row[t] < 0) continue;
+        memcpy(s->activations + (size_t)call->num_rows * hidden, b->activations + (size_t)t * hidden, hidden * sizeof(float));
+        call->row_slots[call->num_rows] = -1;
+        call->rows[call->num_rows] = t;
+        s->local_row[t] = call->num_rows++;
+    }
+    call->digest = 0;
+    bool all_known = true;
+    for (int32_t i = 0; i < call->num_assignments; i++) {
+        const moe_assignment *a = &call->assignments[i];
+        int32_t local = s->local_row[a->row];
+        if (call->row_slots[local] < 0) call->row_slots[local] = a->slot;
+        s->message_rows[i] = (uint32_t)local;
+        s->message_experts[i] = (uint32_t)a->expert;
+        s->message_weights[i] = a->weight;
+        if (i > 0 && a->expert == call->assignments[i - 1].expert) continue;
+        uint64_t digest = moe_placement_at(b->map->placement, b->segment.index, a->expert)->digest;
+        call->digest ^= digest;
+        all_known = all_known && digest;
+    }
+    if (!all_known) call->digest = 0;
+}
+
+static void start_call(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count) {
+    moe_engine *e = b->engine;
+    plan_scratch *s = &e->scratch;
+    expert_call *call = take_call(b, count);
+    if (!call) {
+        add_orphans(b, assignments, count);
+        return;
+    }
+    int32_t worker = b->map->worker[placed];
+    const engine_worker *w = &e->workers[worker];
+    call->batch = b;
+    call->active = true;
+    call->worker = worker;
+    call->incarnation = w->incarnation;
+    call->sent_ns = engine_now(e);
+    call->num_assignments = count;
+    memcpy(call->assignments, assignments, (size_t)count * sizeof *assignments);
+    build_message(b, call, s);
+    b->calls_outstanding++;
+    bool exact = e->config.combine == MOE_COMBINE_EXACT;
+    moe_forward_call message = {.epoch = b->map->placement->epoch,
+                                .incarnation = w->incarnation,
+                                .request_id = b->seqs[0].seq->id,
+                                .step = b->step,
+                                .model_digest = e->config.model->digest,
+                                .micro_batch = (uint32_t)b->index,
+                                .attempt = b->attempts,
+                                .layer = b->segment.index,
+                                .rows = call->num_rows,
+                                .assignments = count,
+                                .block_lo = 0,
+                                .block_hi = MOE_FFN_BLOCKS,
+                                .combine = e->config.combine,
+                                .cluster_uuid = e->config.cluster_uuid,
+                                .hints = s->hints,
+                                .num_hints = collect_hints(b, placed, b->segment.index + 1, s),
+                                .activations = s->activations,
+                                .assignment_rows = s->message_rows,
+                                .assignment_experts = s->message_experts,
+                                .assignment_weights = exact ? NULL : s->message_weights};
+    moe_error err;
+    moe_status status = moe_forward_start(e->channels[w->transport].rpc, w->peer, &message, e->model->hidden,
+                                          call->sent_ns + e->config.call_timeout_ns, on_reply, call, &call->rpc_call, &err);
+    moe_metric_add(MOE_METRIC_EXPERT_CALLS, 1);
+    moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_SENT, (int64_t)call->num_rows * e->model->hidden * (int64_t)sizeof(float));
+    if (status != MOE_OK) call_failed(call, err.message);
+}
+
+/* Plans `count` assignments (sorted by expert and row, in scratch->assignments) over the usable workers and sends the calls. */
+static void plan_and_send(micro_batch *b, int32_t count) {
+    moe_engine *e = b->engine;
+    plan_scratch *s = &e->scratch;
+    const moe_placement *p = b->map->placement;
+    memset(s->rows_of_expert, 0, (size_t)e->model->num_experts * sizeof *s->rows_of_expert);
+    for (int32_t i = 0; i < count; i++) s->rows_of_expert[s->assignments[i].expert]++;
+    for (int32_t w = 0; w < p->num_workers; w++) s->usable[w] = workers_usable(e, b->map, w) && !b->excluded[b->map->worker[w]];
+    moe_plan_replicas(p, b->segment.index, s->rows_of_expert, s->usable, s->chosen, s->cost);
+    view_add_loads(e, b->segment.index, b->map, s->rows_of_expert, s->chosen);
+    for (int32_t w = MOE_PLAN_NO_WORKER; w < p->num_workers; w++) {
+        int32_t taken = 0;
+        for (int32_t i = 0; i < count; i++)
+            if (s->chosen[s->assignments[i].expert] == w) s->sorted[taken++] = s->assignments[i];
+        if (taken == 0) continue;
+        if (w == MOE_PLAN_NO_WORKER)
+            add_orphans(b, s->sorted, taken);
+        else
+            start_call(b, w, s->sorted, taken);
+    }
+}
+
+static bool row_is_finite(const float *row, int32_t width) {
+    float sum = 0; /* infinities and NaNs make x - x a NaN, which stays */
+    for (int32_t i = 0; i < width; i++) sum += row[i] - row[i];
+    return sum == 0.0f;
+}
+
+void dispatch_begin(micro_batch *b) {
+    moe_engine *e = b->engine;
+    plan_scratch *s = &e->scratch;
+    int32_t top_k = e->model->top_k, count = 0;
+    int64_t began = engine_now(e);
+    bool exact = e->config.combine == MOE_COMBINE_EXACT;
+    memset(b->excluded, 0, sizeof b->excluded);
+    b->attempts = 0;
+    b->num_orphans = 0;
+    b->last_failure[0] = '\0';
+    for (int32_t t = 0; t < b->num_rows; t++) {
+        if (!row_is_finite(b->activations + (int64_t)t * e->model->hidden, e->model->hidden))
+            scheduler_end(e, row_sequence(b, t), MOE_INTERNAL, "the model produced a value that is not finite");
+        bool live = row_sequence(b, t)->ended == MOE_OK;
+        b->combine_counts[t] = live ? top_k : 0;
+        for (int32_t j = 0; j < top_k; j++) {
+            int64_t at = (int64_t)t * top_k + j;
+            b->combine_weights[at] = exact ? b->route.weights[at] : 0.0f;
+            if (live) s->assignments[count++] = (moe_assignment){t, j, b->route.experts[at], b->route.weights[at]};
+        }
+    }
+    moe_plan_sort(s->assignments, count, e->model->num_experts, s->sorted, s->counts);
+    plan_and_send(b, count);
+    b->stage_began_ns = engine_now(e);
+    moe_metric_observe_ns(MOE_METRIC_STAGE_PLAN, b->stage_began_ns - began);
+}
+
+bool dispatch_done(const micro_batch *b) { return b->calls_outstanding == 0 && b->num_orphans == 0; }
+
+/* Every assignment of a call could go to another usable replica. */
+static bool has_alternatives(const expert_call *call) {
+    const micro_batch *b = call->batch;
+    const moe_engine *e = b->engine;
+    for (int32_t i = 0; i < call->num_assignments; i++) {
+        const moe_placement_entry *entry = moe_placement_at(b->map->placement, b->segment.index, call->assignments[i].expert);
+        bool other = false;
+        for (int r = 0; r < entry->num_replicas && !other; r++) {
+            int32_t worker = b->map->worker[entry->replicas[r].worker];
+            other = worker != call->worker && entry->replicas[r].state != MOE_REPLICA_LOADING &&
+                    workers_usable(e, b->map, entry->replicas[r].worker) && !b->excluded[worker];
+        }
+        if (!other) return false;
+    }
+    return true;
+}
+
+/* A worker that makes no progress while it owes us a result is suspect; what others can do is taken from it. */
+static void check_progress(expert_call *call, int64_t now) {
+    moe_engine *e = call->batch->engine;
+    const engine_worker *w = &e->workers[call->worker];
+    const moe_rpc_peer *peer = workers_peer(e, call->worker);
+    if (!peer || peer->incarnation != call->incarnation) return; /* the RPC ends this call by itself */
+    int64_t limit = MOE_SUSPECT_JOB_FACTOR * w->call_ns;
+    if (limit < e->config.suspect_after_ns) limit = e->config.suspect_after_ns;
+    int64_t since = peer->progress_at_ns > call->sent_ns ? peer->progress_at_ns : call->sent_ns;
+    if (now - since > limit) workers_set_suspect(e, call->worker, true);
+    if (!w->suspect || !has_alternatives(call)) return;
+    moe_rpc_cancel(e->channels[w->transport].rpc, call->rpc_call);
+    call_failed(call, "no progress");
+}
+
+static void retry_orphans(micro_batch *b, int64_t now) {
+    moe_engine *e = b->engine;
+    bool changed = b->orphan_version != e->topology_version;
+    bool due = b->orphans_tried_ns != 0 && now - b->orphans_tried_ns >= MOE_ORPHAN_RETRY_NS;
+    if (b->orphans_tried_ns != 0 && !changed && !due) return;
+    if (changed || due) memset(b->excluded, 0, sizeof b->excluded);
+    if (b->map != e->map) {
+        placed_map_unref(e, &b->map);
+        b->map = placed_map_ref(e->map);
+    }
+    int32_t count = b->num_orphans;
+    int64_t orphaned_ns = b->orphaned_ns;
+    memcpy(e->scratch.assignments, b->orphans, (size_t)count * sizeof *b->orphans);
+    moe_plan_sort(e->scratch.assignments, count, e->model->num_experts, e->scratch.sorted, e->scratch.counts);
+    b->num_orphans = 0;
+    plan_and_send(b, count);
+    b->orphaned_ns = orphaned_ns; /* the wait counts from when they were first without a replica */
+    b->orphans_tried_ns = now;
+    b->orphan_version = e->topology_version;
+}
+
+static void give_up_orphans(micro_batch *b) {
+    for (int32_t i = 0; i < b->num_orphans; i++) {
+        const moe_assignment *a = &b->orphans[i];
+        char message[MOE_ERROR_MESSAGE_BYTES];
+        snprintf(message, sizeof message, "no live replica of expert %d of MoE layer %d%s%.300s", a->expert, b->segment.index,
+                 b->last_failure[0] ? "; last failure: " : "", b->last_failure);
+        scheduler_end(b->engine, row_sequence(b, a->row), MOE_UNAVAILABLE, message);
+    }
+    b->num_orphans = 0;
+}
+
+/* Orphans of sequences that ended meanwhile need no answer. */
+static void drop_ended_orphans(micro_batch *b) {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < b->num_orphans; i++)
+        if (row_sequence(b, b->orphans[i].row)->ended == MOE_OK) b->orphans[kept++] = b->orphans[i];
+    b->num_orphans = kept;
+}
+
+void dispatch_tick(micro_batch *b, int64_t now) {
+    for (int32_t i = 0; i < b->max_calls && b->calls_outstanding; i++)
+        if (b->calls[i].active) check_progress(&b->calls[i], now);
+    drop_ended_orphans(b);
+    if (b->num_orphans == 0) return;
+    retry_orphans(b, now);
+    if (b->num_orphans && now - b->orphaned_ns >= b->engine->config.replica_wait_ns) give_up_orphans(b);
+}
+
+void dispatch_cancel(micro_batch *b) {
+    for (int32_t i = 0; i < b->max_calls; i++) {
+        expert_call *call = &b->calls[i];
+        if (!call->active) continue;
+        moe_rpc_cancel(b->engine->channels[b->engine->workers[call->worker].transport].rpc, call->rpc_call);
+        release_call(call);
+    }
+    b->num_orphans = 0;
+}

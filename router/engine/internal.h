@@ -1,0 +1,260 @@
+/* The engine's own structures. A token's way through these files:
+ *   inbox.c → scheduler.c → micro_batch.c (segments) → dispatch.c (plan, calls, retry) → micro_batch.c → sequence.c (sampling) */
+#pragma once
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "router/engine/engine.h"
+#include "router/engine/kv_blocks.h"
+#include "router/engine/output.h"
+#include "router/engine/plan.h"
+#include "router/engine/sampler.h"
+
+#define MOE_ENGINE_LOGITS_BYTES (INT64_C(64) << 20) /* of one micro-batch; bounds how many rows may ask for logits at once */
+#define MOE_ENGINE_VIEW_INTERVAL_NS (20 * MOE_NS_PER_MS)
+#define MOE_ENGINE_IDLE_NS (100 * MOE_NS_PER_MS) /* longest sleep of a step while work is outstanding */
+#define MOE_LOAD_HALF_LIFE_S 60.0
+#define MOE_SUSPECT_JOB_FACTOR 5                   /* a worker may be silent for this many times its usual call time */
+#define MOE_SUSPECT_HOLD_NS (1000 * MOE_NS_PER_MS) /* a suspect that only answers pings is tried again after this */
+#define MOE_ORPHAN_RETRY_NS (50 * MOE_NS_PER_MS)   /* between tries while an expert has no usable replica */
+
+typedef struct micro_batch micro_batch;
+
+/* ---- sequences ---- */
+
+typedef enum sequence_state { SEQUENCE_WAITING, SEQUENCE_RUNNING } sequence_state;
+
+/* One request on its way. Made by submit on the caller's thread, from then on the engine's. */
+typedef struct sequence {
+    struct sequence *next; /* inbox */
+    uint64_t id;
+    char *name; /* the request's id, for logs */
+    moe_on_output on_output;
+    void *ctx;
+    moe_sampling_params sampling;
+    moe_logit_bias *logit_bias;
+    int32_t num_logit_bias;
+    moe_output_processor *output;
+
+    int32_t *tokens; /* prompt, then output; room for max_tokens more */
+    int32_t num_prompt, num_tokens;
+    int32_t num_computed; /* tokens whose keys and values are in the cache */
+    int32_t *blocks;
+    int32_t num_blocks;
+
+    sequence_state state;
+    micro_batch *in_flight;
+    moe_status ended; /* not OK: cancelled or failed, to be closed when no micro-batch holds it */
+    char message[MOE_ERROR_MESSAGE_BYTES];
+
+    moe_token_logprobs *prompt_logprobs; /* [num_prompt - 1] where asked for */
+    int32_t num_prompt_logprobs;
+    int64_t submitted_ns, last_token_ns;
+} sequence;
+
+typedef struct sequence_list { /* in admission order */
+    sequence **items;
+    int32_t count, capacity;
+} sequence_list;
+
+/* ---- workers ---- */
+
+/* A worker as the engine reaches it, by endpoint. A restart under the same endpoint is the same entry, another incarnation. */
+typedef struct engine_worker {
+    char id[MOE_WORKER_ID_BYTES];
+    char endpoint[MOE_ENDPOINT_BYTES];
+    int32_t transport; /* index into engine->channels */
+    uint64_t link;
+    bool up, suspect;
+    int64_t suspected_ns; /* while suspect: since when */
+    uint64_t incarnation; /* while up */
+    moe_peer peer;        /* while up */
+    int64_t call_ns;      /* exponential average of a call's time */
+    bool in_use;          /* some map names it */
+} engine_worker;
+
+/* A placement map with the engine's workers looked up. Engine thread only. */
+typedef struct placed_map {
+    int32_t references;
+    moe_placement *placement;
+    int32_t *worker; /* [placement->num_workers]: index into engine->workers, or -1 where none of our transports reaches it */
+} placed_map;
+
+/* ---- dispatch ---- */
+
+/* One Forward call of a micro-batch. */
+typedef struct expert_call {
+    micro_batch *batch;
+    bool active;
+    int32_t worker; /* index into engine->workers */
+    uint64_t rpc_call, incarnation;
+    uint64_t digest; /* exclusive or of its experts' digests; 0 while one is unknown */
+    int64_t sent_ns;
+    int32_t num_rows, num_assignments;
+    moe_assignment *assignments; /* [capacity]; sorted by (expert, row) */
+    int32_t *rows;               /* [capacity]; the first num_rows: rows of the micro-batch in message order */
+    int32_t *row_slots;          /* [capacity]; the slot of each row's weighted sum: its lowest slot in this call */
+    int32_t capacity;
+} expert_call;
+
+/* ---- micro-batches ---- */
+
+typedef enum micro_batch_state { BATCH_IDLE, BATCH_SEGMENT, BATCH_EXPERTS } micro_batch_state;
+
+typedef struct batch_sequence {
+    sequence *seq;
+    int32_t first_row, num_rows;
+    int32_t first_logit, num_logits; /* rows of logits */
+} batch_sequence;
+
+struct micro_batch {
+    moe_engine *engine;
+    int32_t index;
+    micro_batch_state state;
+    uint64_t step;
+    placed_map *map;
+
+    batch_sequence *seqs; /* [max_num_seqs] */
+    int32_t num_seqs, num_rows;
+    int32_t *token_ids, *positions, *row_seq; /* [max rows] */
+    moe_kv_view *views;                       /* [max_num_seqs] */
+    int32_t *logit_rows;
+    int32_t num_logit_rows;
+
+    moe_segment segment;
+    moe_job job;
+    _Atomic bool job_done;
+    moe_route route, next_route, spare_route; /* [max rows, top_k] each */
+    bool have_next_route;                     /* next_route predicts or decides the layer to come */
+    float *activations;                       /* [max rows, H] */
+    float *expert_out;                        /* [max rows, top_k, H] */
+    float *combine_weights;                   /* [max rows, top_k] */
+    int32_t *combine_counts;                  /* [max rows] */
+    float *logits;                            /* [max logit rows, V] */
+
+    expert_call *calls; /* [max_calls] */
+    int32_t max_calls, calls_outstanding;
+    uint32_t attempts;       /* calls of this layer that failed */
+    moe_assignment *orphans; /* [max rows × top_k]: assignments without a usable replica */
+    int32_t num_orphans;
+    int64_t orphaned_ns;                      /* when the first of them became one */
+    int64_t orphans_tried_ns;                 /* 0: they are new, try at once */
+    uint64_t orphan_version;                  /* engine->topology_version when they were last tried */
+    bool excluded[MOE_PLACEMENT_MAX_WORKERS]; /* engine workers that failed a call in this layer */
+    char last_failure[MOE_ERROR_MESSAGE_BYTES];
+    int64_t stage_began_ns;
+};
+
+/* ---- the engine ---- */
+
+typedef struct channel { /* one transport and the RPC on it */
+    moe_engine *engine;
+    moe_transport *transport;
+    moe_rpc *rpc;
+} channel;
+
+/* Scratch of planning, sized once. */
+typedef struct plan_scratch {
+    moe_assignment *assignments, *sorted; /* [max rows × top_k] */
+    int32_t *counts;                      /* [num_experts + 1] */
+    int32_t *rows_of_expert, *chosen;     /* [num_experts] */
+    int64_t *cost;                        /* [MOE_PLACEMENT_MAX_WORKERS] */
+    bool *usable;                         /* [MOE_PLACEMENT_MAX_WORKERS] */
+    int32_t *local_row;                   /* [max rows]: row of the message, or -1 */
+    float *activations;                   /* [max rows, H]: rows of one message */
+    uint32_t *message_rows, *message_experts;
+    float *message_weights; /* [max rows × top_k] each */
+    uint32_t *hints;        /* [num_experts] */
+    bool *hinted;           /* [num_experts] */
+} plan_scratch;
+
+struct moe_engine {
+    moe_engine_config config;
+    const moe_model_config *model;
+    moe_base *base;
+    moe_kv *kv;
+    moe_kv_blocks blocks;
+    moe_sampler *sampler;
+    channel *channels;
+
+    sequence_list running, waiting;
+    micro_batch *batches;
+    int32_t max_logit_rows;
+    uint64_t next_step;
+    plan_scratch scratch;
+
+    engine_worker workers[MOE_PLACEMENT_MAX_WORKERS];
+    int32_t num_workers;
+    placed_map *map;           /* newest; NULL before the first */
+    uint64_t topology_version; /* counts changes of map and workers, so that orphans know when to try again */
+
+    pthread_mutex_t lock; /* guards what follows */
+    sequence *inbox, **inbox_tail;
+    uint64_t *cancels;
+    int32_t num_cancels, max_cancels;
+    moe_placement *new_placement;
+    bool draining;
+    int32_t num_queued; /* submitted and not yet running */
+    uint64_t next_id;
+    moe_engine_view view;
+    double *loads;        /* [num_moe_layers, num_experts]; see view.c */
+    double *worker_loads; /* [MOE_PLACEMENT_MAX_WORKERS] */
+    int64_t load_epoch_ns;
+
+    int64_t viewed_ns;
+    bool view_dirty;
+    pthread_t thread;
+    bool started;
+    _Atomic bool stopping;
+};
+
+static inline int64_t engine_now(const moe_engine *e) { return moe_now_ns(e->config.clock); }
+
+/* sequence.c */
+moe_status sequence_new(moe_engine *e, const moe_request *request, sequence **out, moe_error *err);
+void sequence_free(sequence **seq);
+void sequence_release_blocks(moe_engine *e, sequence *seq);
+/* Ends a sequence with an error event (status not OK) and frees it. It must be in no list and no micro-batch. */
+void sequence_close(moe_engine *e, sequence *seq, moe_status status, const char *message);
+/* Takes the logits of a computed micro-batch row range: records prompt logprobs, samples, emits. True when the sequence ended. */
+bool sequence_advance(moe_engine *e, sequence *seq, int32_t num_rows, const float *logits, int32_t num_logits);
+void sequence_list_push(sequence_list *list, sequence *seq, bool front);
+void sequence_list_remove(sequence_list *list, const sequence *seq);
+
+/* inbox.c */
+void inbox_take(moe_engine *e);
+
+/* scheduler.c */
+/* Marks a sequence as ended; it is closed when no micro-batch holds it. */
+void scheduler_end(moe_engine *e, sequence *seq, moe_status status, const char *message);
+void scheduler_reap(moe_engine *e);
+/* Fills an idle micro-batch with rows; false when there is nothing to do. */
+bool scheduler_fill(moe_engine *e, micro_batch *b);
+
+/* micro_batch.c */
+moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_error *err);
+void micro_batch_destroy(micro_batch *b);
+void micro_batch_begin(micro_batch *b);
+bool micro_batch_advance(micro_batch *b); /* true when it moved */
+
+/* dispatch.c */
+void dispatch_begin(micro_batch *b);             /* plans and sends this layer's calls */
+bool dispatch_done(const micro_batch *b);        /* all results are in place */
+void dispatch_tick(micro_batch *b, int64_t now); /* suspicion, orphans, deadlines */
+void dispatch_cancel(micro_batch *b);
+
+/* workers.c */
+moe_status workers_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *err);
+void workers_on_peer_down(void *ctx, const moe_rpc_peer *peer);
+void workers_adopt(moe_engine *e, moe_placement *placement); /* takes the reference */
+placed_map *placed_map_ref(placed_map *map);
+void placed_map_unref(moe_engine *e, placed_map **map);
+bool workers_usable(const moe_engine *e, const placed_map *map, int32_t placed);
+const moe_rpc_peer *workers_peer(const moe_engine *e, int32_t worker);
+void workers_set_suspect(moe_engine *e, int32_t worker, bool suspect);
+void workers_forgive(moe_engine *e, int64_t now); /* ends suspicions of workers that advance again */
+
+/* view.c */
+void view_refresh(moe_engine *e, int64_t now);
+/* rows_of_expert, chosen [num_experts]: what a plan sends where; chosen counts in the map's workers, -1 for none. */
+void view_add_loads(moe_engine *e, int32_t layer, const placed_map *map, const int32_t *rows_of_expert, const int32_t *chosen);

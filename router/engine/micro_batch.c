@@ -1,0 +1,213 @@
+/* The forward step of one micro-batch as a state machine: segment → gate → dispatch → … → logits → sampling. */
+#include <string.h>
+
+#include "common/alloc.h"
+#include "common/metrics.h"
+#include "router/engine/internal.h"
+
+static void job_done(moe_job *job) {
+    micro_batch *b = job->owner;
+    moe_engine *e = b->engine;
+    atomic_store(&b->job_done, true);
+    moe_rpc_wake(e->channels[0].rpc);
+}
+
+static bool route_alloc(moe_route *route, size_t count) {
+    route->experts = moe_calloc(count, sizeof *route->experts);
+    route->weights = moe_calloc(count, sizeof *route->weights);
+    return route->experts && route->weights;
+}
+
+static void route_free(moe_route *route) {
+    moe_free(route->experts);
+    moe_free(route->weights);
+}
+
+moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_error *err) {
+    size_t rows = (size_t)e->config.max_num_batched_tokens, seqs = (size_t)e->config.max_num_seqs;
+    size_t top_k = (size_t)(e->model->top_k ? e->model->top_k : 1), hidden = (size_t)e->model->hidden;
+    b->engine = e;
+    b->index = index;
+    b->max_calls = 2 * MOE_PLACEMENT_MAX_WORKERS;
+    b->seqs = moe_calloc(seqs, sizeof *b->seqs);
+    b->views = moe_calloc(seqs, sizeof *b->views);
+    b->token_ids = moe_calloc(rows, sizeof *b->token_ids);
+    b->positions = moe_calloc(rows, sizeof *b->positions);
+    b->row_seq = moe_calloc(rows, sizeof *b->row_seq);
+    b->logit_rows = moe_calloc((size_t)e->max_logit_rows, sizeof *b->logit_rows);
+    b->activations = moe_alloc_aligned(rows * hidden, sizeof *b->activations);
+    b->expert_out = moe_alloc_aligned(rows * top_k * hidden, sizeof *b->expert_out);
+    b->combine_weights = moe_calloc(rows * top_k, sizeof *b->combine_weights);
+    b->combine_counts = moe_calloc(rows, sizeof *b->combine_counts);
+    b->logits = moe_alloc_aligned((size_t)e->max_logit_rows * (size_t)e->model->vocab, sizeof *b->logits);
+    b->calls = moe_calloc((size_t)b->max_calls, sizeof *b->calls);
+    b->orphans = moe_calloc(rows * top_k, sizeof *b->orphans);
+    bool routes = route_alloc(&b->route, rows * top_k) && route_alloc(&b->next_route, rows * top_k) &&
+                  route_alloc(&b->spare_route, rows * top_k);
+    if (!routes || !b->seqs || !b->views || !b->token_ids || !b->positions || !b->row_seq || !b->logit_rows || !b->activations ||
+        !b->expert_out || !b->combine_weights || !b->combine_counts || !b->logits || !b->calls || !b->orphans)
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch of %zu rows", rows);
+    return e->config.backend->ops->rows_create(e->config.backend, e->base, (int32_t)rows, &b->segment.rows, err);
+}
+
+void micro_batch_destroy(micro_batch *b) {
+    moe_engine *e = b->engine;
+    if (!e) return;
+    if (b->segment.rows) e->config.backend->ops->rows_free(e->config.backend, b->segment.rows);
+    for (int32_t i = 0; b->calls && i < b->max_calls; i++) {
+        moe_free(b->calls[i].assignments);
+        moe_free(b->calls[i].rows);
+        moe_free(b->calls[i].row_slots);
+    }
+    route_free(&b->route);
+    route_free(&b->next_route);
+    route_free(&b->spare_route);
+    void *const owned[] = {b->seqs,       b->views,       b->token_ids,  b->positions,       b->row_seq,
+                           b->logit_rows, b->activations, b->expert_out, b->combine_weights, b->combine_counts,
+                           b->logits,     b->calls,       b->orphans};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
+}
+
+/* What segment s must route, by gating mode. */
+static moe_route_source next_source(const moe_engine *e) {
+    switch (e->config.gating) {
+        case MOE_GATING_PRE_GATE:
+            return MOE_ROUTE_PRE_GATE;
+        case MOE_GATING_HINT:
+            return e->config.model->has_pre_gates ? MOE_ROUTE_PRE_GATE : MOE_ROUTE_NEXT_GATE;
+        default:
+            return MOE_ROUTE_NONE;
+    }
+}
+
+static void submit_segment(micro_batch *b, int32_t index) {
+    moe_engine *e = b->engine;
+    moe_segment *s = &b->segment;
+    bool last_moe = index >= e->model->num_moe_layers - 1;
+    s->index = index;
+    s->num_rows = b->num_rows;
+    s->kv = e->kv;
+    s->token_ids = b->token_ids;
+    s->positions = b->positions;
+    s->sequences = b->row_seq;
+    s->views = b->views;
+    s->num_views = b->num_seqs;
+    s->combine = (moe_combine){b->expert_out, b->combine_weights, b->combine_counts};
+    s->activations = b->activations;
+    s->want_gate = e->config.gating != MOE_GATING_PRE_GATE || index == 0;
+    s->route = b->route;
+    s->want_next = last_moe ? MOE_ROUTE_NONE : next_source(e);
+    s->next = b->spare_route;
+    s->logit_rows = b->logit_rows;
+    s->num_logit_rows = b->num_logit_rows;
+    s->logits = b->logits;
+    b->job = (moe_job){.done = job_done, .owner = b};
+    b->stage_began_ns = engine_now(e);
+    b->state = BATCH_SEGMENT;
+    atomic_store(&b->job_done, false);
+    e->config.backend->ops->segment_submit(e->config.backend, e->base, s, &b->job);
+}
+
+void micro_batch_begin(micro_batch *b) {
+    moe_engine *e = b->engine;
+    b->step = ++e->next_step;
+    b->have_next_route = false;
+    if (e->map) b->map = placed_map_ref(e->map);
+    moe_metric_observe_count(MOE_METRIC_STEP_TOKENS, b->num_rows);
+    submit_segment(b, 0);
+}
+
+/* How many of the experts that the gate chose had been predicted one layer ahead. */
+static void count_hints(const micro_batch *b) {
+    int32_t top_k = b->engine->model->top_k;
+    int64_t found = 0;
+    for (int32_t t = 0; t < b->num_rows; t++)
+        for (int32_t j = 0; j < top_k; j++)
+            for (int32_t i = 0; i < top_k; i++)
+                found += b->route.experts[(int64_t)t * top_k + j] == b->next_route.experts[(int64_t)t * top_k + i];
+    moe_metric_add(MOE_METRIC_HINT_EXPERTS, (int64_t)b->num_rows * top_k);
+    moe_metric_add(MOE_METRIC_HINT_EXPERTS_FOUND, found);
+}
+
+static void swap_routes(moe_route *a, moe_route *b) {
+    moe_route kept = *a;
+    *a = *b;
+    *b = kept;
+}
+
+/* After the segment of MoE layer s: `route` is what this layer uses, `next_route` what is known of the next. */
+static void settle_routes(micro_batch *b) {
+    moe_gating gating = b->engine->config.gating;
+    if (gating == MOE_GATING_PRE_GATE && b->segment.index > 0) swap_routes(&b->route, &b->next_route);
+    if (gating == MOE_GATING_HINT && b->have_next_route) count_hints(b);
+    b->have_next_route = b->segment.want_next != MOE_ROUTE_NONE;
+    if (b->have_next_route) swap_routes(&b->next_route, &b->spare_route);
+}
+
+static void finish(micro_batch *b, bool computed) {
+    moe_engine *e = b->engine;
+    int64_t began = engine_now(e);
+    for (int32_t i = 0; i < b->num_seqs; i++) {
+        batch_sequence *bs = &b->seqs[i];
+        sequence *seq = bs->seq;
+        seq->in_flight = NULL;
+        if (!computed || seq->ended != MOE_OK) continue;
+        const float *logits = b->logits + (int64_t)bs->first_logit * e->model->vocab;
+        if (!sequence_advance(e, seq, bs->num_rows, logits, bs->num_logits)) continue;
+        sequence_list_remove(&e->running, seq);
+        sequence_release_blocks(e, seq);
+        sequence_free(&seq);
+    }
+    if (computed) moe_metric_observe_ns(MOE_METRIC_STAGE_SAMPLE, engine_now(e) - began);
+    placed_map_unref(e, &b->map);
+    b->state = BATCH_IDLE;
+}
+
+static bool all_ended(const micro_batch *b) {
+    for (int32_t i = 0; i < b->num_seqs; i++)
+        if (b->seqs[i].seq->ended == MOE_OK) return false;
+    return true;
+}
+
+static void segment_finished(micro_batch *b) {
+    moe_engine *e = b->engine;
+    moe_metric_observe_ns(MOE_METRIC_STAGE_ATTENTION, engine_now(e) - b->stage_began_ns);
+    if (b->job.status != MOE_OK)
+        for (int32_t i = 0; i < b->num_seqs; i++) scheduler_end(e, b->seqs[i].seq, b->job.status, b->job.message);
+    if (all_ended(b)) {
+        finish(b, false);
+    } else if (b->segment.index == e->model->num_moe_layers) {
+        finish(b, true);
+    } else {
+        settle_routes(b);
+        b->state = BATCH_EXPERTS;
+        dispatch_begin(b);
+    }
+}
+
+bool micro_batch_advance(micro_batch *b) {
+    moe_engine *e = b->engine;
+    switch (b->state) {
+        case BATCH_IDLE:
+            if (!scheduler_fill(e, b)) return false;
+            micro_batch_begin(b);
+            return true;
+        case BATCH_SEGMENT:
+            if (!atomic_load(&b->job_done)) return false;
+            segment_finished(b);
+            return true;
+        case BATCH_EXPERTS:
+            if (all_ended(b)) {
+                dispatch_cancel(b);
+                finish(b, false);
+                return true;
+            }
+            dispatch_tick(b, engine_now(e));
+            if (!dispatch_done(b)) return false;
+            moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, engine_now(e) - b->stage_began_ns);
+            if (all_ended(b)) return true; /* the next turn ends it */
+            submit_segment(b, b->segment.index + 1);
+            return true;
+    }
+    return false;
+}
