@@ -25,7 +25,8 @@ typedef struct moe_store_ops {
     void (*close)(moe_store *s);
     /* *found tells whether the key exists; the value replaces what is in `value`. */
     moe_status (*get)(moe_store *s, const char *key, moe_buf *value, bool *found, moe_error *err);
-    /* Calls `each` for every key that begins with `prefix`, in no order; key and value are borrowed for the call. */
+    /* Calls `each` for every key that begins with `prefix`, in no order; key and value are borrowed for the call, which must not
+     * use the store. */
     moe_status (*list)(moe_store *s, const char *prefix, void (*each)(void *ctx, const char *key, const char *value, size_t size),
                        void *ctx, moe_error *err);
     /* Sets a key that vanishes ttl_ms after its last put. */

@@ -1,4 +1,7 @@
-/* A store in Redis (5 or later), by hiredis: WATCH/MULTI/EXEC, no scripting. The only code that uses hiredis. */
+/* A store in Redis (5 or later), by hiredis: WATCH/MULTI/EXEC, no scripting. The only code that uses hiredis.
+ *
+ * Beside the keys written it keeps their names in the set "keys" (under the cluster's prefix), which `list` reads: a scan would
+ * walk everything that others keep in the same Redis. A call blocks for a few times the time-out at worst. */
 #pragma once
 #include "common/store.h"
 
@@ -6,7 +9,7 @@ typedef struct moe_redis_config {
     const char *address;       /* "unix:/path" or "host:port" */
     const char *username;      /* ACL user; NULL: default user */
     const char *password_file; /* first line; NULL: none */
-    const char *cluster;       /* key prefix "moe:{cluster}:" */
+    const char *cluster;       /* key prefix "moe:{cluster}:", braces included: a cluster is one hash slot */
     int64_t timeout_ms;        /* of connect and of each command */
 } moe_redis_config;
 
