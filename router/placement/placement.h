@@ -44,6 +44,11 @@ typedef struct moe_placement {
 moe_placement *moe_placement_new(int32_t num_layers, int32_t num_experts, int32_t num_workers);
 moe_placement *moe_placement_ref(moe_placement *placement);
 void moe_placement_unref(moe_placement **placement); /* NULLs; NULL is allowed */
+/* A deep copy with one reference, to be changed before it is shared; NULL when out of memory. */
+moe_placement *moe_placement_copy(const moe_placement *placement);
+
+int32_t moe_placement_find_worker(const moe_placement *p, const char *id); /* its index, or -1 */
+bool moe_placement_has(const moe_placement_entry *entry, int32_t worker);  /* whether one of the replicas is there */
 
 static inline moe_placement_entry *moe_placement_at(const moe_placement *p, int32_t layer, int32_t expert) {
     return &p->entries[(int64_t)layer * p->num_experts + expert];
@@ -57,9 +62,10 @@ moe_status moe_placement_from_json(const char *text, size_t size, moe_placement 
 typedef enum moe_placement_kind { MOE_PLACEMENT_BALANCED, MOE_PLACEMENT_RANDOM, MOE_PLACEMENT_FILE } moe_placement_kind;
 
 /* Fills the replicas of `p` (all READY) with `replicas` distinct workers for every expert.
- *   BALANCED: expert e of layer l goes to workers (e + l + r) mod W … so that each worker has ⌊⌋ or ⌈⌉ of every layer's share
+ *   BALANCED: replica r of expert e of layer l goes to worker ((l E + e) R + r) mod W: in every layer, and in all, the workers'
+ *             shares are within one of each other
  *   RANDOM:   a seeded shuffle with every expert on `replicas` distinct workers and worker totals within one of each other
- *   FILE:     {"layers": [[["w0","w1"], …], …]}: worker ids by layer and expert
+ *   FILE:     the file at that path holds {"layers": [[["w0","w1"], …], …]}: worker ids by layer and expert, at least `replicas`
  * INVALID_ARGUMENT: replicas above the number of workers, or what is wrong in the file. */
 moe_status moe_placement_layout(moe_placement *p, moe_placement_kind kind, uint64_t seed, const char *file, int32_t replicas,
                                 moe_error *err);
