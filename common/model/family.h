@@ -13,13 +13,20 @@ struct moe_family {
     moe_gate_kind gate_kind;
     bool norm_topk_default; /* where norm_topk_prob is absent */
     moe_qk_norm qk_norm;
-    bool qkv_bias_default; /* where qkv_bias/attention_bias are absent */
+    const char *attention_bias_key; /* config.json's switch for the biases of q, k, v; NULL: the family has none */
+    bool qkv_bias_default;          /* where that key is absent */
+    bool o_bias;                    /* the switch covers the output projection too */
     bool shared_gated;
+    bool dense_layers;        /* decoder_sparse_step and mlp_only_layers make some layers dense, of width intermediate_size */
+    bool sliding_window;      /* a non-null sliding_window applies to every layer */
+    float rope_theta_default; /* where rope_theta is absent */
 
     /* Tensor names below "model.layers.{L}."; {E} stands for the expert. */
     const char *gate_key, *pre_gate_key;
     const char *expert_gate_key, *expert_up_key, *expert_down_key;
-    const char *packed_gate_up_key, *packed_down_key; /* [E, 2I, H] and [E, H, I]; tried where per-expert keys are absent */
+    /* [E, 2I, H] (gate rows first) and [E, H, I]; tried where per-expert keys are absent. packed_gate_key is then the gate's
+     * key (NULL: gate_key). These are the module names that transformers 5 saves with save_original_format=False. */
+    const char *packed_gate_up_key, *packed_down_key, *packed_gate_key;
     const char *shared_gate_proj_key, *shared_up_key, *shared_down_key, *shared_expert_gate_key;
 
     const char *ignored_suffixes[4]; /* tensors that may be present and are not used, by the end of their name */

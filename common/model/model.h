@@ -27,10 +27,10 @@ typedef struct moe_layer_weights {
 typedef struct moe_model {
     moe_model_config config;
     moe_generation_config generation;
-    const char *dir; /* owned */
+    const char *dir;  /* owned */
     moe_tensor embed; /* [V, H] */
     moe_tensor final_norm;
-    moe_tensor lm_head; /* [V, H]; the embedding where tied */
+    moe_tensor lm_head;        /* [V, H]; the embedding where tied */
     moe_layer_weights *layers; /* [num_layers] */
     moe_ffn_weights *experts;  /* [num_moe_layers, num_experts] */
     bool has_pre_gates;        /* every MoE layer but the last has one */
@@ -55,5 +55,6 @@ static inline const moe_ffn_weights *moe_model_expert(const moe_model *m, int32_
 /* SHA-256 over the canonical bytes of one expert (gate, up, down as stored), first 8 bytes. Reads all of them. */
 moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_error *err);
 
-/* Tells the kernel that the pages of these weights are no longer needed (they were packed elsewhere). */
+/* Tells the kernel that this process no longer needs the pages of these weights (they were packed elsewhere); a later read
+ * maps them again. Only for weights of an opened model: the bytes of private memory would be lost. */
 void moe_ffn_weights_release_pages(const moe_ffn_weights *weights);

@@ -11,6 +11,8 @@
 #include "common/tensor.h"
 
 #define MOE_SAFETENSORS_MAX_HEADER_BYTES (UINT64_C(100) << 20) /* the format's own limit */
+#define MOE_SAFETENSORS_MAX_INDEX_BYTES (UINT64_C(100) << 20)
+#define MOE_SAFETENSORS_MAX_SHARDS 4096
 #define MOE_SAFETENSORS_MAX_DIMS 4
 
 typedef struct moe_safetensors moe_safetensors;
@@ -25,12 +27,19 @@ typedef struct moe_safetensor {
     bool used; /* set by moe_safetensors_find, so that unused tensors can be named */
 } moe_safetensor;
 
-/* Opens DIR. The caller owns *out and closes it after its last use of any tensor. */
+/* Opens DIR: DIR/model.safetensors where it exists, else the shards of DIR/model.safetensors.index.json. The caller owns *out
+ * and closes it after its last use of any tensor. The files must not shrink while they are open (they are mapped).
+ * NOT_FOUND (no checkpoint, or a shard is missing), INVALID_ARGUMENT (damaged), UNIMPLEMENTED (a dtype or rank not built),
+ * RESOURCE_EXHAUSTED (memory). */
 moe_status moe_safetensors_open(const char *dir, moe_safetensors **out, moe_error *err);
 void moe_safetensors_close(moe_safetensors **checkpoint); /* NULLs the pointer; idempotent */
 
 /* The tensor of that name, marked used; NULL if there is none. One thread at a time. */
 moe_safetensor *moe_safetensors_find(moe_safetensors *checkpoint, const char *name);
+
+/* Tells the kernel how tensor bytes will be read next: small scattered pieces (no read-ahead), or whole tensors, as after open.
+ */
+void moe_safetensors_expect_scattered(const moe_safetensors *checkpoint, bool scattered);
 
 /* All tensors, sorted by name. */
 int64_t moe_safetensors_count(const moe_safetensors *checkpoint);
