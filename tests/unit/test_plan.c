@@ -1,8 +1,10 @@
 /* The plan: which replica computes which expert, and the order on the wire. */
-#include <cmocka.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
 
 #include "common/random.h"
 #include "router/engine/plan.h"
