@@ -36,6 +36,7 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(EXPERT_RETRIES, COUNTER, "moesaic_expert_retries_total", "", "Forward calls sent again to another replica")                  \
     X(STALE_REPLIES, COUNTER, "moesaic_stale_replies_total", "", "Replies that came too late, twice, or from an old incarnation")  \
     X(BAD_MESSAGES, COUNTER, "moesaic_bad_messages_total", "", "Messages from peers that the validator refused")                   \
+    X(REPLIES_DROPPED, COUNTER, "moesaic_rpc_replies_dropped_total", "", "Replies that found their peer gone or its queue full")     \
     X(PEERS_SUSPECTED, COUNTER, "moesaic_peers_suspected_total", "", "Times a worker was suspected after missed progress")         \
     X(EPOCH, GAUGE, "moesaic_placement_epoch", "", "Epoch of the placement map in use")                                            \
     X(WORKERS_UP, GAUGE, "moesaic_workers_up", "", "Expert workers connected")                                                     \

@@ -17,6 +17,11 @@
 #define MOE_RPC_MAX_CONTROL_BYTES (4 * 1024 * 1024) /* frame 0 of a call without payload */
 #define MOE_RPC_MAX_CALLS 65536                   /* outstanding, each direction */
 #define MOE_RPC_PING_INTERVAL_NS (100 * MOE_NS_PER_MS)
+#define MOE_RPC_HELLO_INTERVAL_NS (1 * MOE_NS_PER_S) /* until a hello of ours is answered */
+#define MOE_RPC_MAX_HELLO_TEXT_BYTES 256          /* each text of a hello */
+#define MOE_RPC_MAX_PEERS 4096                    /* known at a time; then a silent one gives way to a newcomer */
+#define MOE_RPC_PEER_IDLE_NS (60 * MOE_NS_PER_S)  /* how silent */
+#define MOE_RPC_MAX_EVENTS_PER_STEP 256           /* handled before step returns to its owner */
 
 typedef struct moe_rpc moe_rpc;
 
@@ -33,7 +38,7 @@ typedef struct moe_rpc_peer {
 } moe_rpc_peer;
 
 typedef struct moe_rpc_hello {
-    const char *cluster_uuid, *role, *id, *profile; /* borrowed for the rpc's life; "" for none */
+    const char *cluster_uuid, *role, *id, *profile; /* borrowed for the rpc's life; "" for none, never NULL */
     uint64_t incarnation, model_digest, epoch, fence;
 } moe_rpc_hello;
 
@@ -57,8 +62,8 @@ typedef struct moe_rpc_call {
     int64_t deadline_ns; /* on the rpc's clock; INT64_MAX for none */
     bool cancelled;      /* the caller cancelled, went away, or the deadline passed: answering is harmless and does nothing */
     void *owner;         /* the handler's */
-    void (*on_cancel)(struct moe_rpc_call *call); /* the handler's; may be NULL; called once, before cancelled calls are freed,
-                                                     and the handler still answers with moe_rpc_finish */
+    void (*on_cancel)(struct moe_rpc_call *call); /* the handler's; may be NULL; called once. The call stays until the handler
+                                                     answers it, in on_cancel or later; moe_rpc_free frees what is left */
 } moe_rpc_call;
 
 /* A handler answers now or later, on the rpc's thread, with moe_rpc_respond or moe_rpc_fail, exactly once.
@@ -80,13 +85,16 @@ typedef struct moe_rpc_config {
     const moe_rpc_method *methods; /* borrowed; may be NULL */
     void *ctx;                     /* for handlers and callbacks */
     uint64_t (*progress)(void *ctx); /* our progress counter for PONG; may be NULL */
-    /* A peer's hello arrived: OK accepts it; anything else refuses it (its calls get that status, *err's message). May be NULL. */
+    /* A peer's hello arrived: OK accepts it; anything else refuses it (its calls get that status, *err's message). Calls to the
+     * peer are possible once this has returned. May be NULL. */
     moe_status (*on_peer_up)(void *ctx, const moe_rpc_peer *peer, moe_error *err);
     void (*on_peer_down)(void *ctx, const moe_rpc_peer *peer); /* after all its outstanding calls ended with UNAVAILABLE */
 } moe_rpc_config;
 
 moe_status moe_rpc_new(const moe_rpc_config *config, moe_rpc **out, moe_error *err);
-void moe_rpc_free(moe_rpc **rpc); /* outstanding calls of ours end with CANCELLED first; NULLs the pointer; idempotent */
+/* Outstanding calls of ours end with CANCELLED first, calls being served are cancelled; NULLs the pointer; idempotent. Not from
+ * inside a callback. */
+void moe_rpc_free(moe_rpc **rpc);
 
 /* Connections, as in moe_transport; the hello is sent by itself. */
 moe_status moe_rpc_connect(moe_rpc *rpc, const char *endpoint, uint64_t *link, moe_error *err);
@@ -97,7 +105,9 @@ const moe_rpc_peer *moe_rpc_peer_of(const moe_rpc *rpc, moe_peer peer);
 
 /* Starts a call. `on_reply` is called from moe_rpc_step (never from inside this function), for each stream item and once with
  * `last`. Payload frames are copied before return. *call_id may be NULL. Fails at once with UNAVAILABLE (no such peer),
- * RESOURCE_EXHAUSTED (queue full) or INVALID_ARGUMENT (too large); on_reply is not called then. */
+ * RESOURCE_EXHAUSTED (queue full, table full, out of memory), INVALID_ARGUMENT (too large, no such method) or, for a peer
+ * that was refused, with the refusal's status; on_reply is not called then. A reply may come twice from a transport that
+ * duplicates; on_reply gets the first. */
 moe_status moe_rpc_call_start(moe_rpc *rpc, moe_peer peer, const char *method, const ProtobufCMessage *request,
                               const moe_frame *payload, int num_payload, int64_t deadline_ns, moe_rpc_on_reply on_reply, void *ctx,
                               uint64_t *call_id, moe_error *err);
@@ -107,10 +117,13 @@ void moe_rpc_cancel(moe_rpc *rpc, uint64_t call_id);
 /* Answers. `body` may be NULL only with an error. The call is gone afterwards. */
 void moe_rpc_respond(moe_rpc_call *call, const ProtobufCMessage *body, const moe_frame *payload, int num_payload);
 void moe_rpc_fail(moe_rpc_call *call, moe_status status, const char *message, const ProtobufCMessage *body);
-void moe_rpc_stream(moe_rpc_call *call, const ProtobufCMessage *item); /* one more item; the call stays */
+/* One more item; the call stays. Where the caller's queue is full the item is dropped, and so are all later ones: the call then
+ * ends with RESOURCE_EXHAUSTED whatever its answer is. */
+void moe_rpc_stream(moe_rpc_call *call, const ProtobufCMessage *item);
 
 /* Handles what has arrived and what has expired, waiting for the first event at most until deadline_ns (0: not at all). */
 moe_status moe_rpc_step(moe_rpc *rpc, int64_t deadline_ns, moe_error *err);
 void moe_rpc_wake(moe_rpc *rpc);
-/* The earliest time at which step has something to do by itself (a deadline or a ping), INT64_MAX for none. */
+/* No later than the earliest time at which step has something to do by itself (a deadline, a ping, a hello to repeat); INT64_MAX
+ * for none. */
 int64_t moe_rpc_next_deadline_ns(const moe_rpc *rpc);
