@@ -151,7 +151,8 @@ static moe_status unpack_hello(const Moesaic__V1__Envelope *envelope, Moesaic__V
         return MOE_OK;
     moe_wire_free(message);
     *out = NULL;
-    return moe_fail(err, MOE_INVALID_ARGUMENT, "a hello with a text that is unprintable or over %d bytes", MOE_RPC_MAX_HELLO_TEXT_BYTES);
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "a hello with a text that is unprintable or over %d bytes",
+                    MOE_RPC_MAX_HELLO_TEXT_BYTES);
 }
 
 static void adopt_hello(moe_rpc_entry *entry, Moesaic__V1__Hello *hello, moe_role role) {
