@@ -250,6 +250,10 @@ void moe_peers_on_hello(moe_rpc *rpc, const moe_event *event, const Moesaic__V1_
         lose(rpc, entry, "the peer restarted");
         entry = NULL;
     }
+    if (!entry && event->link) { /* late, from a connection that was given up: those enter by PEER_UP only */
+        moe_wire_free((ProtobufCMessage *)hello);
+        return;
+    }
     bool room = entry || make_room(rpc, now_ns);
     if (!entry && room) entry = add_entry(rpc, event, now_ns);
     if (entry) {
