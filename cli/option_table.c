@@ -1,0 +1,127 @@
+#include "cli/option_table.h"
+
+#include <stdint.h>
+
+#define GiB (1024.0 * 1024.0 * 1024.0)
+#define MAX_BYTES 0x1p52
+
+enum {
+    SERVE = 1 << MOE_COMMAND_SERVE,
+    ROUTER = 1 << MOE_COMMAND_ROUTER,
+    WORKER = 1 << MOE_COMMAND_WORKER,
+    CHAT = 1 << MOE_COMMAND_CHAT,
+    STATUS = 1 << MOE_COMMAND_STATUS,
+    EVAL = 1 << MOE_COMMAND_EVAL,
+    KEYGEN = 1 << MOE_COMMAND_KEYGEN,
+    NODES = SERVE | ROUTER | WORKER,
+    FRONTS = SERVE | ROUTER,
+    ENGINES = SERVE | ROUTER | EVAL,
+    ALL = (1 << MOE_COMMAND_COUNT) - 1
+};
+
+static const moe_command commands[MOE_COMMAND_COUNT] = {
+    {"serve", "MODEL", "Serve a model from a whole cluster on this machine: Redis, a router, expert workers"},
+    {"router", "MODEL", "Run one router of a cluster"},
+    {"worker", "[MODEL]", "Run one expert worker of a cluster"},
+    {"chat", NULL, "Talk to a served model in the terminal"},
+    {"status", NULL, "Show a cluster's workers, experts and loads"},
+    {"eval", "MODEL", "Loss and perplexity of a model over texts, by domain, as JSON"},
+    {"keygen", "DIR", "Make the key files that authenticate routers, workers and operators over tcp"},
+};
+
+#define INT MOE_OPTION_INT
+#define FLOAT MOE_OPTION_FLOAT
+#define BYTES MOE_OPTION_BYTES
+#define DURATION MOE_OPTION_DURATION
+#define TEXT MOE_OPTION_TEXT
+#define CHOICE MOE_OPTION_CHOICE
+#define BOOL MOE_OPTION_BOOL
+
+static const moe_option_row rows[] = {
+    /* name, type, commands, group, default, min, max, choices, value, help */
+    {"workers", INT, SERVE, "Cluster", "2", 0, 60, NULL, "N",
+     "expert workers to start; 0 keeps the experts in the router's process and needs no Redis"},
+    {"replicas", INT, FRONTS, "Cluster", "1", 1, 8, NULL, "R", "workers that hold each expert"},
+    {"initial-workers", INT, ROUTER, "Cluster", "0", 0, 256, NULL, "N",
+     "workers that the first placement waits for; 0: as many as the replicas need, and 2 s without a join"},
+    {"placement", TEXT, FRONTS, "Cluster", "balanced", 0, 0, NULL, "HOW",
+     "how experts are laid out at first: balanced, random:SEED, or a JSON file of worker ids by layer and expert"},
+    {"restart", CHOICE, SERVE, "Cluster", "all", 0, 0, "never|workers|all", NULL,
+     "which processes are started again when they die"},
+    {"run-dir", TEXT, SERVE, "Cluster", NULL, 0, 0, NULL, "DIR",
+     "folder (mode 0700) for sockets and cluster.json; default: a fresh one below $XDG_RUNTIME_DIR or /tmp"},
+    {"cluster", TEXT, WORKER, "Cluster", NULL, 0, 0, NULL, "DIR", "run folder of a `moesaic serve` on this machine to join"},
+    {"store", TEXT, ROUTER | WORKER, "Cluster", NULL, 0, 0, NULL, "ADDRESS", "the cluster's Redis: host:port or unix:/path"},
+    {"redis-username", TEXT, ROUTER | WORKER, "Cluster", NULL, 0, 0, NULL, "NAME", "Redis ACL user"},
+    {"redis-password-file", TEXT, ROUTER | WORKER, "Cluster", NULL, 0, 0, NULL, "FILE",
+     "file whose first line is the Redis password"},
+    {"cluster-name", TEXT, ROUTER | WORKER, "Cluster", "default", 0, 0, NULL, "NAME", "prefix of the cluster's keys in Redis"},
+    {"id", TEXT, ROUTER | WORKER, "Cluster", NULL, 0, 0, NULL, "NAME",
+     "stable name of this process; default: made from host and process id"},
+    {"state-dir", TEXT, ROUTER, "Cluster", NULL, 0, 0, NULL, "DIR",
+     "keep the newest placement map here, for a start while Redis is down"},
+    {"replica-wait", DURATION, ENGINES, "Cluster", "2s", 0, 3600, NULL, "TIME",
+     "how long a step waits when an expert has no live replica, before its requests fail with 503"},
+
+    {"host", TEXT, FRONTS, "Network", "127.0.0.1", 0, 0, NULL, "ADDRESS", "address of the HTTP API"},
+    {"port", INT, FRONTS, "Network", "8000", 0, 65535, NULL, "P", "port of the HTTP API; 0 takes a free one"},
+    {"api-key", TEXT, FRONTS, "Network", NULL, 0, 0, NULL, "KEY", "required of HTTP clients as a Bearer token"},
+    {"transport", CHOICE, SERVE, "Network", "auto", 0, 0, "auto|inproc|shm|zmq", NULL,
+     "how the router reaches workers; auto: ipc sockets between processes, inproc with --workers 0"},
+    {"listen", TEXT, NODES, "Network", NULL, 0, 0, NULL, "ENDPOINT",
+     "RPC endpoint: ipc:///path, or tcp://host:port, which needs --keys; port 0 takes a free one. serve: tcp://host:0 puts its "
+     "workers on tcp"},
+    {"advertise", TEXT, WORKER, "Network", NULL, 0, 0, NULL, "ENDPOINT",
+     "endpoint that routers use, where it differs from --listen"},
+    {"keys", TEXT, NODES, "Network", NULL, 0, 0, NULL, "DIR",
+     "key folder of `moesaic keygen`; authenticates and encrypts tcp endpoints"},
+
+    {"served-model-name", TEXT, FRONTS, "Model", NULL, 0, 0, NULL, "NAME", "name in the API; default: the model folder's"},
+    {"max-model-len", INT, ENGINES, "Model", "0", 0, 1 << 24, NULL, "N", "tokens of prompt and output; 0: what the model allows"},
+    {"skip-tokenizer-init", BOOL, FRONTS, "Model", "false", 0, 0, NULL, NULL,
+     "serve token ids alone, for checkpoints without a tokenizer"},
+    {"chat-template-fallback", CHOICE, FRONTS, "Model", NULL, 0, 0, "chatml|llama2|llama3|mistral", NULL,
+     "chat template where the model has none"},
+
+    {"gating", CHOICE, ENGINES, "Experts", "gate", 0, 0, "gate|hint|pre-gate", NULL,
+     "who chooses experts: each layer's gate; the gate, with a prediction sent ahead; or the pre-gate, one layer ahead"},
+    {"combine", CHOICE, ENGINES, "Experts", "exact", 0, 0, "exact|partial", NULL,
+     "what workers return: a row per token and expert, or one weighted sum per token"},
+    {"max-queued-calls", INT, SERVE | WORKER, "Experts", "1024", 1, 65536, NULL, "N",
+     "calls that a worker queues before it refuses"},
+    {"max-batch-rows", INT, SERVE | WORKER, "Experts", "16384", 1, 1 << 20, NULL, "N",
+     "expert rows that a worker computes in one batch"},
+
+    {"backend", CHOICE, NODES | EVAL, "Performance", "cpu", 0, 0, "cpu|cpu-ref", NULL, "what computes"},
+    {"threads", INT, NODES | EVAL, "Performance", "0", 0, 1024, NULL, "N",
+     "compute threads of a process; 0: the machine's cores, shared out by serve"},
+    {"max-num-seqs", INT, ENGINES, "Performance", "64", 1, 4096, NULL, "N", "sequences computed at once"},
+    {"max-num-batched-tokens", INT, ENGINES, "Performance", "512", 1, 65536, NULL, "N",
+     "tokens of one micro-batch; longer prompts are prefilled in chunks"},
+    {"max-waiting", INT, ENGINES, "Performance", "1024", 1, 1 << 20, NULL, "N",
+     "requests queued before more are refused with 429"},
+    {"micro-batches", INT, ENGINES, "Performance", "2", 1, 8, NULL, "N",
+     "micro-batches in flight: while one waits for experts another computes attention"},
+    {"kv-cache-memory", BYTES, ENGINES, "Performance", "256MiB", 1, MAX_BYTES, NULL, "SIZE", "memory for keys and values"},
+
+    {"shutdown-timeout", DURATION, NODES, "Operation", "30s", 0, 86400, NULL, "TIME",
+     "how long SIGTERM waits for requests in flight"},
+    {"log-level", CHOICE, ALL, "Operation", "info", 0, 0, "debug|info|warn|error", NULL, "least severity logged"},
+    {"config", TEXT, ALL, "Operation", NULL, 0, 0, NULL, "FILE", "YAML file of options, one `name: value` a line"},
+
+    {"url", TEXT, CHAT | STATUS, "Client", "http://127.0.0.1:8000", 0, 0, NULL, "URL", "the API to talk to"},
+    {"client-key", TEXT, CHAT | STATUS, "Client", NULL, 0, 0, NULL, "KEY", "the server's --api-key"},
+    {"json", BOOL, STATUS, "Client", "false", 0, 0, NULL, NULL, "print JSON"},
+    {"system", TEXT, CHAT, "Client", NULL, 0, 0, NULL, "TEXT", "system message"},
+    {"temperature", FLOAT, CHAT, "Client", NULL, 0, 10, NULL, "T", "sampling temperature; 0 is greedy; default: the model's"},
+    {"max-tokens", INT, CHAT, "Client", "512", 1, 1 << 20, NULL, "N", "tokens of an answer at most"},
+    {"seed", INT, CHAT, "Client", NULL, 0, 9007199254740991.0, NULL, "N", "makes answers repeatable"},
+
+    {"data", TEXT, EVAL, "Evaluation", NULL, 0, 0, NULL, "FILE", "texts, one {\"domain\", \"text\"} a line (required)"},
+    {"limit", INT, EVAL, "Evaluation", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
+};
+
+const moe_option_table *moe_option_table_get(void) {
+    static const moe_option_table table = {"moesaic", commands, MOE_COMMAND_COUNT, rows, sizeof rows / sizeof *rows};
+    return &table;
+}

@@ -1,0 +1,17 @@
+/* Every command and option of Moesaic, as data. An option is added by one row in option_table.c. */
+#pragma once
+#include "common/options.h"
+
+/* In the order of the table's commands. */
+typedef enum moe_command_id {
+    MOE_COMMAND_SERVE,
+    MOE_COMMAND_ROUTER,
+    MOE_COMMAND_WORKER,
+    MOE_COMMAND_CHAT,
+    MOE_COMMAND_STATUS,
+    MOE_COMMAND_EVAL,
+    MOE_COMMAND_KEYGEN,
+    MOE_COMMAND_COUNT
+} moe_command_id;
+
+const moe_option_table *moe_option_table_get(void);
