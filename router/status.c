@@ -1,0 +1,72 @@
+#include "router/status.h"
+
+#include "common/alloc.h"
+
+moe_status moe_cluster_status_resize(moe_cluster_status *status, int32_t num_workers, int32_t num_routers, int32_t num_layers,
+                                     moe_error *err) {
+    moe_cluster_status_free(status);
+    status->workers = moe_calloc((size_t)num_workers, sizeof *status->workers);
+    status->routers = moe_calloc((size_t)num_routers, sizeof *status->routers);
+    status->layers = moe_calloc((size_t)num_layers, sizeof *status->layers);
+    if ((num_workers && !status->workers) || (num_routers && !status->routers) || (num_layers && !status->layers)) {
+        moe_cluster_status_free(status);
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the cluster's status");
+    }
+    for (int32_t i = 0; i < num_workers; i++) status->workers[i].state = "joining";
+    for (int32_t i = 0; i < num_routers; i++) status->routers[i].state = "up";
+    status->num_workers = num_workers;
+    status->num_routers = num_routers;
+    status->num_layers = num_layers;
+    return MOE_OK;
+}
+
+void moe_cluster_status_free(moe_cluster_status *status) {
+    moe_free(status->workers);
+    moe_free(status->routers);
+    moe_free(status->layers);
+    status->workers = NULL;
+    status->routers = NULL;
+    status->layers = NULL;
+    status->num_workers = status->num_routers = status->num_layers = 0;
+}
+
+static json_t *workers_json(const moe_cluster_status *status) {
+    json_t *list = json_array();
+    for (int32_t i = 0; i < status->num_workers; i++) {
+        const moe_worker_status *w = &status->workers[i];
+        char incarnation[17];
+        snprintf(incarnation, sizeof incarnation, "%016llx", (unsigned long long)w->incarnation);
+        json_array_append_new(list, json_pack("{s:s, s:I, s:s, s:s, s:s, s:i, s:f, s:s}", "id", w->id, "pid", (json_int_t)w->pid,
+                                              "host", w->host, "endpoint", w->endpoint, "state", w->state, "experts",
+                                              (int)w->experts, "load", w->load, "incarnation", incarnation));
+    }
+    return list;
+}
+
+static json_t *routers_json(const moe_cluster_status *status) {
+    json_t *list = json_array();
+    for (int32_t i = 0; i < status->num_routers; i++) {
+        const moe_router_status *r = &status->routers[i];
+        json_array_append_new(list, json_pack("{s:s, s:I, s:s, s:s, s:b}", "id", r->id, "pid", (json_int_t)r->pid, "host",
+                                              r->host, "state", r->state, "leader", r->leader));
+    }
+    return list;
+}
+
+static json_t *layers_json(const moe_cluster_status *status) {
+    json_t *list = json_array();
+    for (int32_t i = 0; i < status->num_layers; i++) {
+        const moe_layer_status *l = &status->layers[i];
+        json_array_append_new(list,
+                              json_pack("{s:f, s:i}", "max_over_mean", l->max_over_mean, "min_replicas", (int)l->min_replicas));
+    }
+    return list;
+}
+
+json_t *moe_cluster_status_to_json(const moe_cluster_status *status) {
+    json_t *redis = json_pack("{s:b, s:b}", "used", status->redis_used, "up", status->redis_up);
+    if (status->redis_pid) json_object_set_new(redis, "pid", json_integer((json_int_t)status->redis_pid));
+    return json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o}", "epoch", (json_int_t)status->epoch, "ready", status->ready,
+                     "model", status->model, "cluster_uuid", status->cluster_uuid, "replicas", (int)status->replicas, "workers",
+                     workers_json(status), "routers", routers_json(status), "redis", redis, "layers", layers_json(status));
+}

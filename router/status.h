@@ -1,0 +1,62 @@
+/* What an operator asks of a cluster: served as JSON on /cluster/status and as ClusterService.Status. */
+#pragma once
+#include <jansson.h>
+
+#include "common/buf.h"
+#include "common/status.h"
+#include "common/transport.h"
+
+#define MOE_STATUS_NAME_BYTES 256
+
+typedef struct moe_worker_status {
+    char id[MOE_STATUS_NAME_BYTES];
+    uint64_t pid; /* 0: unknown */
+    char host[MOE_STATUS_NAME_BYTES];
+    char endpoint[MOE_ENDPOINT_BYTES];
+    const char *state; /* literal: "up", "suspect", "down", "joining" */
+    uint32_t experts;  /* replicas it holds, over all layers */
+    double load;       /* share of the expert rows routed, decayed: 0 … 1 */
+    uint64_t incarnation;
+} moe_worker_status;
+
+typedef struct moe_router_status {
+    char id[MOE_STATUS_NAME_BYTES];
+    uint64_t pid;
+    char host[MOE_STATUS_NAME_BYTES];
+    const char *state; /* literal: "up", "draining" */
+    bool leader;
+} moe_router_status;
+
+typedef struct moe_layer_status { /* one MoE layer */
+    double max_over_mean;         /* of the expert rows by worker */
+    uint32_t min_replicas;        /* the least READY replicas of any of its experts */
+} moe_layer_status;
+
+typedef struct moe_cluster_status {
+    uint64_t epoch;
+    bool ready;
+    char model[MOE_STATUS_NAME_BYTES];
+    char cluster_uuid[64];
+    uint32_t replicas; /* wanted */
+    bool redis_used, redis_up;
+    uint64_t redis_pid; /* 0: not started by `serve` */
+    int32_t num_workers, num_routers, num_layers;
+    moe_worker_status *workers; /* owned, as the next two */
+    moe_router_status *routers;
+    moe_layer_status *layers;
+} moe_cluster_status;
+
+/* Zeroed arrays of those lengths, replacing what was there. RESOURCE_EXHAUSTED when out of memory. */
+moe_status moe_cluster_status_resize(moe_cluster_status *status, int32_t num_workers, int32_t num_routers, int32_t num_layers,
+                                     moe_error *err);
+void moe_cluster_status_free(moe_cluster_status *status); /* the arrays; back to zero; idempotent */
+
+/* The JSON object that `moesaic status` prints; NULL when out of memory. The caller owns the reference. */
+json_t *moe_cluster_status_to_json(const moe_cluster_status *status);
+
+/* Who can tell; functions: any front's thread, must not block. */
+typedef struct moe_cluster_view {
+    void *ctx;
+    moe_status (*status)(void *ctx, moe_cluster_status *out, moe_error *err); /* `out` comes zeroed; the caller frees it */
+    moe_status (*experts)(void *ctx, moe_buf *json, moe_error *err);          /* loads by layer and expert; NULL: not known */
+} moe_cluster_view;
