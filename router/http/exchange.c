@@ -8,6 +8,7 @@
 
 #include "common/alloc.h"
 #include "common/random.h"
+#include "router/http/json_text.h"
 #include "router/http/server_internal.h"
 
 static struct bufferevent *bufferevent_of(const moe_http_exchange *exchange) {
@@ -139,13 +140,13 @@ void moe_http_reply_json(moe_http_exchange *exchange, int status, json_t *json) 
     static const char no_memory[] =
         "{\"error\":{\"message\":\"The server is out of "
         "memory.\",\"type\":\"server_error\",\"param\":null,\"code\":\"out_of_memory\"}}";
-    char *text = json ? json_dumps(json, JSON_COMPACT | JSON_REAL_PRECISION(9)) : NULL;
-    json_decref(json);
-    if (text)
-        moe_http_reply(exchange, status, "application/json", text, strlen(text));
+    moe_buf text = {0};
+    if (moe_json_append(&text, json))
+        moe_http_reply(exchange, status, "application/json", text.data, text.size);
     else
         moe_http_reply(exchange, 500, "application/json", no_memory, strlen(no_memory));
-    free(text); /* jansson's own */
+    json_decref(json);
+    moe_buf_free(&text);
 }
 
 void moe_http_reply_error(moe_http_exchange *exchange, const moe_http_error *error) {

@@ -1,6 +1,5 @@
 /* /v1/models */
-#include <event2/buffer.h>
-#include <stdlib.h>
+#include <ctype.h>
 #include <string.h>
 
 #include "router/http/routes.h"
@@ -18,16 +17,30 @@ void moe_http_handle_models(moe_http_exchange *exchange, const char *rest) {
     moe_http_reply_json(exchange, 200, json_pack("{s:s, s:[o]}", "object", "list", "data", model_json(exchange->server)));
 }
 
+/* Whether `path`, percent-encoded, spells `name`. */
+static bool spells(const char *path, const char *name) {
+    for (; *path; path++, name++) {
+        char c = *path;
+        if (c == '%') {
+            const char *digits = "0123456789abcdef", *high = path[1] ? strchr(digits, tolower((unsigned char)path[1])) : NULL;
+            const char *low = high && path[2] ? strchr(digits, tolower((unsigned char)path[2])) : NULL;
+            if (!low) return false;
+            c = (char)((high - digits) * 16 + (low - digits));
+            path += 2;
+        }
+        if (!c || c != *name) return false;
+    }
+    return !*name;
+}
+
 void moe_http_handle_model(moe_http_exchange *exchange, const char *rest) {
     moe_http_error error;
-    char *name = evhttp_uridecode(rest, 0, NULL);
-    bool known = name && strcmp(name, exchange->server->inference->model) == 0;
-    if (known) {
+    const char *model = exchange->server->inference->model;
+    if (spells(rest, model)) {
         moe_http_reply_json(exchange, 200, model_json(exchange->server));
-    } else {
-        moe_http_fail(&error, 404, "model_not_found", "model", "The model '%.200s' does not exist: this server has '%s'.",
-                      name ? name : rest, exchange->server->inference->model);
-        moe_http_reply_error(exchange, &error);
+        return;
     }
-    free(name); /* libevent's own */
+    moe_http_fail(&error, 404, "model_not_found", "model", "The model '%.200s' does not exist: this server has '%s'.", rest,
+                  model);
+    moe_http_reply_error(exchange, &error);
 }
