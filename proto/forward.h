@@ -25,7 +25,7 @@ typedef struct moe_forward_call {
     int32_t rows, assignments;
     int32_t block_lo, block_hi;
     moe_combine_mode combine;
-    const char *cluster_uuid;
+    const char *cluster_uuid; /* when decoded: the limits' */
     int32_t num_hints;
     const uint32_t *hints;
     /* payload; when decoded these point into the message (activations possibly unaligned) */
@@ -40,19 +40,22 @@ typedef struct moe_forward_result {
     const float *out; /* exact [assignments, hidden], partial [rows, hidden]; when decoded possibly unaligned */
 } moe_forward_result;
 
-/* Sends the call to `peer`; see moe_rpc_call_start. `width` is the hidden size. */
+/* Sends the call to `peer`; see moe_rpc_call_start. `width` is the hidden size. Counts and width are positive, partial mode has
+ * weights; the worker, not this function, checks the contents. */
 moe_status moe_forward_start(moe_rpc *rpc, moe_peer peer, const moe_forward_call *call, int32_t width, int64_t deadline_ns,
                              moe_rpc_on_reply on_reply, void *ctx, uint64_t *call_id, moe_error *err);
 
 /* Worker side: checks a received request. The routing arrays are copied to aligned memory where the message is not aligned;
  * *scratch owns that copy and the hints (moe_free it after the call was used). NaN or infinity in activations or weights is
- * INVALID_ARGUMENT. A wrong cluster or model is FAILED_PRECONDITION, a wrong incarnation UNAVAILABLE. */
+ * INVALID_ARGUMENT, as is all else that does not fit the limits; bfloat16 is UNIMPLEMENTED. A wrong cluster or model is
+ * FAILED_PRECONDITION, a wrong incarnation UNAVAILABLE. On error *scratch is NULL. */
 moe_status moe_forward_decode(const Moesaic__V1__ForwardRequest *header, const moe_frame *payload, int num_payload,
                               const moe_forward_limits *limits, moe_forward_call *out, void **scratch, moe_error *err);
 
 /* Worker side: answers. `out_rows` is assignments or rows, by mode. */
 void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, int32_t out_rows, int32_t width);
 
-/* Router side: checks a reply with status OK against the call it answers; finite values only (else DATA_LOSS). */
+/* Router side: checks a reply with status OK against the call it answers: dtype, shape, exact length, finite values only (else
+ * DATA_LOSS), the worker that was asked (else UNAVAILABLE). Another status is returned as it is. `out->out` points into the reply. */
 moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, int32_t out_rows, int32_t width, uint64_t incarnation,
                                     moe_forward_result *out, moe_error *err);

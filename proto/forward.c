@@ -1,0 +1,55 @@
+/* The Forward call's sending side: calls and answers. */
+#include "proto/forward.h"
+
+static Moesaic__V1__CombineMode wire_mode(moe_combine_mode mode) {
+    return mode == MOE_COMBINE_PARTIAL ? MOESAIC__V1__COMBINE_MODE__PARTIAL : MOESAIC__V1__COMBINE_MODE__EXACT;
+}
+
+moe_status moe_forward_start(moe_rpc *rpc, moe_peer peer, const moe_forward_call *call, int32_t width, int64_t deadline_ns,
+                             moe_rpc_on_reply on_reply, void *ctx, uint64_t *call_id, moe_error *err) {
+    MOE_ASSERT(call->rows > 0 && call->assignments > 0 && width > 0 && call->num_hints >= 0);
+    Moesaic__V1__ForwardRequest header = MOESAIC__V1__FORWARD_REQUEST__INIT;
+    header.cluster_uuid = (char *)call->cluster_uuid;
+    header.epoch = call->epoch;
+    header.incarnation = call->incarnation;
+    header.request_id = call->request_id;
+    header.step = call->step;
+    header.micro_batch = call->micro_batch;
+    header.attempt = call->attempt;
+    header.layer = (uint32_t)call->layer;
+    header.dtype = MOESAIC__V1__DTYPE__FLOAT32;
+    header.rows = (uint32_t)call->rows;
+    header.width = (uint32_t)width;
+    header.assignments = (uint32_t)call->assignments;
+    header.block_lo = (uint32_t)call->block_lo;
+    header.block_hi = (uint32_t)call->block_hi;
+    header.combine = wire_mode(call->combine);
+    header.model_digest = call->model_digest;
+    header.n_hint = (size_t)call->num_hints;
+    header.hint = (uint32_t *)call->hints;
+    size_t rows = (size_t)call->rows, assignments = (size_t)call->assignments;
+    const moe_frame payload[4] = {
+        {call->activations, rows * (size_t)width * sizeof(float)},
+        {call->assignment_rows, assignments * sizeof(uint32_t)},
+        {call->assignment_experts, assignments * sizeof(uint32_t)},
+        {call->assignment_weights, assignments * sizeof(float)},
+    };
+    int num_payload = call->combine == MOE_COMBINE_PARTIAL ? 4 : 3;
+    return moe_rpc_call_start(rpc, peer, MOE_FORWARD_METHOD, (const ProtobufCMessage *)&header, payload, num_payload, deadline_ns,
+                              on_reply, ctx, call_id, err);
+}
+
+void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, int32_t out_rows, int32_t width) {
+    MOE_ASSERT(out_rows > 0 && width > 0);
+    Moesaic__V1__ForwardResponse header = MOESAIC__V1__FORWARD_RESPONSE__INIT;
+    header.incarnation = result->incarnation;
+    header.epoch = result->epoch;
+    header.shard_digest = result->shard_digest;
+    header.dtype = MOESAIC__V1__DTYPE__FLOAT32;
+    header.rows = (uint32_t)out_rows;
+    header.width = (uint32_t)width;
+    header.compute_ns = result->compute_ns;
+    header.queue_ns = result->queue_ns;
+    const moe_frame payload = {result->out, (size_t)out_rows * (size_t)width * sizeof(float)};
+    moe_rpc_respond(call, (const ProtobufCMessage *)&header, &payload, 1);
+}
