@@ -6,19 +6,44 @@
 #include <cmocka.h> /* needs the three above */
 /* clang-format on */
 
+#include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <zmq.h>
 
 #include "common/alloc.h"
 #include "common/inproc/inproc.h"
+#include "common/log.h"
+#include "common/metrics.h"
 #include "common/random.h"
+#include "common/zmq/zmq_transport.h"
+
+/* libzmq as packaged is not built for the thread sanitizer, which takes its own synchronisation for races. */
+#if defined(__SANITIZE_THREAD__)
+#define TEST_ZMQ 0
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define TEST_ZMQ 0
+#endif
+#endif
+#ifndef TEST_ZMQ
+#define TEST_ZMQ 1
+#endif
 
 #define WAIT_NS (20 * MOE_NS_PER_S)    /* for what must happen */
 #define QUIET_NS (300 * MOE_NS_PER_MS) /* how long we watch that something does not happen */
 #define TURN_NS (2 * MOE_NS_PER_MS)    /* one node's poll while all are pumped */
-#define QUEUE_LIMIT_BYTES (INT64_C(1) << 20)
+#define INPROC_QUEUE_LIMIT_BYTES (INT64_C(1) << 20)
+#define ZMQ_QUEUE_LIMIT_BYTES (INT64_C(20) << 20)
+#define KEY_BYTES MOE_CURVE_KEY_BYTES
 #define MAX_NODES 4
 #define MAX_SAVED 16384
 
@@ -41,7 +66,8 @@ typedef struct implementation {
     void (*setup)(world *w);
     void (*teardown)(world *w);
     moe_transport *(*open)(world *w, bool listener);
-    bool restricts_bytes_exactly; /* the queue limit counts what the receiver has not polled yet */
+    int64_t queue_limit_bytes;
+    bool limit_is_exact; /* nothing beyond it is on the way: no network buffers */
 } implementation;
 
 struct world {
@@ -50,6 +76,8 @@ struct world {
     node nodes[MAX_NODES];
     int num_nodes;
     moe_inproc_hub *hub;
+    char folder[64];                     /* zmq: of this test */
+    moe_curve_keys keys[MOE_ROLE_COUNT]; /* zmq tcp: of a process in each role */
     moe_error err;
 };
 
@@ -364,7 +392,6 @@ static void test_queue_limit(void **state) {
     size_t size = 65536;
     uint32_t *data = calloc(1, size);
     assert_non_null(data);
-    if (w->hub) moe_inproc_set_queue_limit(w->hub, QUEUE_LIMIT_BYTES);
     uint32_t accepted = 0;
     moe_status status = MOE_OK;
     while (status == MOE_OK && accepted < 8192) {
@@ -374,8 +401,8 @@ static void test_queue_limit(void **state) {
         accepted += status == MOE_OK;
     }
     assert_int_equal(status, MOE_RESOURCE_EXHAUSTED);
-    assert_true(accepted >= QUEUE_LIMIT_BYTES / (int64_t)size - 1);
-    if (w->impl->restricts_bytes_exactly) assert_true(accepted <= QUEUE_LIMIT_BYTES / (int64_t)size);
+    assert_true(accepted >= w->impl->queue_limit_bytes / (int64_t)size - 1);
+    if (w->impl->limit_is_exact) assert_true(accepted <= w->impl->queue_limit_bytes / (int64_t)size);
     for (uint32_t i = 0; i < accepted; i++) {
         saved_event s = expect(w, p.server, MOE_EVENT_MESSAGE);
         uint32_t head, tail;
@@ -557,6 +584,7 @@ static void test_bad_endpoints(void **state) {
 
 static void inproc_setup(world *w) {
     assert_int_equal(moe_inproc_hub_new(moe_clock_real(), 1, &w->hub, &w->err), MOE_OK);
+    moe_inproc_set_queue_limit(w->hub, INPROC_QUEUE_LIMIT_BYTES);
     snprintf(w->endpoint, sizeof w->endpoint, "inproc:worker-0");
 }
 
@@ -569,7 +597,7 @@ static moe_transport *inproc_open(world *w, bool listener) {
     return t;
 }
 
-static const implementation inproc = {"inproc", inproc_setup, inproc_teardown, inproc_open, true};
+static const implementation inproc = {"inproc", inproc_setup, inproc_teardown, inproc_open, INPROC_QUEUE_LIMIT_BYTES, true};
 
 #define ECHOES 2000
 
@@ -843,6 +871,463 @@ static void test_inproc_out_of_memory(void **state) {
     }
 }
 
+/* ---- zmq: other processes, keys, files ---- */
+
+static void ipc_setup(world *w) {
+    snprintf(w->folder, sizeof w->folder, "/tmp/moe-transport-XXXXXX");
+    assert_non_null(mkdtemp(w->folder));
+    snprintf(w->endpoint, sizeof w->endpoint, "ipc://%s/worker.sock", w->folder);
+}
+
+static void ipc_teardown(world *w) {
+    char path[128];
+    snprintf(path, sizeof path, "%s/worker.sock", w->folder);
+    unlink(path);
+    assert_int_equal(rmdir(w->folder), 0);
+}
+
+static void tcp_setup(world *w) {
+    snprintf(w->endpoint, sizeof w->endpoint, "tcp://127.0.0.1:0");
+    for (int role = MOE_ROLE_LOCAL + 1; role < MOE_ROLE_COUNT; role++) {
+        moe_curve_keys *own = &w->keys[role];
+        assert_int_equal(moe_curve_keypair(own->public_key, own->secret_key, &w->err), MOE_OK);
+        for (int other = 0; other < MOE_ROLE_COUNT; other++) memcpy(w->keys[other].role_keys[role], own->public_key, KEY_BYTES);
+    }
+}
+
+static void tcp_teardown(world *w) { (void)w; }
+
+static moe_zmq_config zmq_config(const moe_curve_keys *keys) {
+    return (moe_zmq_config){.clock = moe_clock_real(), .keys = keys, .linger_ms = 100, .max_queued_bytes = ZMQ_QUEUE_LIMIT_BYTES};
+}
+
+static moe_transport *open_zmq(const moe_zmq_config *config) {
+    moe_transport *t;
+    moe_error err;
+    if (moe_zmq_open(config, &t, &err) != MOE_OK) fail_msg("open: %s", err.message);
+    return t;
+}
+
+static moe_transport *ipc_open(world *w, bool listener) {
+    (void)w;
+    (void)listener;
+    moe_zmq_config config = zmq_config(NULL);
+    return open_zmq(&config);
+}
+
+static moe_transport *tcp_open(world *w, bool listener) {
+    moe_zmq_config config = zmq_config(&w->keys[listener ? MOE_ROLE_WORKER : MOE_ROLE_ROUTER]);
+    return open_zmq(&config);
+}
+
+static const implementation zmq_ipc = {"zmq-ipc", ipc_setup, ipc_teardown, ipc_open, ZMQ_QUEUE_LIMIT_BYTES, false};
+static const implementation zmq_tcp = {"zmq-tcp", tcp_setup, tcp_teardown, tcp_open, ZMQ_QUEUE_LIMIT_BYTES, false};
+
+/* A node on a configuration of its own. */
+static int open_node_with(world *w, const moe_zmq_config *config) {
+    int index = open_node(w, false);
+    w->nodes[index].t->ops->close(w->nodes[index].t);
+    w->nodes[index].t = open_zmq(config);
+    return index;
+}
+
+/* In the child: echoes what it is sent until it is killed. Says where it listens through the pipe. */
+_Noreturn static void child_echo(world *w, int out) {
+    moe_transport *t = w->impl->open(w, true);
+    char bound[MOE_ENDPOINT_BYTES] = "";
+    if (t->ops->listen(t, w->endpoint, bound, NULL) != MOE_OK || write(out, bound, sizeof bound) != sizeof bound) _exit(1);
+    int64_t until_ns = moe_now_ns(moe_clock_real()) + 2 * WAIT_NS;
+    while (moe_now_ns(moe_clock_real()) < until_ns) {
+        moe_event event;
+        if (t->ops->poll(t, until_ns, &event, NULL) != MOE_OK) _exit(1);
+        if (event.kind == MOE_EVENT_MESSAGE) t->ops->send(t, event.peer, event.frames, event.num_frames, NULL);
+    }
+    _exit(0);
+}
+
+static pid_t start_echo(world *w) {
+    int ends[2];
+    char bound[MOE_ENDPOINT_BYTES];
+    assert_int_equal(pipe(ends), 0);
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) child_echo(w, ends[1]);
+    close(ends[1]);
+    assert_int_equal(read(ends[0], bound, sizeof bound), sizeof bound);
+    close(ends[0]);
+    snprintf(w->endpoint, sizeof w->endpoint, "%s", bound);
+    return pid;
+}
+
+static void kill_child(pid_t pid) {
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
+}
+
+static void test_listener_process_dies(void **state) {
+    world *w = *state;
+    pid_t pid = start_echo(w);
+    int client = open_node(w, false);
+    uint64_t link = connect_to(w, client);
+    moe_peer before = 0;
+    for (int life = 0; life < 3; life++) {
+        moe_peer peer = expect_up(w, client, link);
+        assert_true(peer != before);
+        send_text(w, client, peer, "echo");
+        assert_int_equal(expect_text(w, client, "echo"), peer);
+        kill_child(pid);
+        for (int i = 0; i < 20; i++) try_send(w, client, peer, "stale");
+        saved_event s = expect(w, client, MOE_EVENT_PEER_DOWN);
+        assert_int_equal(s.event.peer, peer);
+        assert_int_equal(try_send(w, client, peer, "stale"), MOE_UNAVAILABLE);
+        before = peer;
+        /* ipc: over the socket file that the dead process left behind. A successor that echoed a stale message would be seen
+         * above, before the fresh one. */
+        if (life < 2) pid = start_echo(w);
+    }
+}
+
+_Noreturn static void child_client(world *w) {
+    moe_transport *t = w->impl->open(w, false);
+    uint64_t link;
+    if (t->ops->connect(t, w->endpoint, &link, NULL) != MOE_OK) _exit(1);
+    int64_t until_ns = moe_now_ns(moe_clock_real()) + 2 * WAIT_NS;
+    const moe_frame frames[2] = {{"from the child", 14}, {"tail", 4}};
+    while (moe_now_ns(moe_clock_real()) < until_ns) {
+        moe_event event;
+        if (t->ops->poll(t, until_ns, &event, NULL) != MOE_OK) _exit(1);
+        if (event.kind == MOE_EVENT_PEER_UP) t->ops->send(t, event.peer, frames, 2, NULL);
+    }
+    _exit(0);
+}
+
+static void test_client_process_dies(void **state) {
+    world *w = *state;
+    int server = open_node(w, true);
+    listen_at(w, server);
+    for (int life = 0; life < 3; life++) {
+        pid_t pid = fork();
+        assert_true(pid >= 0);
+        if (pid == 0) child_client(w);
+        moe_peer peer = expect_text(w, server, "from the child");
+        kill_child(pid);
+        saved_event s = expect(w, server, MOE_EVENT_PEER_DOWN);
+        assert_int_equal(s.event.peer, peer);
+        assert_int_equal(try_send(w, server, peer, "x"), MOE_UNAVAILABLE);
+    }
+}
+
+/* A frame beyond the receiver's limit ends the connection; it must not vanish without a sign. */
+static void test_receiver_limit(void **state) {
+    world *w = *state;
+    moe_zmq_config config = zmq_config(w->keys[MOE_ROLE_WORKER].public_key[0] ? &w->keys[MOE_ROLE_WORKER] : NULL);
+    config.max_message_bytes = 65536;
+    int server = open_node_with(w, &config);
+    listen_at(w, server);
+    int client = open_node(w, false);
+    uint64_t link = connect_to(w, client);
+    moe_peer peer = expect_up(w, client, link);
+    static const char block[1 << 20];
+    moe_transport *t = w->nodes[client].t;
+    const moe_frame fits = {block, 65536}, too_large = {block, sizeof block};
+    assert_int_equal(t->ops->send(t, peer, &fits, 1, &w->err), MOE_OK);
+    saved_event s = expect(w, server, MOE_EVENT_MESSAGE);
+    assert_int_equal(s.event.frames[0].size, 65536);
+    free_saved(&s);
+    assert_int_equal(t->ops->send(t, peer, &too_large, 1, &w->err), MOE_OK);
+    s = expect(w, client, MOE_EVENT_PEER_DOWN);
+    assert_int_equal(s.event.peer, peer);
+    peer = expect_up(w, client, link);
+    expect(w, server, MOE_EVENT_PEER_DOWN);
+    send_text(w, client, peer, "fresh");
+    moe_peer back = expect_text(w, server, "fresh");
+    moe_transport *small = w->nodes[server].t;
+    assert_int_equal(small->ops->send(small, back, &too_large, 1, &w->err), MOE_INVALID_ARGUMENT);
+    send_text(w, server, back, "within");
+    expect_text(w, client, "within");
+}
+
+static void pump_for(world *w, int64_t ns) {
+    int64_t until_ns = moe_now_ns(moe_clock_real()) + ns;
+    while (moe_now_ns(moe_clock_real()) < until_ns) pump_except(w, -1);
+}
+
+/* A client that speaks ZeroMQ but not our way: no message with too many frames gets through, and the connection is kept. */
+static void test_too_many_frames(void **state) {
+    world *w = *state;
+    int server = open_node(w, true);
+    listen_at(w, server);
+    int64_t bad_before = moe_metric_value(MOE_METRIC_BAD_MESSAGES);
+    void *context = zmq_ctx_new(), *dealer = zmq_socket(context, ZMQ_DEALER);
+    assert_int_equal(zmq_connect(dealer, w->endpoint), 0);
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < 3 * MOE_MAX_FRAMES; i++) assert_int_equal(zmq_send(dealer, "f", 1, ZMQ_SNDMORE), 1);
+        assert_int_equal(zmq_send(dealer, "f", 1, 0), 1);
+    }
+    zmq_send(dealer, "good", 4, ZMQ_SNDMORE);
+    zmq_send(dealer, "tail", 4, 0);
+    expect_text(w, server, "good");
+    assert_int_equal(moe_metric_value(MOE_METRIC_BAD_MESSAGES) - bad_before, 3);
+    int zero = 0;
+    zmq_setsockopt(dealer, ZMQ_LINGER, &zero, sizeof zero);
+    zmq_close(dealer);
+    zmq_ctx_term(context);
+}
+
+static void test_roles(void **state) {
+    world *w = *state;
+    int server = open_node(w, true);
+    listen_at(w, server);
+    for (int role = MOE_ROLE_LOCAL + 1; role < MOE_ROLE_COUNT; role++) {
+        moe_zmq_config config = zmq_config(&w->keys[role]);
+        int client = open_node_with(w, &config);
+        uint64_t link = connect_to(w, client);
+        saved_event s = expect(w, client, MOE_EVENT_PEER_UP);
+        assert_int_equal(s.event.role, MOE_ROLE_WORKER);
+        assert_int_equal(s.event.link, link);
+        send_text(w, client, s.event.peer, "who am I");
+        s = expect(w, server, MOE_EVENT_MESSAGE);
+        assert_int_equal(s.event.role, role);
+        free_saved(&s);
+        close_node(w, client);
+        expect(w, server, MOE_EVENT_PEER_DOWN);
+    }
+    /* a router's endpoint says so, and is connected to as listen gave it */
+    moe_zmq_config config = zmq_config(&w->keys[MOE_ROLE_ROUTER]);
+    int router = open_node_with(w, &config);
+    snprintf(w->endpoint, sizeof w->endpoint, "tcp://127.0.0.1:0");
+    listen_at(w, router);
+    assert_non_null(strstr(w->endpoint, "?role=router"));
+    config = zmq_config(&w->keys[MOE_ROLE_OPERATOR]);
+    int client = open_node_with(w, &config);
+    connect_to(w, client);
+    saved_event s = expect(w, client, MOE_EVENT_PEER_UP);
+    assert_int_equal(s.event.role, MOE_ROLE_ROUTER);
+}
+
+/* Watches that `client` stays shut out and `server` hears nothing, then that the server is well. */
+static void assert_shut_out(world *w, int client, int server) {
+    pump_for(w, QUIET_NS);
+    assert_int_equal(w->nodes[client].count, 0);
+    assert_int_equal(w->nodes[server].count, 0);
+    int good = open_node(w, false);
+    uint64_t link = connect_to(w, good);
+    moe_peer peer = expect_up(w, good, link);
+    send_text(w, good, peer, "well");
+    expect_text(w, server, "well");
+    assert_int_equal(w->nodes[client].count, 0);
+    close_node(w, good);
+    expect(w, server, MOE_EVENT_PEER_DOWN);
+}
+
+static void test_wrong_keys(void **state) {
+    world *w = *state;
+    int server = open_node(w, true);
+    listen_at(w, server);
+    moe_curve_keys stranger = w->keys[MOE_ROLE_ROUTER], *router = &w->keys[MOE_ROLE_ROUTER];
+
+    /* a key of no role */
+    assert_int_equal(moe_curve_keypair(stranger.public_key, stranger.secret_key, &w->err), MOE_OK);
+    moe_zmq_config config = zmq_config(&stranger);
+    int client = open_node_with(w, &config);
+    connect_to(w, client);
+    assert_shut_out(w, client, server);
+    close_node(w, client);
+
+    /* a role's public key without its secret key */
+    memcpy(stranger.public_key, router->public_key, KEY_BYTES);
+    config = zmq_config(&stranger);
+    client = open_node_with(w, &config);
+    connect_to(w, client);
+    assert_shut_out(w, client, server);
+    close_node(w, client);
+
+    /* the right key, for another server than the one that answers */
+    stranger = *router;
+    memcpy(stranger.role_keys[MOE_ROLE_WORKER], router->public_key, KEY_BYTES);
+    config = zmq_config(&stranger);
+    client = open_node_with(w, &config);
+    connect_to(w, client);
+    assert_shut_out(w, client, server);
+    close_node(w, client);
+
+    /* no CURVE at all */
+    void *context = zmq_ctx_new(), *dealer = zmq_socket(context, ZMQ_DEALER);
+    assert_int_equal(zmq_connect(dealer, w->endpoint), 0);
+    zmq_send(dealer, "plain", 5, ZMQ_DONTWAIT);
+    assert_shut_out(w, server == 0 ? 1 : 0, server);
+    int zero = 0;
+    zmq_setsockopt(dealer, ZMQ_LINGER, &zero, sizeof zero);
+    zmq_close(dealer);
+    zmq_ctx_term(context);
+}
+
+/* A role without a key in the listener's folder is not let in, whoever has that key elsewhere. */
+static void test_role_not_listed(void **state) {
+    world *w = *state;
+    moe_curve_keys only_routers = w->keys[MOE_ROLE_WORKER];
+    only_routers.role_keys[MOE_ROLE_OPERATOR][0] = '\0';
+    moe_zmq_config config = zmq_config(&only_routers);
+    int server = open_node_with(w, &config);
+    listen_at(w, server);
+    config = zmq_config(&w->keys[MOE_ROLE_OPERATOR]);
+    int client = open_node_with(w, &config);
+    connect_to(w, client);
+    assert_shut_out(w, client, server);
+}
+
+static void test_tcp_needs_keys(void **state) {
+    world *w = *state;
+    moe_zmq_config config = zmq_config(NULL);
+    moe_transport *t = open_zmq(&config);
+    uint64_t link;
+    assert_int_equal(t->ops->listen(t, "tcp://127.0.0.1:0", NULL, &w->err), MOE_FAILED_PRECONDITION);
+    assert_non_null(strstr(w->err.message, "keygen"));
+    assert_int_equal(t->ops->connect(t, "tcp://127.0.0.1:9", &link, &w->err), MOE_FAILED_PRECONDITION);
+    assert_non_null(strstr(w->err.message, "keygen"));
+    t->ops->close(t);
+    moe_curve_keys lone = w->keys[MOE_ROLE_ROUTER];
+    lone.role_keys[MOE_ROLE_WORKER][0] = '\0';
+    config = zmq_config(&lone);
+    t = open_zmq(&config);
+    assert_int_equal(t->ops->connect(t, "tcp://127.0.0.1:9", &link, &w->err), MOE_FAILED_PRECONDITION);
+    assert_non_null(strstr(w->err.message, "worker"));
+    assert_int_equal(t->ops->connect(t, "tcp://127.0.0.1:9?role=king", &link, &w->err), MOE_INVALID_ARGUMENT);
+    assert_int_equal(t->ops->connect(t, "tcp://127.0.0.1:9?roles", &link, &w->err), MOE_INVALID_ARGUMENT);
+    assert_int_equal(t->ops->connect(t, "tcp://127.0.0.1:9?role=router", &link, &w->err), MOE_OK);
+    assert_int_equal(t->ops->connect(t, "tcp://nowhere?role=router", &link, &w->err), MOE_INVALID_ARGUMENT);
+    t->ops->close(t);
+}
+
+static void test_ipc_socket_file(void **state) {
+    world *w = *state;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    char *path = address.sun_path;
+    snprintf(path, sizeof address.sun_path, "%s", w->endpoint + strlen("ipc://"));
+    int server = open_node(w, true);
+    listen_at(w, server);
+    struct stat file;
+    assert_int_equal(stat(path, &file), 0);
+    assert_true(S_ISSOCK(file.st_mode));
+    assert_int_equal(file.st_mode & 0077, 0);
+    close_node(w, server);
+    assert_int_not_equal(stat(path, &file), 0);
+
+    /* left behind by a process that died */
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    assert_int_equal(bind(fd, (struct sockaddr *)&address, sizeof address), 0);
+    close(fd);
+    server = open_node(w, true);
+    listen_at(w, server);
+    close_node(w, server);
+
+    /* no socket: not ours to remove */
+    fd = open(path, O_CREAT | O_WRONLY | O_EXCL, 0600);
+    assert_true(fd >= 0);
+    close(fd);
+    server = open_node(w, true);
+    moe_transport *t = w->nodes[server].t;
+    assert_int_equal(t->ops->listen(t, w->endpoint, NULL, &w->err), MOE_ALREADY_EXISTS);
+    assert_int_equal(stat(path, &file), 0);
+    unlink(path);
+    /* after a failure the transport can still listen */
+    listen_at(w, server);
+    char longest[MOE_ENDPOINT_BYTES];
+    snprintf(longest, sizeof longest, "ipc:///%0120d", 0);
+    server = open_node(w, true);
+    t = w->nodes[server].t;
+    assert_int_equal(t->ops->listen(t, longest, NULL, &w->err), MOE_INVALID_ARGUMENT);
+    assert_int_equal(t->ops->listen(t, "ipc://@abstract", NULL, &w->err), MOE_INVALID_ARGUMENT);
+    assert_int_equal(t->ops->listen(t, "ipc://*", NULL, &w->err), MOE_INVALID_ARGUMENT);
+    assert_int_equal(t->ops->listen(t, "ipc:///no/such/folder/x.sock", NULL, &w->err), MOE_UNAVAILABLE);
+}
+
+static void rewrite_file(const char *folder, const char *name, mode_t mode, const char *text) {
+    char path[128];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *file = fopen(path, "w");
+    assert_non_null(file);
+    fputs(text, file);
+    fclose(file);
+    assert_int_equal(chmod(path, mode), 0);
+}
+
+static void remove_keys(const char *folder) {
+    static const char *const names[] = {"router.key", "router.pub", "worker.key", "worker.pub", "operator.key", "operator.pub"};
+    char path[128];
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, names[i]);
+        unlink(path);
+    }
+    rmdir(folder);
+}
+
+static void test_key_files(void **state) {
+    world *w = *state;
+    char folder[96], path[128];
+    snprintf(folder, sizeof folder, "%s/keys", w->folder);
+    moe_curve_keys router, worker;
+    assert_int_equal(moe_curve_keys_read(folder, MOE_ROLE_ROUTER, &router, &w->err), MOE_NOT_FOUND);
+    if (moe_curve_keys_write(folder, &w->err) != MOE_OK) fail_msg("%s", w->err.message);
+    struct stat file;
+    assert_int_equal(stat(folder, &file), 0);
+    assert_int_equal(file.st_mode & 0777, 0700);
+    snprintf(path, sizeof path, "%s/router.key", folder);
+    assert_int_equal(stat(path, &file), 0);
+    assert_int_equal(file.st_mode & 0777, 0600);
+    if (moe_curve_keys_read(folder, MOE_ROLE_ROUTER, &router, &w->err) != MOE_OK) fail_msg("%s", w->err.message);
+    if (moe_curve_keys_read(folder, MOE_ROLE_WORKER, &worker, &w->err) != MOE_OK) fail_msg("%s", w->err.message);
+    char derived[KEY_BYTES];
+    assert_int_equal(zmq_curve_public(derived, router.secret_key), 0);
+    assert_string_equal(derived, router.public_key);
+    assert_string_equal(router.role_keys[MOE_ROLE_ROUTER], router.public_key);
+    assert_string_equal(router.role_keys[MOE_ROLE_WORKER], worker.public_key);
+    assert_string_equal(worker.role_keys[MOE_ROLE_ROUTER], router.public_key);
+    assert_string_not_equal(router.public_key, worker.public_key);
+    assert_string_equal(router.role_keys[MOE_ROLE_LOCAL], "");
+
+    assert_int_equal(moe_curve_keys_write(folder, &w->err), MOE_ALREADY_EXISTS);
+    assert_int_equal(moe_curve_keys_read(folder, MOE_ROLE_LOCAL, &router, &w->err), MOE_INVALID_ARGUMENT);
+    assert_int_equal(chmod(path, 0640), 0);
+    assert_int_equal(moe_curve_keys_read(folder, MOE_ROLE_ROUTER, &router, &w->err), MOE_PERMISSION_DENIED);
+    assert_non_null(strstr(w->err.message, "router.key"));
+    assert_string_equal(router.secret_key, "");
+    assert_int_equal(chmod(path, 0604), 0);
+    assert_int_equal(moe_curve_keys_read(folder, MOE_ROLE_ROUTER, &router, &w->err), MOE_PERMISSION_DENIED);
+    rewrite_file(folder, "router.key", 0600, "curve\n    public-key = \"short\"\n");
+    assert_int_equal(moe_curve_keys_read(folder, MOE_ROLE_ROUTER, &router, &w->err), MOE_INVALID_ARGUMENT);
+    char text[512];
+    snprintf(text, sizeof text, "curve\n    public-key = \"%s\"\n    secret-key = \"%s\"\n", worker.role_keys[MOE_ROLE_ROUTER],
+             worker.secret_key);
+    rewrite_file(folder, "router.key", 0600, text);
+    assert_int_equal(moe_curve_keys_read(folder, MOE_ROLE_ROUTER, &router, &w->err), MOE_INVALID_ARGUMENT);
+    snprintf(path, sizeof path, "%s/router.pub", folder);
+    unlink(path);
+    assert_int_equal(moe_curve_keys_read(folder, MOE_ROLE_WORKER, &worker, &w->err), MOE_OK);
+    assert_string_equal(worker.role_keys[MOE_ROLE_ROUTER], "");
+    remove_keys(folder);
+}
+
+/* Each of our own allocations fails in turn; libzmq's own are not ours to fail. */
+static void test_zmq_out_of_memory(void **state) {
+    world *w = *state;
+    pair p = connected_pair(w);
+    moe_transport *t = w->nodes[p.client].t;
+    const moe_frame frames[2] = {{"one", 3}, {"two", 3}};
+    for (int64_t countdown = 1; countdown <= 2; countdown++) {
+        moe_alloc_fail_after(countdown);
+        assert_int_equal(t->ops->send(t, p.to_server, frames, 2, &w->err), MOE_RESOURCE_EXHAUSTED);
+    }
+    uint64_t link;
+    for (int64_t countdown = 1; countdown <= 2; countdown++) {
+        moe_alloc_fail_after(countdown);
+        assert_int_equal(t->ops->connect(t, w->endpoint, &link, &w->err), MOE_RESOURCE_EXHAUSTED);
+    }
+    moe_alloc_fail_after(0);
+    send_text(w, p.client, p.to_server, "well");
+    expect_text(w, p.server, "well");
+}
+
 /* ---- */
 
 typedef struct named_test {
@@ -894,8 +1379,32 @@ static int run_inproc(void) {
     return cmocka_run_group_tests_name("inproc only", tests, NULL, NULL);
 }
 
+static int run_zmq(void) {
+#define ON(impl, test) \
+    { #impl "/" #test, test, setup, teardown, (void *)&(impl) }
+    const struct CMUnitTest tests[] = {
+        ON(zmq_ipc, test_listener_process_dies),
+        ON(zmq_tcp, test_listener_process_dies),
+        ON(zmq_ipc, test_client_process_dies),
+        ON(zmq_tcp, test_client_process_dies),
+        ON(zmq_ipc, test_receiver_limit),
+        ON(zmq_tcp, test_receiver_limit),
+        ON(zmq_ipc, test_too_many_frames),
+        ON(zmq_tcp, test_roles),
+        ON(zmq_tcp, test_wrong_keys),
+        ON(zmq_tcp, test_role_not_listed),
+        ON(zmq_tcp, test_tcp_needs_keys),
+        ON(zmq_ipc, test_ipc_socket_file),
+        ON(zmq_ipc, test_key_files),
+        ON(zmq_ipc, test_zmq_out_of_memory),
+    };
+#undef ON
+    return cmocka_run_group_tests_name("zmq only", tests, NULL, NULL);
+}
+
 int main(void) {
-    int failed = run_every(&inproc);
-    failed += run_inproc();
+    moe_log_init(MOE_LOG_ERROR, "test");
+    int failed = run_every(&inproc) + run_inproc();
+    if (TEST_ZMQ) failed += run_every(&zmq_ipc) + run_every(&zmq_tcp) + run_zmq();
     return failed;
 }
