@@ -1,0 +1,194 @@
+#include "cpu/ffn.h"
+
+#include "common/alloc.h"
+#include "cpu/matrix.h"
+
+#define TASK_OUTPUTS 64 /* outputs of a task: its weights stay in the second-level cache while the task's rows pass */
+#define TASK_ROWS 64
+
+moe_status moe_cpu_ffn_load(const moe_cpu_kernels *kernels, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
+                            moe_cpu_ffn *out, moe_error *err) {
+    MOE_ASSERT(moe_ffn_slice_legal(block_lo, block_hi));
+    *out = (moe_cpu_ffn){.hidden = (int32_t)weights->gate.cols, .intermediate = (int32_t)weights->gate.rows};
+    out->block_lo = block_lo;
+    out->block_hi = block_hi;
+    int32_t lo = moe_ffn_block_start(out->intermediate, block_lo), hi = moe_ffn_block_start(out->intermediate, block_hi);
+    moe_tensor gate = moe_cpu_tensor_rows(&weights->gate, lo, hi), up = moe_cpu_tensor_rows(&weights->up, lo, hi);
+    moe_status status = moe_cpu_matrix_pack_one(kernels, &gate, &out->gate, err);
+    if (status == MOE_OK) status = moe_cpu_matrix_pack_one(kernels, &up, &out->up, err);
+    if (status == MOE_OK) status = moe_cpu_matrix_pack(kernels, &weights->down, 1, lo, hi, &out->down, err);
+    if (status != MOE_OK) moe_cpu_ffn_free(out);
+    return status;
+}
+
+void moe_cpu_ffn_free(moe_cpu_ffn *ffn) {
+    moe_cpu_matrix_free(&ffn->gate);
+    moe_cpu_matrix_free(&ffn->up);
+    moe_cpu_matrix_free(&ffn->down);
+}
+
+int64_t moe_cpu_ffn_bytes(const moe_cpu_ffn *ffn) {
+    return moe_cpu_matrix_bytes(&ffn->gate) + moe_cpu_matrix_bytes(&ffn->up) + moe_cpu_matrix_bytes(&ffn->down);
+}
+
+/* Where block `block` begins in the columns of the slice. */
+static int32_t slice_start(const moe_cpu_ffn *ffn, int32_t block) {
+    return moe_ffn_block_start(ffn->intermediate, block) - moe_ffn_block_start(ffn->intermediate, ffn->block_lo);
+}
+
+/* The tasks of a part in one phase: tiles of rows × outputs. */
+typedef struct grid {
+    int32_t n_lo, n_hi, row_tasks, output_tasks;
+} grid;
+
+static grid grid_of(const moe_cpu_ffn_part *part, bool down) {
+    grid g = {.n_hi = part->ffn->hidden, .row_tasks = (part->rows + TASK_ROWS - 1) / TASK_ROWS};
+    if (!down) {
+        g.n_lo = slice_start(part->ffn, part->block_lo) / MOE_CPU_LANES * MOE_CPU_LANES;
+        g.n_hi = slice_start(part->ffn, part->block_hi);
+    }
+    g.output_tasks = (g.n_hi - g.n_lo + TASK_OUTPUTS - 1) / TASK_OUTPUTS;
+    return g;
+}
+
+typedef struct phase {
+    const moe_cpu_kernels *kernels;
+    const moe_cpu_ffn_part *parts;
+    bool down;
+} phase;
+
+static void gate_and_up(const moe_cpu_kernels *kernels, const moe_cpu_ffn_part *part, moe_cpu_linear task, int32_t row) {
+    int32_t k_bounds[2] = {0, part->ffn->hidden}, width = part->ffn->gate.n;
+    task.x = part->x + (int64_t)row * part->ffn->hidden;
+    task.x_stride = part->ffn->hidden;
+    task.y_stride = width;
+    task.k_bounds = k_bounds;
+    task.num_blocks = 1;
+    task.w = &part->ffn->gate;
+    task.y = part->gate + (int64_t)row * width;
+    kernels->linear(&task);
+    task.w = &part->ffn->up;
+    task.y = part->up + (int64_t)row * width;
+    kernels->linear(&task);
+    for (int32_t r = 0; r < task.rows; r++) {
+        int64_t at = (int64_t)(row + r) * width + task.n_lo;
+        kernels->silu_mul(part->gate + at, part->up + at, task.n_hi - task.n_lo);
+    }
+}
+
+static void down(const moe_cpu_kernels *kernels, const moe_cpu_ffn_part *part, moe_cpu_linear task, int32_t row) {
+    int32_t k_bounds[MOE_FFN_BLOCKS + 1];
+    task.num_blocks = part->block_hi - part->block_lo;
+    for (int32_t b = 0; b <= task.num_blocks; b++) k_bounds[b] = slice_start(part->ffn, part->block_lo + b);
+    task.k_bounds = k_bounds;
+    task.w = &part->ffn->down;
+    task.x = part->gate + (int64_t)row * part->ffn->down.k;
+    task.x_stride = part->ffn->down.k;
+    task.y = part->y + (int64_t)row * part->ffn->hidden;
+    task.y_stride = part->ffn->hidden;
+    kernels->linear(&task);
+}
+
+static void phase_task(void *ctx, int32_t index, int32_t thread) {
+    const phase *p = ctx;
+    const moe_cpu_ffn_part *part = p->parts;
+    grid g = grid_of(part, p->down);
+    (void)thread;
+    while (index >= g.row_tasks * g.output_tasks) {
+        index -= g.row_tasks * g.output_tasks;
+        g = grid_of(++part, p->down);
+    }
+    int32_t row = index / g.output_tasks * TASK_ROWS, n = g.n_lo + index % g.output_tasks * TASK_OUTPUTS;
+    moe_cpu_linear task = {.n_lo = n, .n_hi = n + TASK_OUTPUTS < g.n_hi ? n + TASK_OUTPUTS : g.n_hi};
+    task.rows = row + TASK_ROWS < part->rows ? TASK_ROWS : part->rows - row;
+    (p->down ? down : gate_and_up)(p->kernels, part, task, row);
+}
+
+void moe_cpu_ffn_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_cpu_ffn_part *parts, int32_t num_parts) {
+    for (int pass = 0; pass < 2; pass++) {
+        phase p = {.kernels = kernels, .parts = parts, .down = pass == 1};
+        int32_t tasks = 0;
+        for (int32_t i = 0; i < num_parts; i++) {
+            grid g = grid_of(&parts[i], p.down);
+            tasks += g.row_tasks * g.output_tasks;
+        }
+        moe_cpu_parallel_for(run->pool, tasks, phase_task, &p, run->progress);
+    }
+}
+
+/* ---- batches ---- */
+
+typedef struct batch_memory {
+    moe_cpu_ffn_part *parts;  /* [num_groups] */
+    float *x, *gate, *up, *y; /* y: partial mode only */
+} batch_memory;
+
+static int64_t batch_width(const moe_ffn_batch *batch) {
+    int32_t width = 0;
+    for (int32_t i = 0; i < batch->num_groups; i++)
+        if (batch->groups[i].expert->ffn.gate.n > width) width = batch->groups[i].expert->ffn.gate.n;
+    return width;
+}
+
+static moe_cpu_scratch *take_memory(moe_cpu_scratch_list *list, const moe_ffn_batch *batch, int64_t hidden, batch_memory *out) {
+    size_t rows = (size_t)batch->num_assignments, width = (size_t)batch_width(batch), floats, bytes, parts_bytes;
+    size_t row_floats = 2 * (size_t)hidden + 2 * width;
+    if (!moe_size_mul(rows, row_floats, &floats) || !moe_size_mul(floats, sizeof(float), &bytes)) return NULL;
+    if (!moe_size_mul((size_t)batch->num_groups, sizeof *out->parts, &parts_bytes)) return NULL;
+    parts_bytes = (parts_bytes / MOE_ALIGNMENT_BYTES + 1) * MOE_ALIGNMENT_BYTES;
+    if (!moe_size_add(bytes, parts_bytes, &bytes)) return NULL;
+    moe_cpu_scratch *scratch = moe_cpu_scratch_take(list, bytes);
+    if (!scratch) return NULL;
+    out->parts = scratch->data;
+    out->x = (float *)(void *)((uint8_t *)scratch->data + parts_bytes);
+    out->y = out->x + rows * (size_t)hidden;
+    out->gate = out->y + rows * (size_t)hidden;
+    out->up = out->gate + rows * width;
+    return scratch;
+}
+
+static void fill_parts(const moe_ffn_batch *batch, int64_t hidden, const batch_memory *m) {
+    int64_t width = batch_width(batch);
+    float *y = batch->mode == MOE_COMBINE_EXACT ? batch->out : m->y;
+    for (int32_t a = 0; a < batch->num_assignments; a++) {
+        int32_t row = batch->assignment_rows[a];
+        MOE_ASSERT(row >= 0 && row < batch->num_rows);
+        memcpy(m->x + a * hidden, batch->x + row * hidden, (size_t)hidden * sizeof(float));
+    }
+    for (int32_t i = 0; i < batch->num_groups; i++) {
+        const moe_ffn_group *g = &batch->groups[i];
+        const moe_cpu_ffn *ffn = &g->expert->ffn;
+        MOE_ASSERT(g->count >= 0 && g->first >= 0 && g->first + g->count <= batch->num_assignments);
+        MOE_ASSERT(batch->block_lo >= ffn->block_lo && batch->block_hi <= ffn->block_hi && ffn->hidden == hidden);
+        m->parts[i] = (moe_cpu_ffn_part){.ffn = ffn,
+                                         .x = m->x + g->first * hidden,
+                                         .gate = m->gate + g->first * width,
+                                         .up = m->up + g->first * width,
+                                         .y = y + g->first * hidden,
+                                         .rows = g->count,
+                                         .block_lo = batch->block_lo,
+                                         .block_hi = batch->block_hi};
+    }
+}
+
+moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_cpu_scratch_list *list, const moe_cpu_run *run,
+                             const moe_ffn_batch *batch, moe_error *err) {
+    MOE_ASSERT(moe_ffn_slice_legal(batch->block_lo, batch->block_hi));
+    if (batch->num_groups == 0) return MOE_OK;
+    int64_t hidden = batch->groups[0].expert->ffn.hidden;
+    batch_memory m;
+    moe_cpu_scratch *scratch = take_memory(list, batch, hidden, &m);
+    if (!scratch) {
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a batch of %d expert rows", batch->num_assignments);
+    }
+    fill_parts(batch, hidden, &m);
+    moe_cpu_ffn_run(kernels, run, m.parts, batch->num_groups);
+    if (batch->mode == MOE_COMBINE_PARTIAL) {
+        memset(batch->out, 0, (size_t)batch->num_rows * (size_t)hidden * sizeof(float));
+        for (int32_t a = 0; a < batch->num_assignments; a++)
+            kernels->accumulate(batch->assignment_weights[a], m.y + a * hidden, (int32_t)hidden,
+                                batch->out + batch->assignment_rows[a] * hidden);
+    }
+    moe_cpu_scratch_give_back(list, scratch);
+    return MOE_OK;
+}

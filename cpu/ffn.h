@@ -1,0 +1,38 @@
+/* Feed-forward networks: experts, shared experts and dense layers. y = down · (silu(gate · x) ⊙ (up · x)). */
+#pragma once
+#include "cpu/kernels.h"
+#include "cpu/runner.h"
+#include "cpu/scratch.h"
+
+/* The blocks [block_lo, block_hi) of a network's intermediate width. */
+typedef struct moe_cpu_ffn {
+    moe_cpu_matrix gate, up, down; /* [width, hidden], [width, hidden], [hidden, width]; width of the slice */
+    int32_t hidden, intermediate;  /* intermediate: of the whole network */
+    int32_t block_lo, block_hi;
+} moe_cpu_ffn;
+
+/* One network applied to rows that lie together. */
+typedef struct moe_cpu_ffn_part {
+    const moe_cpu_ffn *ffn;
+    const float *x;   /* [rows, hidden] */
+    float *gate, *up; /* [rows, slice width]: working memory */
+    float *y;         /* [rows, hidden] */
+    int32_t rows;
+    int32_t block_lo, block_hi; /* within the network's slice */
+} moe_cpu_ffn_part;
+
+moe_status moe_cpu_ffn_load(const moe_cpu_kernels *kernels, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
+                            moe_cpu_ffn *out, moe_error *err);
+void moe_cpu_ffn_free(moe_cpu_ffn *ffn); /* idempotent */
+int64_t moe_cpu_ffn_bytes(const moe_cpu_ffn *ffn);
+
+/* Computes all parts, in parallel over parts, rows and outputs. */
+void moe_cpu_ffn_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_cpu_ffn_part *parts, int32_t num_parts);
+
+/* moe_ffn_batch as backend.h defines it. RESOURCE_EXHAUSTED: out of memory. */
+moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_cpu_scratch_list *scratch, const moe_cpu_run *run,
+                             const moe_ffn_batch *batch, moe_error *err);
+
+struct moe_expert {
+    moe_cpu_ffn ffn;
+};

@@ -1,0 +1,9 @@
+/* The `cpu` backend's kernels for avx512. */
+#if defined(__x86_64__)
+#include "cpu/lanes_avx512.h"
+/* over those lanes: */
+#include "cpu/kernels_lanes.h"
+
+const moe_cpu_kernels moe_cpu_kernels_avx512 = LANES_KERNELS;
+MOE_CPU_SINGLE_OPS(avx512)
+#endif

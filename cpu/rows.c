@@ -1,0 +1,53 @@
+#include "common/alloc.h"
+#include "cpu/base.h"
+
+static int32_t widest(const moe_model_config *c) {
+    return c->dense_intermediate > c->shared_intermediate ? c->dense_intermediate : c->shared_intermediate;
+}
+
+moe_status moe_cpu_rows_create(const moe_model_config *c, int32_t max_rows, moe_rows **out, moe_error *err) {
+    moe_rows *rows = moe_calloc(1, sizeof *rows);
+    *out = NULL;
+    if (!rows) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch");
+    struct {
+        float **at;
+        int64_t width;
+    } buffers[] = {
+        {&rows->hidden, c->hidden},
+        {&rows->normed, c->hidden},
+        {&rows->qkv, (int64_t)(c->num_heads + 2 * c->num_kv_heads) * c->head_dim},
+        {&rows->attention, (int64_t)c->num_heads * c->head_dim},
+        {&rows->delta, c->hidden},
+        {&rows->gate, widest(c)},
+        {&rows->up, widest(c)},
+        {&rows->router, c->num_experts + 1}, /* + 1: a shared expert's gate */
+        {&rows->cosine, c->head_dim / 2},
+        {&rows->sine, c->head_dim / 2},
+    };
+    const size_t count = sizeof buffers / sizeof *buffers;
+    int64_t row_floats = 0, at = 0;
+    for (size_t i = 0; i < count; i++) row_floats += buffers[i].width;
+    /* each buffer begins on a cache line of its own */
+    size_t floats = (size_t)row_floats * (size_t)max_rows + count * MOE_CPU_LANES;
+    float *memory = rows->memory = moe_alloc_aligned(floats, sizeof(float));
+    rows->spans = moe_calloc((size_t)max_rows, sizeof *rows->spans);
+    if (!memory || !rows->spans) {
+        moe_cpu_rows_free(rows);
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch of %d rows", max_rows);
+    }
+    for (size_t i = 0; i < count; i++) {
+        *buffers[i].at = memory + at;
+        at += (buffers[i].width * max_rows + MOE_CPU_LANES - 1) / MOE_CPU_LANES * MOE_CPU_LANES;
+    }
+    rows->max_rows = max_rows;
+    *out = rows;
+    return MOE_OK;
+}
+
+void moe_cpu_rows_free(moe_rows *rows) {
+    if (!rows) return;
+    moe_free(rows->memory);
+    moe_free(rows->spans);
+    moe_free(rows->attention_scratch);
+    moe_free(rows);
+}

@@ -1,0 +1,11 @@
+/* The base layers between two dispatches: which ops in which order, written once for every CPU implementation. */
+#pragma once
+#include "cpu/base.h"
+
+/* Runs a segment as backend.h defines it. RESOURCE_EXHAUSTED: out of memory for attention scores. */
+moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_base *base,
+                               const moe_segment *segment, moe_error *err);
+
+/* y = x @ w^T (+ bias) over all outputs, in parallel over rows and outputs. */
+void moe_cpu_linear_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_cpu_matrix *w, const float *bias,
+                        const float *x, int32_t rows, float *y);
