@@ -146,7 +146,7 @@ typedef struct moe_backend_ops {
     const char *(*profile)(const moe_backend *backend);
     moe_status (*memory_info)(moe_backend *backend, moe_memory_info *out, moe_error *err);
 
-    /* Packs the base-layer weights. `progress` (may be NULL) is called with 0 … 1. */
+    /* Packs the base-layer weights. `progress` (may be NULL) is called with 0 … 1. The model stays open until base_free. */
     moe_status (*base_load)(moe_backend *b, const moe_model *model, void (*progress)(void *ctx, double fraction), void *ctx,
                             moe_base **out, moe_error *err);
     void (*base_free)(moe_backend *b, moe_base *base);
@@ -163,6 +163,7 @@ typedef struct moe_backend_ops {
                               moe_error *err);
     void (*expert_free)(moe_backend *b, moe_expert *expert);
     int64_t (*expert_bytes)(const moe_expert *expert);
+    /* `batch` and all it points to stay in place until done. */
     void (*ffn_submit)(moe_backend *b, const moe_ffn_batch *batch, moe_job *job);
 } moe_backend_ops;
 

@@ -1,15 +1,11 @@
 /* One table of operations, run over every CPU implementation: cpu-ref against double-precision mathematics written here, and
  * each instruction path of `cpu` against cpu-ref, within the bounds of the row, with guards around outputs, NaN and infinity. */
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
-/* cmocka.h needs the four above */
-#include <cmocka.h>
 
 #include "common/random.h"
 #include "cpu/cpu.h"
+#include "tests/support/test.h"
 
 #define GUARD 64 /* floats on each side of an output */
 #define GUARD_VALUE 12345.678f
