@@ -148,7 +148,8 @@ void moe_server_on_request(moe_rpc *rpc, const moe_event *event, const Moesaic__
     ProtobufCMessage *request = NULL;
     moe_status status = admit(rpc, event, envelope->method, &row, &err);
     if (status == MOE_OK) {
-        MOE_ASSERT(moe_method_find(row->method, &method));
+        bool known = moe_method_find(row->method, &method);
+        MOE_ASSERT(known); /* moe_rpc_new checked the table */
         status = moe_wire_unpack(method.request, envelope->body.data, envelope->body.len, &request, &err);
         if (status != MOE_OK) moe_metric_add(MOE_METRIC_BAD_MESSAGES, 1);
     }
