@@ -17,5 +17,6 @@ moe_status moe_chat_template_parse(const char *source, moe_chat_template **out, 
 void moe_chat_template_free(moe_chat_template **chat_template); /* NULLs; idempotent */
 
 /* Renders with `variables`, a JSON object: messages, add_generation_prompt, tools, …; the special-token texts are added to it
- * where it lacks them. What raise_exception says becomes INVALID_ARGUMENT. Bounded: output bytes, steps, recursion. */
+ * where it lacks them, and null as `tools` and `documents`, as transformers does. INVALID_ARGUMENT: what raise_exception says, other
+ * errors of the template, and too large a rendering (output bytes, memory, steps and recursion are bounded). */
 moe_status moe_chat_template_render(const moe_chat_template *chat_template, json_t *variables, moe_buf *out, moe_error *err);
