@@ -233,6 +233,12 @@ static void test_overflow(void **state) {
     assert_int_equal(moe_forward_decode(&s.header, s.payload, 3, &large, &call, &scratch, NULL), MOE_INVALID_ARGUMENT);
     s.payload[0].size = (size_t)(uint32_t)(MOE_FORWARD_MAX_ROWS * UINT64_C(0x7fffffff) * 4); /* the product cut to 32 bits */
     assert_int_equal(moe_forward_decode(&s.header, s.payload, 3, &large, &call, &scratch, NULL), MOE_INVALID_ARGUMENT);
+    Moesaic__V1__ForwardResponse response = MOESAIC__V1__FORWARD_RESPONSE__INIT;
+    response.dtype = MOESAIC__V1__DTYPE__FLOAT32, response.rows = INT32_MAX, response.width = INT32_MAX;
+    moe_frame frame = {"", 0}; /* 2^31-1 squared, times 4, cut to 64 bits is not 0, but near */
+    moe_rpc_reply reply = {.message = "", .body = (ProtobufCMessage *)&response, .payload = &frame, .num_payload = 1};
+    moe_forward_result result;
+    assert_int_equal(moe_forward_decode_reply(&reply, INT32_MAX, INT32_MAX, 0, &result, NULL), MOE_DATA_LOSS);
 }
 
 /* Any change of a byte, in frames of exactly the size that they had: never a read beyond, never a crash, a value or an error. */

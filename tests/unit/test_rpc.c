@@ -811,6 +811,49 @@ static void test_config_checked(void **state) {
     moe_alloc_fail_after(0);
 }
 
+static void test_tables_full(void **state) {
+    rig *r = *state;
+    greet_link(r);
+    greet_accepted(r, PEER + 1, MOE_ROLE_LOCAL, "router");
+    for (int i = 0; i < MOE_RPC_MAX_CALLS; i++) {
+        assert_int_equal(start_check(r, PEER, MOE_NS_PER_S, NULL), MOE_OK);
+        stub_forget(&r->stub);
+        r->num_held = 0; /* the rpc frees them */
+        say_request(r, PEER + 1, MOE_ROLE_LOCAL, (uint64_t)i, CHECK, 1000 + (uint64_t)i);
+    }
+    assert_int_equal(start_check(r, PEER, MOE_NS_PER_S, NULL), MOE_RESOURCE_EXHAUSTED);
+    say_request(r, PEER + 1, MOE_ROLE_LOCAL, UINT64_MAX, CHECK, 0);
+    assert_int_equal(sent(r, 0, PEER + 1)->status, MOE_RESOURCE_EXHAUSTED);
+    assert_int_equal(r->requests, MOE_RPC_MAX_CALLS);
+    advance(r, 1500 * MOE_NS_PER_US); /* some of the served calls expire, the others' deadlines stay in force */
+    assert_int_equal(r->cancels, 501);
+    assert_true(moe_rpc_next_deadline_ns(r->rpc) == r->clock.fake_now_ns + MOE_NS_PER_US);
+    advance(r, MOE_NS_PER_S);
+    assert_int_equal(r->cancels, MOE_RPC_MAX_CALLS);
+    assert_int_equal(r->replies, MOE_RPC_MAX_CALLS);
+}
+
+static void test_hello_without_means(void **state) {
+    rig *r = *state;
+    r->stub.send_status = MOE_RESOURCE_EXHAUSTED; /* the first hello does not get out: repeated */
+    event(r, MOE_EVENT_PEER_UP, PEER, LINK);
+    r->stub.send_status = MOE_OK;
+    assert_int_equal(r->stub.num_sent, 0);
+    advance(r, MOE_RPC_HELLO_INTERVAL_NS);
+    assert_int_equal(sent(r, 0, PEER)->kind, KIND(HELLO));
+    stub_feed(&r->stub, &(moe_event){.kind = MOE_EVENT_PEER_UP, .peer = PEER + 1, .link = LINK + 1});
+    moe_alloc_fail_after(1);
+    step(r);
+    moe_alloc_fail_after(0);
+    assert_int_equal(r->stub.num_sent, 1);
+    say_hello(r, PEER + 1, LINK + 1, MOE_ROLE_LOCAL, "worker", 1, MOE_PROTOCOL_VERSION);
+    assert_null(moe_rpc_peer_of_link(r->rpc, LINK + 1));
+    r->stub.send_status = MOE_UNAVAILABLE; /* a refusal that finds its peer gone */
+    int64_t dropped = moe_metric_value(MOE_METRIC_REPLIES_DROPPED);
+    say_request(r, PEER + 9, MOE_ROLE_LOCAL, 1, CHECK, 0);
+    assert_int_equal(moe_metric_value(MOE_METRIC_REPLIES_DROPPED) - dropped, 1);
+}
+
 /* Every allocation of a whole conversation fails in turn: each call still ends at most once and nothing leaks or crashes. */
 static void test_every_allocation_fails(void **state) {
     rig *r = *state;
@@ -872,6 +915,8 @@ int main(void) {
         T(test_damaged_replies),
         T(test_ping_and_progress),
         T(test_config_checked),
+        T(test_tables_full),
+        T(test_hello_without_means),
         T(test_every_allocation_fails),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

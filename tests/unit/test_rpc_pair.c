@@ -16,7 +16,9 @@
 #include "common/log.h"
 #include "common/metrics.h"
 #include "common/random.h"
+#include "common/zmq/zmq_transport.h"
 #include "proto/rpc.h"
+#include "tests/support/temp_dir.h"
 
 #define CHECK "/moesaic.v1.Health/Check"
 #define TOKENIZE "/moesaic.v1.InferenceService/Tokenize"
@@ -115,7 +117,10 @@ static void generate(void *ctx, moe_rpc_call *call, const ProtobufCMessage *requ
 static const moe_rpc_method methods[] = {{CHECK, hold, 0}, {TOKENIZE, echo, 0}, {GENERATE, generate, 0}, {0}};
 
 static void node_open(world *w, node *n, const moe_clock *clock, const char *id, uint64_t incarnation) {
-    assert_int_equal(moe_inproc_open(w->hub, &n->transport, NULL), MOE_OK);
+    if (w->hub)
+        assert_int_equal(moe_inproc_open(w->hub, &n->transport, NULL), MOE_OK);
+    else
+        assert_int_equal(moe_zmq_open(&(moe_zmq_config){.clock = clock}, &n->transport, NULL), MOE_OK);
     moe_rpc_config config = {.transport = n->transport,
                              .clock = clock,
                              .hello = {.cluster_uuid = "c", .role = "x", .id = id, .profile = "", .incarnation = incarnation},
@@ -133,9 +138,9 @@ static void node_close(node *n) {
     *n = (node){0};
 }
 
-static void listen_at(node *n) {
+static void listen_at(node *n, const char *endpoint) {
     char bound[MOE_ENDPOINT_BYTES];
-    assert_int_equal(n->transport->ops->listen(n->transport, ENDPOINT, bound, NULL), MOE_OK);
+    assert_int_equal(n->transport->ops->listen(n->transport, endpoint, bound, NULL), MOE_OK);
 }
 
 static int setup(void **state) {
@@ -146,7 +151,7 @@ static int setup(void **state) {
     assert_int_equal(moe_inproc_hub_new(&w->clock, 42, &w->hub, NULL), MOE_OK);
     node_open(w, &w->server, &w->clock, "server", 1001);
     node_open(w, &w->client, &w->clock, "client", 2001);
-    listen_at(&w->server);
+    listen_at(&w->server, ENDPOINT);
     assert_int_equal(moe_rpc_connect(w->client.rpc, ENDPOINT, &w->client.link, NULL), MOE_OK);
     return 0;
 }
@@ -314,7 +319,7 @@ static void test_server_restart(void **state) {
     assert_int_equal(w->client.downs, 1);
     assert_int_equal(start_echo(w, old, &after, MOE_NS_PER_S), MOE_UNAVAILABLE);
     node_open(w, &w->server, &w->clock, "server", 1002);
-    listen_at(&w->server);
+    listen_at(&w->server, ENDPOINT);
     run_for(w, 100 * MOE_NS_PER_MS);
     assert_int_equal(w->client.ups, 2);
     moe_peer successor = server_peer(w);
@@ -428,19 +433,17 @@ static void *serve(void *arg) {
     return NULL;
 }
 
-static void test_threads(void **state) {
-    (void)state;
+/* Calls between two threads over the transports of `w`: a hub, or zmq where there is none. */
+static void call_across_threads(world w, const char *endpoint) {
     enum { CALLS = 2000, WINDOW = 64 };
-    world w = {0};
     server_thread server = {0};
     pthread_t thread;
     static outcome outcomes[CALLS];
     memset(outcomes, 0, sizeof outcomes);
-    assert_int_equal(moe_inproc_hub_new(moe_clock_real(), 1, &w.hub, NULL), MOE_OK);
     node_open(&w, &server.node, moe_clock_real(), "server", 1);
     node_open(&w, &w.client, moe_clock_real(), "client", 2);
-    listen_at(&server.node);
-    assert_int_equal(moe_rpc_connect(w.client.rpc, ENDPOINT, &w.client.link, NULL), MOE_OK);
+    listen_at(&server.node, endpoint);
+    assert_int_equal(moe_rpc_connect(w.client.rpc, endpoint, &w.client.link, NULL), MOE_OK);
     assert_int_equal(pthread_create(&thread, NULL, serve, &server), 0);
     int started = 0, ended = 0;
     for (int round = 0; round < MAX_ROUNDS && ended < CALLS; round++) {
@@ -461,7 +464,24 @@ static void test_threads(void **state) {
     assert_int_equal(server.node.requests, CALLS);
     node_close(&w.client);
     node_close(&server.node);
+}
+
+static void test_threads_over_inproc(void **state) {
+    (void)state;
+    world w = {0};
+    assert_int_equal(moe_inproc_hub_new(moe_clock_real(), 1, &w.hub, NULL), MOE_OK);
+    call_across_threads(w, ENDPOINT);
     moe_inproc_hub_free(&w.hub);
+}
+
+static void test_threads_over_ipc(void **state) {
+    (void)state;
+    if (getenv("MOESAIC_TEST_INPROC_ONLY")) skip(); /* libzmq is not built for the thread sanitizer */
+    moe_test_dir dir = moe_test_dir_new();
+    char endpoint[sizeof dir.path + 16];
+    snprintf(endpoint, sizeof endpoint, "ipc://%s/server", dir.path);
+    call_across_threads((world){0}, endpoint);
+    moe_test_dir_free(&dir);
 }
 
 int main(void) {
@@ -477,7 +497,8 @@ int main(void) {
         T(test_refused),
         T(test_full_queue),
         T(test_faults),
-        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_threads_over_inproc),
+        cmocka_unit_test(test_threads_over_ipc),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
