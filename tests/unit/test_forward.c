@@ -215,6 +215,18 @@ static void test_not_finite(void **state) {
     SPOIL(MOE_OK, EXACT, s.weights[0] = NAN); /* not sent in exact mode */
 }
 
+static void test_more_assignments_than_top_k(void **state) {
+    (void)state;
+    moe_forward_limits top1 = limits;
+    top1.top_k = 1;
+    sample s;
+    moe_forward_call call;
+    void *scratch;
+    sample_init(&s, EXACT); /* 5 assignments of 3 rows */
+    assert_int_equal(moe_forward_decode(&s.header, s.payload, 3, &top1, &call, &scratch, NULL), MOE_INVALID_ARGUMENT);
+    assert_null(scratch);
+}
+
 /* Overflowing products with a receiver whose own limits are as large as they get. */
 static void test_overflow(void **state) {
     (void)state;
@@ -484,10 +496,13 @@ static void test_over_the_wire(void **state) {
 int main(void) {
     moe_log_init(MOE_LOG_OFF, "test");
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_decode_valid),  cmocka_unit_test(test_decode_unaligned), cmocka_unit_test(test_identity),
-        cmocka_unit_test(test_header_fields), cmocka_unit_test(test_frames),           cmocka_unit_test(test_assignments),
-        cmocka_unit_test(test_not_finite),    cmocka_unit_test(test_overflow),         cmocka_unit_test(test_mutations),
-        cmocka_unit_test(test_reply),         cmocka_unit_test(test_spoiled_replies),  cmocka_unit_test(test_over_the_wire),
+        cmocka_unit_test(test_decode_valid),  cmocka_unit_test(test_decode_unaligned),
+        cmocka_unit_test(test_identity),      cmocka_unit_test(test_header_fields),
+        cmocka_unit_test(test_frames),        cmocka_unit_test(test_assignments),
+        cmocka_unit_test(test_not_finite),    cmocka_unit_test(test_more_assignments_than_top_k),
+        cmocka_unit_test(test_overflow),      cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_reply),         cmocka_unit_test(test_spoiled_replies),
+        cmocka_unit_test(test_over_the_wire),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

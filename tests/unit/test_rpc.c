@@ -462,6 +462,9 @@ static void test_served_deadline_and_cancel(void **state) {
     assert_int_equal(r->cancels, 1);
     advance(r, MOE_NS_PER_S);
     assert_int_equal(r->cancels, 1);
+    Moesaic__V1__Envelope late = envelope_of(KIND(CANCEL), 1); /* of a call that is cancelled and not yet answered */
+    say(r, PEER, 0, MOE_ROLE_LOCAL, &late, NULL);
+    assert_int_equal(r->cancels, 1);
     answer_health(call);
     assert_int_equal(r->stub.num_sent, 0);
 
@@ -763,9 +766,11 @@ static void test_ping_and_progress(void **state) {
     uint64_t id;
     assert_int_equal(start_check(r, PEER, MOE_NS_PER_S, &id), MOE_OK);
     assert_true(moe_rpc_next_deadline_ns(r->rpc) == r->clock.fake_now_ns + MOE_RPC_PING_INTERVAL_NS);
-    stub_forget(&r->stub);
     advance(r, MOE_RPC_PING_INTERVAL_NS - 1);
-    assert_int_equal(r->stub.num_sent, 0);
+    uint64_t second; /* a call in between does not put the ping off */
+    assert_int_equal(start_check(r, PEER, MOE_NS_PER_S, &second), MOE_OK);
+    moe_rpc_cancel(r->rpc, second);
+    stub_forget(&r->stub);
     advance(r, 1);
     assert_int_equal(sent(r, 0, PEER)->kind, KIND(PING));
     advance(r, MOE_RPC_PING_INTERVAL_NS);
@@ -809,6 +814,22 @@ static void test_config_checked(void **state) {
         assert_null(rpc);
     }
     moe_alloc_fail_after(0);
+}
+
+/* A restarted process counts its calls from elsewhere, so that no answer meant for the process before it finds a call. */
+static void test_call_ids_differ_between_incarnations(void **state) {
+    rig *r = *state;
+    uint64_t first, second;
+    greet_link(r);
+    assert_int_equal(start_check(r, PEER, MOE_NS_PER_S, &first), MOE_OK);
+    moe_rpc_free(&r->rpc);
+    moe_rpc_config config = config_of(r);
+    config.hello.incarnation++;
+    assert_int_equal(moe_rpc_new(&config, &r->rpc, NULL), MOE_OK);
+    r->ups = 0;
+    greet_link(r);
+    assert_int_equal(start_check(r, PEER, MOE_NS_PER_S, &second), MOE_OK);
+    assert_true((first > second ? first - second : second - first) > 1000 * 1000);
 }
 
 static void test_tables_full(void **state) {
@@ -915,6 +936,7 @@ int main(void) {
         T(test_damaged_replies),
         T(test_ping_and_progress),
         T(test_config_checked),
+        T(test_call_ids_differ_between_incarnations),
         T(test_tables_full),
         T(test_hello_without_means),
         T(test_every_allocation_fails),

@@ -267,6 +267,10 @@ static void test_envelope(void **state) {
     frames[1].size = 4;
     assert_int_equal(moe_envelope_open(frames, 3, &envelope, NULL), MOE_DATA_LOSS);
     pack_data_call(&buffers, frames);
+    frames[2] = (moe_frame){(const uint8_t *)frames[1].data + 4, 1}; /* the same bytes and CRC, divided elsewhere */
+    frames[1].size = 4;
+    assert_int_equal(moe_envelope_open(frames, 3, &envelope, NULL), MOE_DATA_LOSS);
+    pack_data_call(&buffers, frames);
     assert_int_equal(moe_envelope_open(frames, 2, &envelope, NULL), MOE_DATA_LOSS); /* a frame is missing */
     assert_int_equal(moe_envelope_open(frames, 1, &envelope, NULL), MOE_DATA_LOSS);
     frames[3] = frames[2];
