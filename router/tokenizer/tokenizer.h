@@ -21,8 +21,8 @@ int32_t moe_tokenizer_vocab(const moe_tokenizer *tokenizer); /* highest id + 1 *
 
 /* Encodes `size` bytes of UTF-8 (ill-formed bytes are replaced by U+FFFD first, as the reference does). Special tokens written
  * in the text are recognised. `add_special`: run the post-processor (bos and the like). Caller owns out->ids. */
-moe_status moe_tokenizer_encode(const moe_tokenizer *tokenizer, const char *text, size_t size, bool add_special, moe_token_ids *out,
-                                moe_error *err);
+moe_status moe_tokenizer_encode(const moe_tokenizer *tokenizer, const char *text, size_t size, bool add_special,
+                                moe_token_ids *out, moe_error *err);
 
 /* The id of a token by its exact text ("<|im_end|>"), or -1. */
 int32_t moe_tokenizer_id_of(const moe_tokenizer *tokenizer, const char *token);
@@ -40,8 +40,8 @@ void moe_tokenizer_decode(const moe_tokenizer *tokenizer, const int32_t *ids, in
 typedef struct moe_detokenizer {
     const moe_tokenizer *tokenizer;
     bool skip_special;
-    bool started;            /* something was fed: decoders that strip a leading space look at it */
-    unsigned char held[4];   /* bytes of an unfinished character */
+    bool started;          /* something was fed: decoders that strip a leading space look at it */
+    unsigned char held[4]; /* bytes of an unfinished character */
     int num_held;
 } moe_detokenizer;
 

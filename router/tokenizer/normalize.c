@@ -1,0 +1,162 @@
+#include "router/tokenizer/normalize.h"
+
+#include <string.h>
+#include <utf8proc.h>
+
+#include "common/alloc.h"
+#include "router/tokenizer/json_read.h"
+#include "router/tokenizer/unicode.h"
+#include "router/tokenizer/utf8.h"
+
+typedef struct normalizer_row {
+    const char *type;
+    moe_status (*load)(const json_t *json, moe_normalizer *out, moe_error *err);
+} normalizer_row;
+
+static moe_status add_step(moe_normalizer *normalizer, moe_normalizer_step step, moe_error *err) {
+    if (normalizer->num_steps == MOE_NORMALIZER_MAX_STEPS)
+        return moe_fail(err, MOE_UNIMPLEMENTED, "a normalizer of more than %d steps", MOE_NORMALIZER_MAX_STEPS);
+    normalizer->steps[normalizer->num_steps++] = step;
+    return MOE_OK;
+}
+
+static moe_status load_form(const json_t *json, moe_normalizer *out, moe_error *err) {
+    const char *type = moe_json_type(json);
+    int form = UTF8PROC_STABLE;
+    form |= type[2] == 'C' || type[3] == 'C' ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
+    if (type[2] == 'K') form |= UTF8PROC_COMPAT;
+    return add_step(out, (moe_normalizer_step){.kind = MOE_NORMALIZE_FORM, .form = form}, err);
+}
+
+static moe_status load_text_step(moe_normalizer_step step, const json_t *json, const char *key, moe_normalizer *out,
+                                 moe_error *err) {
+    const char *text = NULL;
+    moe_status status = moe_json_text(json, key, &text, err);
+    if (status == MOE_OK && !text) status = moe_fail(err, MOE_INVALID_ARGUMENT, "'%s' is missing", key);
+    if (status == MOE_OK && !(step.text = moe_strdup(text))) status = moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    if (status == MOE_OK) status = add_step(out, step, err);
+    if (status != MOE_OK) {
+        moe_free(step.text);
+        moe_regex_free(&step.pattern);
+    }
+    return status;
+}
+
+static moe_status load_prepend(const json_t *json, moe_normalizer *out, moe_error *err) {
+    return load_text_step((moe_normalizer_step){.kind = MOE_NORMALIZE_PREPEND}, json, "prepend", out, err);
+}
+
+static moe_status load_replace(const json_t *json, moe_normalizer *out, moe_error *err) {
+    moe_normalizer_step step = {.kind = MOE_NORMALIZE_REPLACE};
+    const char *pattern;
+    size_t size;
+    bool literal;
+    moe_status status = moe_json_pattern(json, &pattern, &size, &literal, err);
+    if (status == MOE_OK) status = moe_regex_compile(pattern, size, literal, &step.pattern, err);
+    return status == MOE_OK ? load_text_step(step, json, "content", out, err) : status;
+}
+
+static moe_status load_any(const json_t *json, moe_normalizer *out, moe_error *err);
+
+static moe_status load_sequence(const json_t *json, moe_normalizer *out, moe_error *err) {
+    const json_t *parts = json_object_get(json, "normalizers"), *part;
+    if (!json_is_array(parts)) return moe_fail(err, MOE_INVALID_ARGUMENT, "'normalizers' is not an array");
+    size_t i;
+    json_array_foreach((json_t *)parts, i, part) {
+        if (strcmp(moe_json_type(part), "Sequence") == 0)
+            return moe_fail(err, MOE_UNIMPLEMENTED, "a Sequence inside a Sequence is not supported");
+        moe_status status = load_any(part, out, err);
+        if (status != MOE_OK) return status;
+    }
+    return MOE_OK;
+}
+
+static moe_status load_any(const json_t *json, moe_normalizer *out, moe_error *err) {
+    static const normalizer_row rows[] = {{"NFC", load_form},         {"NFD", load_form},        {"NFKC", load_form},
+                                          {"NFKD", load_form},        {"Prepend", load_prepend}, {"Replace", load_replace},
+                                          {"Sequence", load_sequence}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (strcmp(rows[i].type, moe_json_type(json)) == 0) return rows[i].load(json, out, err);
+    return moe_fail(err, MOE_UNIMPLEMENTED, "type '%s' is not supported", moe_json_type(json));
+}
+
+moe_status moe_normalizer_load(const json_t *json, moe_normalizer *out, moe_error *err) {
+    moe_status status = !json || json_is_null(json) ? MOE_OK : load_any(json, out, err);
+    if (status == MOE_OK) return MOE_OK;
+    moe_normalizer_free(out);
+    return moe_fail_prefix(err, status, "normalizer");
+}
+
+void moe_normalizer_free(moe_normalizer *normalizer) {
+    for (int i = 0; i < normalizer->num_steps; i++) {
+        moe_regex_free(&normalizer->steps[i].pattern);
+        moe_free(normalizer->steps[i].text);
+    }
+    *normalizer = (moe_normalizer){0};
+}
+
+static moe_status check_combining_runs(const char *text, size_t size, moe_error *err) {
+    int run = 0;
+    for (size_t at = 0; at < size; at += moe_utf8_size((unsigned char)text[at])) {
+        run = moe_combining_class(moe_utf8_code_point(text + at)) ? run + 1 : 0;
+        if (run > MOE_MAX_COMBINING_RUN)
+            return moe_fail(err, MOE_INVALID_ARGUMENT, "the text has more than %d combining marks in a row before byte %zu",
+                            MOE_MAX_COMBINING_RUN, at);
+    }
+    return MOE_OK;
+}
+
+static bool is_ascii(const char *text, size_t size) {
+    for (size_t i = 0; i < size; i++)
+        if ((unsigned char)text[i] >= 0x80) return false;
+    return true;
+}
+
+/* The Unicode normalization forms leave ASCII alone. */
+static moe_status apply_form(int form, const char *text, size_t size, moe_buf *out, moe_error *err) {
+    if (is_ascii(text, size)) {
+        moe_buf_append(out, text, size);
+        return MOE_OK;
+    }
+    moe_status status = check_combining_runs(text, size, err);
+    if (status != MOE_OK) return status;
+    const utf8proc_uint8_t *bytes = (const utf8proc_uint8_t *)text;
+    utf8proc_ssize_t length = utf8proc_decompose(bytes, (utf8proc_ssize_t)size, NULL, 0, (utf8proc_option_t)form);
+    utf8proc_int32_t *points =
+        length < 0 ? NULL : moe_calloc((size_t)length + 1, sizeof *points); /* + 1: reencode ends it by 0 */
+    if (!points) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory normalizing %zu bytes of text", size);
+    length = utf8proc_decompose(bytes, (utf8proc_ssize_t)size, points, length, (utf8proc_option_t)form);
+    if (length >= 0) length = utf8proc_reencode(points, length, (utf8proc_option_t)form);
+    if (length >= 0)
+        moe_buf_append(out, points, (size_t)length);
+    else
+        status = moe_fail(err, MOE_INTERNAL, "normalizing: %s", utf8proc_errmsg(length));
+    moe_free(points);
+    return status;
+}
+
+static moe_status apply_step(const moe_normalizer_step *step, moe_regex_scratch *scratch, const char *text, size_t size,
+                             moe_buf *out, moe_error *err) {
+    if (step->kind == MOE_NORMALIZE_FORM) return apply_form(step->form, text, size, out, err);
+    if (step->kind == MOE_NORMALIZE_REPLACE) return moe_regex_replace(step->pattern, scratch, text, size, step->text, out, err);
+    if (size) moe_buf_append_text(out, step->text);
+    moe_buf_append(out, text, size);
+    return MOE_OK;
+}
+
+moe_status moe_normalize(const moe_normalizer *normalizer, moe_regex_scratch *scratch, const char *text, size_t size,
+                         moe_buf *out, moe_buf *spare, moe_error *err) {
+    moe_buf_clear(out);
+    moe_buf_append(out, text, size);
+    for (int i = 0; i < normalizer->num_steps; i++) {
+        moe_buf_clear(spare);
+        moe_status status = apply_step(&normalizer->steps[i], scratch, moe_buf_text(out), out->size, spare, err);
+        if (status != MOE_OK) return status;
+        if (out->failed || spare->failed)
+            return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory normalizing %zu bytes", size);
+        moe_buf swap = *out;
+        *out = *spare;
+        *spare = swap;
+    }
+    return out->failed ? moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory normalizing %zu bytes", size) : MOE_OK;
+}
