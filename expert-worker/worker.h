@@ -1,5 +1,5 @@
-/* An expert worker: holds experts, computes Forward calls. A single-threaded loop (`step`) over its own transport; compute runs in
- * the backend and completes through the transport's wake. */
+/* An expert worker: holds experts, computes Forward calls. A single-threaded loop (`step`) over its own transport; compute runs
+ * in the backend and completes through the transport's wake. */
 #pragma once
 #include "common/backend.h"
 #include "proto/rpc.h"
@@ -7,23 +7,26 @@
 typedef struct moe_worker moe_worker;
 
 typedef struct moe_worker_config {
-    const moe_model *model;    /* borrowed */
-    moe_backend *backend;      /* borrowed; not shared with a router's engine in the same process unless it is thread-safe to submit */
-    moe_transport *transport;  /* borrowed; already listening */
+    const moe_model *model; /* borrowed */
+    moe_backend *backend; /* borrowed; not shared with a router's engine in the same process unless it is thread-safe to submit */
+    moe_transport *transport; /* borrowed; already listening */
     const moe_clock *clock;
     const char *cluster_uuid, *id;
     uint64_t incarnation;
     int32_t max_queued_calls; /* more are refused with RESOURCE_EXHAUSTED */
-    int32_t max_batch_rows;   /* assignments computed in one batch */
+    int32_t max_batch_rows;   /* assignments of calls merged into one batch; a call with more is a batch of its own */
 } moe_worker_config;
 
+/* A worker that holds no experts yet. INVALID_ARGUMENT (limits below 1), RESOURCE_EXHAUSTED. */
 moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe_error *err);
-void moe_worker_free(moe_worker **worker); /* waits for the running batch; NULLs; idempotent */
+/* Stops, waits for the running batch and answers it, answers what is queued with UNAVAILABLE; NULLs; idempotent. */
+void moe_worker_free(moe_worker **worker);
 
-/* Handles what arrived, starts and finishes batches; waits at most until deadline_ns when idle. */
+/* Handles what arrived, starts and finishes batches, loads some of the experts asked for; waits at most until deadline_ns when
+ * idle. Fails only where the transport does. */
 moe_status moe_worker_step(moe_worker *worker, int64_t deadline_ns, moe_error *err);
-moe_status moe_worker_start(moe_worker *worker, moe_error *err); /* step in a thread of its own */
-void moe_worker_stop(moe_worker *worker);
+moe_status moe_worker_start(moe_worker *worker, moe_error *err); /* step in a thread of its own; RESOURCE_EXHAUSTED */
+void moe_worker_stop(moe_worker *worker);                        /* joins that thread; idempotent */
 
 /* What the registry publishes; any thread. */
 typedef struct moe_worker_view {

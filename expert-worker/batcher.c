@@ -1,0 +1,226 @@
+#include "expert-worker/batcher.h"
+
+#include <stdio.h>
+
+#include "common/alloc.h"
+#include "common/metrics.h"
+
+moe_status moe_batcher_init(moe_batcher *b, const moe_batcher_config *config, moe_error *err) {
+    int32_t num_experts = config->shard->model->config.num_experts;
+    *b = (moe_batcher){.config = *config, .next = 1};
+    TAILQ_INIT(&b->queue);
+    pthread_mutex_init(&b->mutex, NULL);
+    pthread_cond_init(&b->ended, NULL);
+    moe_status status = moe_batch_init(&b->batches[0], num_experts, err);
+    if (status == MOE_OK) status = moe_batch_init(&b->batches[1], num_experts, err);
+    if (status != MOE_OK) moe_batcher_close(b);
+    return status;
+}
+
+static void finish(moe_batcher *b, moe_work *w) {
+    b->calls++;
+    b->config.answer(b->config.ctx, w);
+    moe_work_free(w, b->config.shard);
+}
+
+static void fail(moe_batcher *b, moe_work *w, moe_status status, const char *message) {
+    w->status = status;
+    snprintf(w->message, sizeof w->message, "%s", message);
+    finish(b, w);
+}
+
+static void take_from_queue(moe_batcher *b, moe_work *w) {
+    TAILQ_REMOVE(&b->queue, w, link);
+    w->queued = false;
+}
+
+static bool is_dead(const moe_batcher *b, const moe_work *w) {
+    return w->call->cancelled || w->call->deadline_ns <= moe_now_ns(b->config.clock);
+}
+
+/* A call that was never computed ends because nobody waits for it. */
+static void bury(moe_batcher *b, moe_work *w) {
+    b->num_queued--;
+    if (w->call->deadline_ns <= moe_now_ns(b->config.clock)) {
+        b->expired++;
+        moe_metric_add(MOE_METRIC_WORKER_EXPIRED, 1);
+        fail(b, w, MOE_DEADLINE_EXCEEDED, "the deadline passed before the computation began");
+    } else {
+        fail(b, w, MOE_CANCELLED, "cancelled by the caller");
+    }
+}
+
+static void on_cancel(moe_rpc_call *call) {
+    moe_work *w = call->owner;
+    if (!w->queued) return;
+    take_from_queue(w->batcher, w);
+    bury(w->batcher, w);
+}
+
+moe_status moe_batcher_add(moe_batcher *b, const moe_forward_call *decoded, moe_rpc_call *call, moe_error *err) {
+    if (b->num_queued >= b->config.max_queued_calls)
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%d calls are queued, the most that this worker takes", b->num_queued);
+    moe_work *w = moe_work_new(decoded, call, b->config.shard, moe_now_ns(b->config.clock));
+    if (!w) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a call of %d rows", decoded->rows);
+    call->owner = w;
+    call->on_cancel = on_cancel;
+    w->batcher = b;
+    w->queued = true;
+    TAILQ_INSERT_TAIL(&b->queue, w, link);
+    b->num_queued++;
+    return MOE_OK;
+}
+
+static void on_job_done(moe_job *job) {
+    moe_batcher *b = job->owner;
+    /* The wake is inside the lock, so that whoever sees job_done may free batcher and transport. */
+    pthread_mutex_lock(&b->mutex);
+    b->job_done = true;
+    b->config.transport->ops->wake(b->config.transport);
+    pthread_cond_signal(&b->ended);
+    pthread_mutex_unlock(&b->mutex);
+}
+
+static bool job_done(moe_batcher *b) {
+    pthread_mutex_lock(&b->mutex);
+    bool done = b->job_done;
+    pthread_mutex_unlock(&b->mutex);
+    return done;
+}
+
+/* Moves what fits from the queue into the next batch, in order: the first alike call that is too large ends it. */
+static void fill_next(moe_batcher *b) {
+    moe_batch *next = &b->batches[b->next];
+    moe_work *w, *following;
+    for (w = TAILQ_FIRST(&b->queue); w && next->assignments < b->config.max_batch_rows; w = following) {
+        following = TAILQ_NEXT(w, link);
+        if (is_dead(b, w)) {
+            take_from_queue(b, w);
+            bury(b, w);
+        } else if (moe_batch_fits(next, w, b->config.max_batch_rows)) {
+            take_from_queue(b, w);
+            moe_batch_add(next, w);
+        } else if (moe_batch_fits(next, w, INT32_MAX)) {
+            return;
+        }
+    }
+}
+
+static void remove_dead(moe_batcher *b, moe_batch *batch) {
+    moe_work *w, *following;
+    for (w = TAILQ_FIRST(&batch->works); w; w = following) {
+        following = TAILQ_NEXT(w, link);
+        if (!is_dead(b, w)) continue;
+        moe_batch_remove(batch, w);
+        bury(b, w);
+    }
+}
+
+/* Ends all calls of a batch with its outcome. */
+static void answer_batch(moe_batcher *b, moe_batch *batch, moe_status status, const char *message) {
+    moe_work *w;
+    while ((w = TAILQ_FIRST(&batch->works))) {
+        moe_batch_remove(batch, w);
+        w->compute_ns = b->job.compute_ns;
+        if (status == MOE_OK) moe_work_check_finite(w, b->config.shard->model->config.hidden);
+        if (status == MOE_OK)
+            finish(b, w);
+        else
+            fail(b, w, status, message);
+    }
+    moe_batch_trim(batch);
+}
+
+static void assemble_next(moe_batcher *b) {
+    moe_error err;
+    moe_batch *next = &b->batches[b->next];
+    if (moe_batch_empty(next) || next->assembled) return;
+    if (moe_batch_assemble(next, b->config.shard, &err) == MOE_OK) return;
+    b->num_queued -= next->num_works;
+    answer_batch(b, next, err.code, err.message);
+}
+
+static void observe_start(moe_batcher *b, const moe_batch *batch) {
+    int64_t now_ns = moe_now_ns(b->config.clock);
+    moe_work *w;
+    TAILQ_FOREACH(w, &batch->works, link) {
+        w->started_ns = now_ns;
+        moe_metric_observe_ns(MOE_METRIC_WORKER_QUEUE, now_ns - w->arrived_ns);
+    }
+    moe_metric_observe_count(MOE_METRIC_WORKER_BATCH_ROWS, batch->assignments);
+    moe_metric_observe_count(MOE_METRIC_WORKER_BATCH_EXPERTS, batch->ffn.num_groups);
+    moe_metric_add(MOE_METRIC_WORKER_ROWS, batch->assignments);
+    b->rows += (uint64_t)batch->assignments;
+}
+
+static void start_next(moe_batcher *b) {
+    moe_batch *next = &b->batches[b->next];
+    remove_dead(b, next);
+    assemble_next(b);
+    if (moe_batch_empty(next)) return;
+    b->num_queued -= next->num_works;
+    b->running = b->next;
+    b->next = 1 - b->running;
+    b->busy = true;
+    b->job_done = false; /* no job, so no other thread */
+    b->job.done = on_job_done;
+    b->job.owner = b;
+    b->job.compute_ns = 0;
+    atomic_store(&b->job.progress, 0);
+    observe_start(b, next);
+    b->config.backend->ops->ffn_submit(b->config.backend, &next->ffn, &b->job);
+}
+
+static void end_running(moe_batcher *b) {
+    moe_error err;
+    moe_batch *batch = &b->batches[b->running];
+    moe_status status = b->job.status;
+    b->busy = false;
+    b->ticks += atomic_load(&b->job.progress);
+    b->compute_ns += (uint64_t)b->job.compute_ns;
+    moe_work *w;
+    TAILQ_FOREACH(w, &batch->works, link) moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, b->job.compute_ns);
+    if (status != MOE_OK) {
+        answer_batch(b, batch, status, b->job.message);
+        return;
+    }
+    status = moe_batch_deliver(batch, b->config.shard->model->config.hidden, &err);
+    answer_batch(b, batch, status, status == MOE_OK ? "" : err.message);
+}
+
+bool moe_batcher_turn(moe_batcher *b) {
+    if (b->busy && job_done(b)) end_running(b);
+    fill_next(b);
+    if (b->busy) {
+        assemble_next(b);
+        return false;
+    }
+    start_next(b);
+    return b->busy ? job_done(b) : b->num_queued > 0;
+}
+
+uint64_t moe_batcher_progress(const moe_batcher *b) {
+    return b->calls + b->ticks + (b->busy ? atomic_load(&b->job.progress) : 0);
+}
+
+static void wait_for_job(moe_batcher *b) {
+    pthread_mutex_lock(&b->mutex);
+    while (!b->job_done) pthread_cond_wait(&b->ended, &b->mutex);
+    pthread_mutex_unlock(&b->mutex);
+}
+
+void moe_batcher_close(moe_batcher *b) {
+    if (b->busy) {
+        wait_for_job(b);
+        end_running(b);
+    }
+    answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, "the worker stops");
+    moe_work *w;
+    while ((w = TAILQ_FIRST(&b->queue))) {
+        take_from_queue(b, w);
+        fail(b, w, MOE_UNAVAILABLE, "the worker stops");
+    }
+    for (int i = 0; i < 2; i++) moe_batch_free(&b->batches[i]);
+    pthread_cond_destroy(&b->ended);
+    pthread_mutex_destroy(&b->mutex);
+}

@@ -1,0 +1,50 @@
+/* From accepted calls to computed ones: a bounded queue, one batch that the backend computes, one that is assembled meanwhile.
+ * The loop's thread only; the backend's completion is the only thing that other threads touch. */
+#pragma once
+#include <pthread.h>
+
+#include "expert-worker/batch.h"
+
+typedef struct moe_batcher_config {
+    moe_shard *shard;         /* borrowed, as all here */
+    moe_backend *backend;     /* */
+    moe_transport *transport; /* woken when a job has ended */
+    const moe_clock *clock;
+    int32_t max_queued_calls, max_batch_rows;
+    /* The call came to its end: `status`, `message`, `out` and `compute_ns` are set. Called by turn and close,
+     * and where a queued call is cancelled. */
+    void (*answer)(void *ctx, moe_work *work);
+    void *ctx;
+} moe_batcher_config;
+
+typedef struct moe_batcher {
+    moe_batcher_config config;
+    struct moe_work_list queue;
+    int32_t num_queued; /* in the queue and in the next batch */
+    moe_batch batches[2];
+    int running, next; /* indices into batches */
+    bool busy;         /* batches[running] is with the backend */
+    moe_job job;
+    pthread_mutex_t mutex;
+    pthread_cond_t ended;
+    bool job_done; /* guarded by mutex */
+
+    uint64_t ticks; /* of jobs that ended */
+    uint64_t calls, rows, compute_ns, expired;
+} moe_batcher;
+
+/* RESOURCE_EXHAUSTED. */
+moe_status moe_batcher_init(moe_batcher *batcher, const moe_batcher_config *config, moe_error *err);
+/* Waits for the running job and answers its calls, answers those in the queue with UNAVAILABLE, frees. */
+void moe_batcher_close(moe_batcher *batcher);
+
+/* Queues a decoded call whose experts are all held. When its client no longer waits (call->on_cancel, which this sets) it is
+ * answered at once where it is in the queue, else when its batch ends or would begin. RESOURCE_EXHAUSTED: the queue is full, or
+ * out of memory; the call is the caller's to answer then. */
+moe_status moe_batcher_add(moe_batcher *batcher, const moe_forward_call *decoded, moe_rpc_call *call, moe_error *err);
+
+/* Answers what has ended, begins what can begin. True where there is more to do at once. */
+bool moe_batcher_turn(moe_batcher *batcher);
+
+/* Rises while anything is computed. */
+uint64_t moe_batcher_progress(const moe_batcher *batcher);

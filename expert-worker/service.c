@@ -1,0 +1,187 @@
+/* The RPC handlers of a worker: ExpertService, WorkerService, Health. */
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "common/alloc.h"
+#include "expert-worker/loaded_list.h"
+#include "expert-worker/worker_internal.h"
+
+uint64_t moe_worker_progress(void *ctx) {
+    const moe_worker *w = ctx;
+    return moe_batcher_progress(&w->batcher) + w->control.loaded;
+}
+
+moe_status moe_worker_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *err) {
+    moe_worker *w = ctx;
+    if (strcmp(peer->cluster_uuid, w->config.cluster_uuid) != 0)
+        return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s belongs to cluster %s, not %s", w->config.id,
+                        w->config.cluster_uuid, peer->cluster_uuid);
+    if (peer->model_digest != 0 && peer->model_digest != w->config.model->digest)
+        return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s has model %016" PRIx64 ", not %016" PRIx64, w->config.id,
+                        w->config.model->digest, peer->model_digest);
+    return MOE_OK;
+}
+
+/* ---- ExpertService ---- */
+
+void moe_worker_answer_forward(void *ctx, moe_work *work) {
+    moe_worker *w = ctx;
+    if (work->status != MOE_OK) {
+        moe_rpc_fail(work->call, work->status, work->message, NULL);
+        return;
+    }
+    moe_forward_result result = {
+        .incarnation = w->config.incarnation,
+        .epoch = w->control.epoch,
+        .shard_digest = moe_work_digest(work, &w->shard),
+        .compute_ns = (uint64_t)work->compute_ns,
+        .queue_ns = (uint64_t)(work->started_ns - work->arrived_ns),
+        .out = work->out,
+    };
+    moe_forward_respond(work->call, &result, moe_work_out_rows(work), w->config.model->config.hidden);
+}
+
+/* Refuses a call that needs experts which are not here, and names them. */
+static void refuse_not_held(moe_worker *w, moe_rpc_call *call, const moe_forward_call *forward) {
+    uint32_t not_held[MOE_MAX_EXPERTS];
+    char message[128];
+    Moesaic__V1__ForwardResponse body = MOESAIC__V1__FORWARD_RESPONSE__INIT;
+    for (int32_t a = 0; a < forward->assignments; a++) {
+        uint32_t expert = forward->assignment_experts[a];
+        bool repeated = a > 0 && forward->assignment_experts[a - 1] == expert;
+        if (!repeated && !moe_shard_holds(&w->shard, forward->layer, (int32_t)expert)) not_held[body.n_not_held++] = expert;
+    }
+    body.not_held = not_held;
+    body.incarnation = w->config.incarnation;
+    body.epoch = w->control.epoch;
+    snprintf(message, sizeof message, "worker %.64s does not hold expert %u of MoE layer %d", w->config.id, not_held[0],
+             forward->layer);
+    moe_rpc_fail(call, MOE_FAILED_PRECONDITION, message, &body.base);
+}
+
+static bool holds_all(const moe_worker *w, const moe_forward_call *forward) {
+    for (int32_t a = 0; a < forward->assignments; a++)
+        if (!moe_shard_holds(&w->shard, forward->layer, (int32_t)forward->assignment_experts[a])) return false;
+    return true;
+}
+
+/* An answer that could not be sent is not computed. */
+static bool answer_fits(const moe_forward_call *forward, int32_t hidden) {
+    int64_t rows = forward->combine == MOE_COMBINE_EXACT ? forward->assignments : forward->rows;
+    return rows * hidden * (int64_t)sizeof(float) <= MOE_MAX_MESSAGE_BYTES;
+}
+
+static void accept_forward(moe_worker *w, moe_rpc_call *call, const moe_forward_call *forward) {
+    moe_error err;
+    if (forward->epoch > w->control.epoch) w->control.epoch = forward->epoch;
+    if (!holds_all(w, forward))
+        refuse_not_held(w, call, forward);
+    else if (!answer_fits(forward, w->config.model->config.hidden))
+        moe_rpc_fail(call, MOE_INVALID_ARGUMENT, "the answer would not fit one message; send fewer rows in a call", NULL);
+    else if (moe_batcher_add(&w->batcher, forward, call, &err) != MOE_OK)
+        moe_rpc_fail(call, err.code, err.message, NULL);
+}
+
+static void on_forward(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                       int num_payload) {
+    moe_worker *w = ctx;
+    const moe_model_config *model = &w->config.model->config;
+    const moe_forward_limits limits = {.num_moe_layers = model->num_moe_layers,
+                                       .num_experts = model->num_experts,
+                                       .top_k = model->top_k,
+                                       .hidden = model->hidden,
+                                       .model_digest = w->config.model->digest,
+                                       .cluster_uuid = w->config.cluster_uuid,
+                                       .incarnation = w->config.incarnation};
+    moe_forward_call forward;
+    moe_error err;
+    void *scratch = NULL;
+    moe_status status =
+        moe_forward_decode((const Moesaic__V1__ForwardRequest *)request, payload, num_payload, &limits, &forward, &scratch, &err);
+    if (status == MOE_OK)
+        accept_forward(w, call, &forward);
+    else
+        moe_rpc_fail(call, status, err.message, NULL);
+    moe_free(scratch);
+}
+
+/* ---- WorkerService ---- */
+
+static void on_load(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload, int num_payload) {
+    (void)payload;
+    (void)num_payload;
+    moe_control_on_load(&((moe_worker *)ctx)->control, call, (const Moesaic__V1__LoadRequest *)request);
+}
+
+static void on_drop(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload, int num_payload) {
+    (void)payload;
+    (void)num_payload;
+    moe_control_on_drop(&((moe_worker *)ctx)->control, call, (const Moesaic__V1__DropRequest *)request);
+}
+
+static void fill_stats(const moe_worker *w, Moesaic__V1__StatsResponse *s) {
+    s->id = (char *)w->config.id;
+    s->incarnation = w->config.incarnation;
+    s->progress = moe_worker_progress((void *)w);
+    s->queued_calls = (uint32_t)w->batcher.num_queued;
+    s->calls = w->batcher.calls;
+    s->rows = w->batcher.rows;
+    s->compute_ns = w->batcher.compute_ns;
+    s->expired = w->batcher.expired;
+    s->weight_bytes = (uint64_t)w->shard.bytes;
+}
+
+static void on_stats(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload, int num_payload) {
+    (void)request;
+    (void)payload;
+    (void)num_payload;
+    const moe_worker *w = ctx;
+    const moe_model_config *model = &w->config.model->config;
+    Moesaic__V1__StatsResponse response = MOESAIC__V1__STATS_RESPONSE__INIT;
+    moe_loaded_list list;
+    if (moe_loaded_list_init(&list, (size_t)w->shard.num_held)) {
+        for (int32_t layer = 0; layer < model->num_moe_layers; layer++)
+            for (int32_t expert = 0; expert < model->num_experts; expert++)
+                if (moe_shard_holds(&w->shard, layer, expert)) moe_loaded_list_add(&list, &w->shard, layer, expert);
+        fill_stats(w, &response);
+        response.n_loaded = list.count;
+        response.loaded = list.pointers;
+        moe_rpc_respond(call, &response.base, NULL, 0);
+    } else {
+        moe_rpc_fail(call, MOE_RESOURCE_EXHAUSTED, "out of memory for the list of experts", NULL);
+    }
+    moe_loaded_list_free(&list);
+}
+
+/* ---- Health ---- */
+
+/* As grpc.health.v1: an unknown service is NOT_FOUND, "" is the whole process. */
+static void on_health(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload, int num_payload) {
+    (void)ctx;
+    (void)payload;
+    (void)num_payload;
+    static const char *const services[] = {"", "moesaic.v1.ExpertService", "moesaic.v1.WorkerService", "moesaic.v1.Health"};
+    const char *service = ((const Moesaic__V1__HealthCheckRequest *)request)->service;
+    Moesaic__V1__HealthCheckResponse response = MOESAIC__V1__HEALTH_CHECK_RESPONSE__INIT;
+    response.status = MOESAIC__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING;
+    for (size_t i = 0; i < sizeof services / sizeof *services; i++) {
+        if (strcmp(service, services[i]) != 0) continue;
+        moe_rpc_respond(call, &response.base, NULL, 0);
+        return;
+    }
+    moe_rpc_fail(call, MOE_NOT_FOUND, "this process does not serve that service", NULL);
+}
+
+#define ROUTERS (1u << MOE_ROLE_ROUTER)
+#define CONTROLLERS (ROUTERS | 1u << MOE_ROLE_OPERATOR)
+#define ALL_ROLES (CONTROLLERS | 1u << MOE_ROLE_WORKER)
+
+const moe_rpc_method moe_worker_methods[] = {
+    {MOE_FORWARD_METHOD, on_forward, ROUTERS},
+    {"/moesaic.v1.WorkerService/Load", on_load, CONTROLLERS},
+    {"/moesaic.v1.WorkerService/Drop", on_drop, CONTROLLERS},
+    {"/moesaic.v1.WorkerService/Stats", on_stats, ALL_ROLES},
+    {"/moesaic.v1.Health/Check", on_health, ALL_ROLES},
+    {NULL, NULL, 0},
+};

@@ -1,0 +1,44 @@
+/* Which experts this worker holds. The loop's thread only. */
+#pragma once
+#include "common/backend.h"
+
+typedef struct moe_held_expert {
+    moe_expert *handle; /* NULL: not held */
+    uint64_t digest;    /* moe_expert_digest of the checkpoint's bytes */
+    int64_t bytes;      /* of the packed weights */
+    int32_t users;      /* accepted calls that need it: it is not freed while there are any */
+    bool dropping;      /* freed when the last user lets go; no longer held for new calls */
+} moe_held_expert;
+
+typedef struct moe_shard {
+    const moe_model *model;   /* borrowed */
+    moe_backend *backend;     /* borrowed */
+    moe_held_expert *experts; /* [num_moe_layers, num_experts] */
+    int32_t num_held;
+    int64_t bytes; /* of the experts that are not freed yet */
+} moe_shard;
+
+/* RESOURCE_EXHAUSTED. */
+moe_status moe_shard_init(moe_shard *shard, const moe_model *model, moe_backend *backend, moe_error *err);
+void moe_shard_free(moe_shard *shard); /* there are no users any more; idempotent */
+
+static inline moe_held_expert *moe_shard_at(const moe_shard *shard, int32_t layer, int32_t expert) {
+    return &shard->experts[(int64_t)layer * shard->model->config.num_experts + expert];
+}
+
+/* Whether a new call may use it. */
+static inline bool moe_shard_holds(const moe_shard *shard, int32_t layer, int32_t expert) {
+    const moe_held_expert *held = moe_shard_at(shard, layer, expert);
+    return held->handle && !held->dropping;
+}
+
+/* Reads and packs one expert; a pending drop of it is called off. Blocks for the time of that. OK at once where it is held.
+ * RESOURCE_EXHAUSTED leaves the shard as it was. */
+moe_status moe_shard_load(moe_shard *shard, int32_t layer, int32_t expert, moe_error *err);
+
+/* Frees the expert, or marks it to be freed by its last user. Nothing where it is not held. */
+void moe_shard_drop(moe_shard *shard, int32_t layer, int32_t expert);
+
+/* A call that needs the held expert begins and ends. */
+void moe_shard_use(moe_shard *shard, int32_t layer, int32_t expert);
+void moe_shard_release(moe_shard *shard, int32_t layer, int32_t expert);

@@ -1,0 +1,82 @@
+#include "expert-worker/work.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "common/alloc.h"
+
+/* Two passes over the same parts: sizes first, then copies; each part begins on a cache line. */
+static void *place(uint8_t *block, size_t *at, const void *from, size_t size) {
+    void *to = block ? block + *at : NULL;
+    if (to && from) memcpy(to, from, size);
+    *at += (size + MOE_ALIGNMENT_BYTES - 1) / MOE_ALIGNMENT_BYTES * MOE_ALIGNMENT_BYTES;
+    return to;
+}
+
+static size_t place_all(moe_work *w, uint8_t *block, const moe_forward_call *decoded, size_t hidden) {
+    size_t at = 0, assignments = (size_t)decoded->assignments;
+    w->x = place(block, &at, decoded->activations, (size_t)decoded->rows * hidden * sizeof *w->x);
+    w->row_of = place(block, &at, decoded->assignment_rows, assignments * sizeof *w->row_of);
+    w->expert_of = place(block, &at, decoded->assignment_experts, assignments * sizeof *w->expert_of);
+    if (decoded->assignment_weights)
+        w->weight_of = place(block, &at, decoded->assignment_weights, assignments * sizeof *w->weight_of);
+    return at;
+}
+
+moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_shard *shard, int64_t now_ns) {
+    size_t hidden = (size_t)shard->model->config.hidden;
+    moe_work *w = moe_calloc(1, sizeof *w);
+    if (!w) return NULL;
+    uint8_t *block = moe_alloc_aligned(place_all(w, NULL, decoded, hidden), 1);
+    if (!block) {
+        moe_free(w);
+        return NULL;
+    }
+    *w = (moe_work){.call = call,
+                    .layer = decoded->layer,
+                    .rows = decoded->rows,
+                    .assignments = decoded->assignments,
+                    .block_lo = decoded->block_lo,
+                    .block_hi = decoded->block_hi,
+                    .mode = decoded->combine,
+                    .arrived_ns = now_ns};
+    place_all(w, block, decoded, hidden);
+    for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a)) moe_shard_use(shard, w->layer, w->expert_of[a]);
+    return w;
+}
+
+void moe_work_free(moe_work *w, moe_shard *shard) {
+    for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a)) moe_shard_release(shard, w->layer, w->expert_of[a]);
+    moe_free(w->x);
+    moe_free(w);
+}
+
+uint64_t moe_work_digest(const moe_work *w, const moe_shard *shard) {
+    uint64_t digest = 0;
+    for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a))
+        digest ^= moe_shard_at(shard, w->layer, w->expert_of[a])->digest;
+    return digest;
+}
+
+static bool is_finite(const float *row, int32_t count) {
+    uint32_t infinite = 0;
+    for (int32_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, &row[i], sizeof bits);
+        infinite |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+    return !infinite;
+}
+
+void moe_work_check_finite(moe_work *w, int32_t hidden) {
+    int32_t out_rows = moe_work_out_rows(w), bad = 0;
+    if (w->status != MOE_OK) return;
+    while (bad < out_rows && is_finite(w->out + (int64_t)bad * hidden, hidden)) bad++;
+    if (bad == out_rows) return;
+    int32_t a = bad; /* exact: the assignment; partial: one of those whose sum it is */
+    if (w->mode == MOE_COMBINE_PARTIAL)
+        for (a = 0; a + 1 < w->assignments && w->row_of[a] != bad; a++) continue;
+    w->status = MOE_INTERNAL;
+    snprintf(w->message, sizeof w->message, "%sexpert %d of MoE layer %d gave a value that is not finite from finite input",
+             w->mode == MOE_COMBINE_EXACT ? "" : "a sum with ", w->expert_of[a], w->layer);
+}

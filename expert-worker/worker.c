@@ -1,0 +1,134 @@
+#include "expert-worker/worker.h"
+
+#include <string.h>
+#include <time.h>
+
+#include "common/alloc.h"
+#include "common/log.h"
+#include "expert-worker/worker_internal.h"
+
+#define MAX_WAIT_NS (100 * MOE_NS_PER_MS)   /* of the worker's own thread; wake ends it earlier */
+#define FAILED_STEP_NS (10 * MOE_NS_PER_MS) /* pause after a failure of the transport, so that it is not a busy loop */
+
+static moe_status make_rpc(moe_worker *w, moe_error *err) {
+    const moe_worker_config *c = &w->config;
+    const moe_rpc_config config = {
+        .transport = c->transport,
+        .clock = c->clock,
+        .hello = {.cluster_uuid = c->cluster_uuid,
+                  .role = "worker",
+                  .id = c->id,
+                  .profile = c->backend->ops->profile(c->backend),
+                  .incarnation = c->incarnation,
+                  .model_digest = c->model->digest},
+        .methods = moe_worker_methods,
+        .ctx = w,
+        .progress = moe_worker_progress,
+        .on_peer_up = moe_worker_on_peer_up,
+    };
+    return moe_rpc_new(&config, &w->rpc, err);
+}
+
+static moe_status make_parts(moe_worker *w, moe_error *err) {
+    const moe_worker_config *c = &w->config;
+    const moe_batcher_config batcher = {.shard = &w->shard,
+                                        .backend = c->backend,
+                                        .transport = c->transport,
+                                        .clock = c->clock,
+                                        .max_queued_calls = c->max_queued_calls,
+                                        .max_batch_rows = c->max_batch_rows,
+                                        .answer = moe_worker_answer_forward,
+                                        .ctx = w};
+    moe_status status = moe_shard_init(&w->shard, c->model, c->backend, err);
+    if (status != MOE_OK) return status;
+    status = moe_batcher_init(&w->batcher, &batcher, err);
+    if (status == MOE_OK) {
+        status = make_rpc(w, err);
+        if (status != MOE_OK) moe_batcher_close(&w->batcher);
+    }
+    if (status != MOE_OK) moe_shard_free(&w->shard);
+    return status;
+}
+
+moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe_error *err) {
+    if (config->max_queued_calls < 1 || config->max_batch_rows < 1)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "worker: max_queued_calls %d and max_batch_rows %d must be at least 1",
+                        config->max_queued_calls, config->max_batch_rows);
+    moe_worker *w = moe_calloc(1, sizeof *w);
+    if (!w) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the worker");
+    w->config = *config;
+    moe_control_init(&w->control, &w->shard, config->clock, config->incarnation);
+    moe_status status = make_parts(w, err);
+    if (status != MOE_OK) {
+        moe_free(w);
+        return status;
+    }
+    pthread_mutex_init(&w->view_mutex, NULL);
+    *out = w;
+    return MOE_OK;
+}
+
+void moe_worker_free(moe_worker **worker) {
+    moe_worker *w = *worker;
+    if (!w) return;
+    moe_worker_stop(w);
+    moe_batcher_close(&w->batcher);
+    moe_control_close(&w->control);
+    moe_rpc_free(&w->rpc);
+    moe_shard_free(&w->shard);
+    pthread_mutex_destroy(&w->view_mutex);
+    moe_free(w);
+    *worker = NULL;
+}
+
+static void publish_view(moe_worker *w) {
+    pthread_mutex_lock(&w->view_mutex);
+    w->view = (moe_worker_view){.experts = w->shard.num_held,
+                                .weight_bytes = w->shard.bytes,
+                                .rows = w->batcher.rows,
+                                .queued_calls = w->batcher.num_queued};
+    pthread_mutex_unlock(&w->view_mutex);
+}
+
+moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
+    bool more = moe_batcher_turn(&w->batcher);
+    more |= moe_control_turn(&w->control);
+    moe_status status = moe_rpc_step(w->rpc, more ? 0 : deadline_ns, err);
+    moe_batcher_turn(&w->batcher);
+    publish_view(w);
+    return status;
+}
+
+void moe_worker_get_view(moe_worker *w, moe_worker_view *out) {
+    pthread_mutex_lock(&w->view_mutex);
+    *out = w->view;
+    pthread_mutex_unlock(&w->view_mutex);
+}
+
+static void *run(void *ctx) {
+    moe_worker *w = ctx;
+    moe_error err;
+    while (!atomic_load(&w->stop)) {
+        if (moe_worker_step(w, moe_now_ns(w->config.clock) + MAX_WAIT_NS, &err) == MOE_OK) continue;
+        moe_error_log("worker %s: %s", w->config.id, err.message);
+        nanosleep(&(struct timespec){.tv_nsec = FAILED_STEP_NS}, NULL);
+    }
+    return NULL;
+}
+
+moe_status moe_worker_start(moe_worker *w, moe_error *err) {
+    MOE_ASSERT(!w->has_thread);
+    atomic_store(&w->stop, false);
+    int failed = pthread_create(&w->thread, NULL, run, w);
+    if (failed) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "could not start the worker's thread: %s", strerror(failed));
+    w->has_thread = true;
+    return MOE_OK;
+}
+
+void moe_worker_stop(moe_worker *w) {
+    if (!w->has_thread) return;
+    atomic_store(&w->stop, true);
+    moe_rpc_wake(w->rpc);
+    pthread_join(w->thread, NULL);
+    w->has_thread = false;
+}

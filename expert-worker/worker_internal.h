@@ -1,0 +1,29 @@
+/* What the files of the worker share. */
+#pragma once
+#include "expert-worker/batcher.h"
+#include "expert-worker/control.h"
+#include "expert-worker/worker.h"
+
+struct moe_worker {
+    moe_worker_config config;
+    moe_rpc *rpc;
+    moe_shard shard;
+    moe_batcher batcher;
+    moe_control control;
+
+    pthread_mutex_t view_mutex;
+    moe_worker_view view; /* guarded by view_mutex */
+
+    pthread_t thread;
+    bool has_thread;
+    _Atomic bool stop;
+};
+
+/* service.c: the methods that the worker serves, for moe_rpc_config; their context is the worker. */
+extern const moe_rpc_method moe_worker_methods[];
+
+/* The batcher's answer callback. */
+void moe_worker_answer_forward(void *ctx, moe_work *work);
+
+uint64_t moe_worker_progress(void *ctx);
+moe_status moe_worker_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *err);
