@@ -103,17 +103,17 @@ static void inproc_disconnect(moe_transport *t, uint64_t link) {
     pthread_mutex_unlock(&transport->hub->mutex);
 }
 
-/* Takes `message`, which belongs to `peer`'s queue if it has room. */
+/* Takes `message` to where `peer` is, if there is room on the way. */
 static moe_status send_locked(inproc_transport *transport, moe_peer peer, inproc_delivery *message, moe_error *err) {
     int side;
     inproc_session *session = moe_inproc_find_session(transport, peer, &side);
     moe_status status = MOE_OK;
+    int64_t queued_bytes = session ? session->ends[!side].queued_bytes : 0, limit = transport->hub->queue_limit_bytes;
     if (!session || !session->alive) {
         status = moe_fail(err, MOE_UNAVAILABLE, "peer %llu is gone", (unsigned long long)peer);
-    } else if (message->cost_bytes > transport->hub->queue_limit_bytes - session->ends[!side].queued_bytes) {
-        status =
-            moe_fail(err, MOE_RESOURCE_EXHAUSTED, "the queue of peer %llu is full (%lld of %lld bytes)", (unsigned long long)peer,
-                     (long long)session->ends[!side].queued_bytes, (long long)transport->hub->queue_limit_bytes);
+    } else if (queued_bytes > 0 && message->cost_bytes > limit - queued_bytes) {
+        status = moe_fail(err, MOE_RESOURCE_EXHAUSTED, "the queue of peer %llu is full (%lld of %lld bytes)",
+                          (unsigned long long)peer, (long long)queued_bytes, (long long)limit);
     }
     if (status == MOE_OK) {
         moe_inproc_inject(session, !side, message);
@@ -123,16 +123,27 @@ static moe_status send_locked(inproc_transport *transport, moe_peer peer, inproc
     return status;
 }
 
-static moe_status inproc_send(moe_transport *t, moe_peer peer, const moe_frame *frames, int num_frames, moe_error *err) {
-    inproc_transport *transport = self(t);
+static moe_status check_frames(moe_inproc_hub *hub, const moe_frame *frames, int num_frames, moe_error *err) {
     if (num_frames < 1 || num_frames > MOE_MAX_FRAMES) {
         return moe_fail(err, MOE_INVALID_ARGUMENT, "a message has 1 to %d frames, not %d", MOE_MAX_FRAMES, num_frames);
     }
+    int64_t total = 0, limit = atomic_load(&hub->queue_limit_bytes);
     for (int i = 0; i < num_frames; i++) {
-        if (frames[i].size <= (size_t)MOE_MAX_MESSAGE_BYTES) continue;
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "frame %d of %zu bytes is larger than the limit of %lld", i, frames[i].size,
-                        (long long)MOE_MAX_MESSAGE_BYTES);
+        if (frames[i].size > (size_t)MOE_MAX_MESSAGE_BYTES) {
+            return moe_fail(err, MOE_INVALID_ARGUMENT, "frame %d of %zu bytes is larger than the limit of %lld", i,
+                            frames[i].size, (long long)MOE_MAX_MESSAGE_BYTES);
+        }
+        total += (int64_t)frames[i].size;
     }
+    if (total <= limit) return MOE_OK;
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "a message of %lld bytes is larger than a peer's queue of %lld", (long long)total,
+                    (long long)limit);
+}
+
+static moe_status inproc_send(moe_transport *t, moe_peer peer, const moe_frame *frames, int num_frames, moe_error *err) {
+    inproc_transport *transport = self(t);
+    moe_status checked = check_frames(transport->hub, frames, num_frames, err);
+    if (checked != MOE_OK) return checked;
     /* Copied before the mutex is taken: a large payload must not hold up the other transports. */
     inproc_delivery *message = moe_inproc_message_new(frames, num_frames, atomic_load(&transport->hub->misalign));
     if (!message) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a message");

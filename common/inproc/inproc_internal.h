@@ -56,7 +56,7 @@ struct inproc_transport {
     moe_inproc_hub *hub;
     inproc_transport *next;             /* in the hub's list */
     pthread_cond_t changed;             /* something was put into the inbox, or woken, or the topology changed */
-    bool woken;                         /* */
+    bool woken;                         /* by wake, until the next return of poll */
     char listening[MOE_ENDPOINT_BYTES]; /* "" while not listening */
     uint64_t seen_topology;             /* the hub's topology to which the links were last fitted */
     inproc_link *links;
@@ -71,8 +71,8 @@ struct moe_inproc_hub {
     bool sleeps; /* real clock */
     moe_random random;
     moe_inproc_faults faults;
-    _Atomic bool misalign; /* read without the mutex */
-    int64_t queue_limit_bytes;
+    _Atomic bool misalign; /* this and the next are read without the mutex, too */
+    _Atomic int64_t queue_limit_bytes;
     uint64_t last_number; /* of peers and links */
     uint64_t last_order;  /* of deliveries */
     uint64_t topology;    /* counts changes that may let a waiting link connect */

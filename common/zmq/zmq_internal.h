@@ -43,17 +43,16 @@ typedef struct zmq_connection {
 } zmq_connection;
 
 typedef enum zmq_accepted_state {
-    ACCEPTED_FREE,
     ACCEPTED_LIVE,
     ACCEPTED_CLOSING, /* its connection has ended; PEER_DOWN is due once the socket is drained */
-    ACCEPTED_DEAD     /* reported; kept until the slot is needed, so that late messages are not taken for a new peer's */
+    ACCEPTED_DEAD     /* reported; kept for a while, so that late messages are not taken for a new peer's */
 } zmq_accepted_state;
 
 typedef struct zmq_accepted {
     zmq_accepted_state state;
     moe_peer peer;
-    int fd; /* of its connection */
-    int64_t heard_at_ns;
+    int fd;              /* of its connection */
+    int64_t heard_at_ns; /* last message; DEAD: when it was reported */
     zmq_account *account;
     size_t routing_id_bytes;
     unsigned char routing_id[MAX_ROUTING_ID_BYTES];
@@ -64,10 +63,9 @@ typedef struct zmq_listener {
     bool tcp;
     char socket_file[MOE_ENDPOINT_BYTES]; /* made by us: "" for none; libzmq leaves it behind */
     bool ready, monitor_ready;
-    int num_accepted; /* slots ever used: the others are FREE */
-    int next_slot;    /* where the search for a slot begins */
+    int num_accepted; /* slots ever used */
     int num_closing;
-    zmq_accepted *accepted; /* [MOE_ZMQ_MAX_ACCEPTED] */
+    zmq_accepted *accepted; /* [max_accepted] */
 } zmq_listener;
 
 typedef struct zmq_transport {
@@ -120,8 +118,8 @@ void moe_zmq_fill_frames(zmq_transport *t, moe_event *event);
 moe_status moe_zmq_listen(moe_transport *transport, const char *endpoint, char *bound, moe_error *err);
 void moe_zmq_listener_close(zmq_transport *t);
 void moe_zmq_listener_read_monitor(zmq_transport *t);
-bool moe_zmq_listener_receive(zmq_transport *t, int64_t now_ns, moe_event *event); /* false: nothing */
-bool moe_zmq_listener_take_down(zmq_transport *t, moe_event *event);               /* a PEER_DOWN that is due */
+bool moe_zmq_listener_receive(zmq_transport *t, int64_t now_ns, moe_event *event);   /* false: nothing */
+bool moe_zmq_listener_take_down(zmq_transport *t, int64_t now_ns, moe_event *event); /* a PEER_DOWN that is due */
 moe_status moe_zmq_send_accepted(zmq_transport *t, int index, moe_peer peer, const moe_frame *frames, int num_frames,
                                  moe_error *err);
 

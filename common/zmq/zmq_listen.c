@@ -12,6 +12,8 @@
 #include "common/alloc.h"
 #include "common/zmq/zmq_internal.h"
 
+#define DEAD_KEPT_NS MOE_NS_PER_S /* far longer than a message can lie between libzmq's network thread and poll */
+
 /* ---- listening ---- */
 
 static bool somebody_accepts(const char *path) {
@@ -69,7 +71,7 @@ static void fill_bound(const zmq_transport *t, const zmq_endpoint *endpoint, cha
 static moe_status open_listener(zmq_transport *t, const zmq_endpoint *endpoint, moe_error *err) {
     zmq_listener *l = &t->listener;
     l->tcp = endpoint->tcp;
-    l->accepted = moe_calloc(MOE_ZMQ_MAX_ACCEPTED, sizeof *l->accepted);
+    l->accepted = moe_calloc((size_t)t->config.max_accepted, sizeof *l->accepted);
     if (!l->accepted) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory", endpoint->address);
     l->router = moe_zmq_socket_new(t, ZMQ_ROUTER);
     if (!l->router) return moe_zmq_fail(err, "open a socket for", endpoint->address);
@@ -124,20 +126,21 @@ void moe_zmq_listener_read_monitor(zmq_transport *t) {
     l->monitor_ready = false;
 }
 
-static void report_down(zmq_listener *l, zmq_accepted *a, moe_event *event) {
+static void report_down(zmq_listener *l, zmq_accepted *a, int64_t now_ns, moe_event *event) {
     *event = (moe_event){.kind = MOE_EVENT_PEER_DOWN, .peer = a->peer};
     moe_zmq_account_release(a->account);
     a->account = NULL;
     a->peer = 0;
     a->state = ACCEPTED_DEAD;
+    a->heard_at_ns = now_ns;
     l->num_closing--;
 }
 
-bool moe_zmq_listener_take_down(zmq_transport *t, moe_event *event) {
+bool moe_zmq_listener_take_down(zmq_transport *t, int64_t now_ns, moe_event *event) {
     zmq_listener *l = &t->listener;
     for (int i = 0; l->num_closing > 0 && i < l->num_accepted; i++) {
         if (l->accepted[i].state != ACCEPTED_CLOSING) continue;
-        report_down(l, &l->accepted[i], event);
+        report_down(l, &l->accepted[i], now_ns, event);
         return true;
     }
     return false;
@@ -146,57 +149,54 @@ bool moe_zmq_listener_take_down(zmq_transport *t, moe_event *event) {
 static zmq_accepted *find_accepted(zmq_listener *l, const void *routing_id, size_t bytes) {
     for (int i = 0; i < l->num_accepted; i++) {
         zmq_accepted *a = &l->accepted[i];
-        if (a->state != ACCEPTED_FREE && a->routing_id_bytes == bytes && memcmp(a->routing_id, routing_id, bytes) == 0) return a;
+        if (a->routing_id_bytes == bytes && memcmp(a->routing_id, routing_id, bytes) == 0) return a;
     }
     return NULL;
 }
 
-/* A slot never used, else a dead one, the longest dead of them as a rule. NULL when all are in use. */
-static zmq_accepted *find_slot(zmq_listener *l) {
-    if (l->num_accepted < MOE_ZMQ_MAX_ACCEPTED) return &l->accepted[l->num_accepted++];
-    for (int i = 0; i < MOE_ZMQ_MAX_ACCEPTED; i++) {
-        zmq_accepted *a = &l->accepted[l->next_slot];
-        l->next_slot = (l->next_slot + 1) % MOE_ZMQ_MAX_ACCEPTED;
-        if (a->state == ACCEPTED_DEAD || a->state == ACCEPTED_FREE) return a;
-    }
-    return NULL;
-}
-
-static void give_up_longest_silent(zmq_listener *l) {
+static zmq_accepted *longest_silent(zmq_listener *l, zmq_accepted_state state) {
     zmq_accepted *oldest = NULL;
     for (int i = 0; i < l->num_accepted; i++) {
         zmq_accepted *a = &l->accepted[i];
-        if (a->state == ACCEPTED_LIVE && (!oldest || a->heard_at_ns < oldest->heard_at_ns)) oldest = a;
+        if (a->state == state && (!oldest || a->heard_at_ns < oldest->heard_at_ns)) oldest = a;
     }
-    if (oldest) begin_closing(l, oldest);
+    return oldest;
 }
 
-static zmq_accepted *add_accepted(zmq_transport *t, const void *routing_id, size_t bytes, int fd) {
+/* A slot whose peer is long dead, else one never used, else a dead one. NULL when all are in use. */
+static zmq_accepted *find_slot(zmq_listener *l, int limit, int64_t now_ns) {
+    zmq_accepted *dead = longest_silent(l, ACCEPTED_DEAD);
+    bool reusable = dead && (now_ns - dead->heard_at_ns > DEAD_KEPT_NS || l->num_accepted == limit);
+    if (reusable) return dead;
+    return l->num_accepted < limit ? &l->accepted[l->num_accepted] : NULL;
+}
+
+static zmq_accepted *add_accepted(zmq_transport *t, const void *routing_id, size_t bytes, int fd, int64_t now_ns) {
     zmq_listener *l = &t->listener;
     /* A descriptor's number comes again: what ended before this peer began must be known before its number is noted. */
     moe_zmq_listener_read_monitor(t);
-    zmq_accepted *a = find_slot(l);
+    zmq_accepted *a = find_slot(l, t->config.max_accepted, now_ns);
     zmq_account *account = a ? moe_zmq_account_new() : NULL;
-    if (!account) {
-        if (a && a->state == ACCEPTED_FREE && a == &l->accepted[l->num_accepted - 1]) l->num_accepted--;
-        return NULL;
-    }
+    if (!account) return NULL;
+    int index = (int)(a - l->accepted);
+    if (index == l->num_accepted) l->num_accepted++;
     *a = (zmq_accepted){.state = ACCEPTED_LIVE, .fd = fd, .account = account, .routing_id_bytes = bytes};
     memcpy(a->routing_id, routing_id, bytes);
-    a->peer = moe_zmq_new_peer(t, MOE_ZMQ_MAX_CONNECTIONS + (int)(a - l->accepted));
+    a->peer = moe_zmq_new_peer(t, MOE_ZMQ_MAX_CONNECTIONS + index);
     return a;
 }
 
 /* The peer behind a message; NULL when the message must be dropped: it is from a connection that has been reported down, or there
  * is no room (then the longest silent peer is given up, which makes room for the sender's next message). */
-static zmq_accepted *peer_of_message(zmq_transport *t, zmq_msg_t *routing_id) {
+static zmq_accepted *peer_of_message(zmq_transport *t, zmq_msg_t *routing_id, int64_t now_ns) {
     const void *id = zmq_msg_data(routing_id);
     size_t bytes = zmq_msg_size(routing_id);
     int fd = zmq_msg_get(&t->held[0], ZMQ_SRCFD);
     zmq_accepted *a = find_accepted(&t->listener, id, bytes);
     if (a) return a->state != ACCEPTED_DEAD && a->fd == fd ? a : NULL;
-    a = add_accepted(t, id, bytes, fd);
-    if (!a) give_up_longest_silent(&t->listener);
+    a = add_accepted(t, id, bytes, fd, now_ns);
+    zmq_accepted *given_up = a ? NULL : longest_silent(&t->listener, ACCEPTED_LIVE);
+    if (given_up) begin_closing(&t->listener, given_up);
     return a;
 }
 
@@ -210,7 +210,7 @@ static bool role_of_message(zmq_transport *t, moe_role *role) {
 
 static bool receive_one(zmq_transport *t, zmq_msg_t *routing_id, int64_t now_ns, moe_event *event) {
     moe_role role;
-    zmq_accepted *a = role_of_message(t, &role) ? peer_of_message(t, routing_id) : NULL;
+    zmq_accepted *a = role_of_message(t, &role) ? peer_of_message(t, routing_id, now_ns) : NULL;
     if (!a) {
         moe_zmq_release_held(t);
         return false;

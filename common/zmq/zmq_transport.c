@@ -78,7 +78,7 @@ static bool take_event(zmq_transport *t, int64_t now_ns, moe_event *event) {
         if (moe_zmq_connection_read_monitor(t, c, now_ns, event)) return true;
     }
     if (take_message(t, now_ns, event)) return true;
-    return !t->listener.ready && moe_zmq_listener_take_down(t, event);
+    return !t->listener.ready && moe_zmq_listener_take_down(t, now_ns, event);
 }
 
 static int64_t next_timer_ns(const zmq_transport *t) {
@@ -201,9 +201,11 @@ static int64_t value_or(int64_t value, int64_t otherwise) { return value ? value
 moe_status moe_zmq_open(const moe_zmq_config *config, moe_transport **out, moe_error *err) {
     *out = NULL;
     if (config->linger_ms < 0 || config->handshake_timeout_ms < 0 || config->heartbeat_ms < 0 || config->max_queued_bytes < 0 ||
-        config->max_message_bytes < 0 || config->max_message_bytes > MOE_MAX_MESSAGE_BYTES) {
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "zmq transport: a limit is negative or beyond %lld bytes of a message",
-                        (long long)MOE_MAX_MESSAGE_BYTES);
+        config->max_message_bytes < 0 || config->max_message_bytes > MOE_MAX_MESSAGE_BYTES || config->max_accepted < 0 ||
+        config->max_accepted > MOE_ZMQ_MAX_ACCEPTED) {
+        return moe_fail(err, MOE_INVALID_ARGUMENT,
+                        "zmq transport: a limit is negative, or beyond %lld bytes of a message or %d accepted peers",
+                        (long long)MOE_MAX_MESSAGE_BYTES, MOE_ZMQ_MAX_ACCEPTED);
     }
     zmq_transport *t = moe_calloc(1, sizeof *t);
     if (!t) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "zmq transport: out of memory");
@@ -215,6 +217,7 @@ moe_status moe_zmq_open(const moe_zmq_config *config, moe_transport **out, moe_e
     t->config.heartbeat_ms = value_or(config->heartbeat_ms, MOE_ZMQ_HEARTBEAT_MS);
     t->config.max_message_bytes = value_or(config->max_message_bytes, MOE_MAX_MESSAGE_BYTES);
     t->config.max_queued_bytes = value_or(config->max_queued_bytes, MOE_MAX_PEER_QUEUED_BYTES);
+    if (!config->max_accepted) t->config.max_accepted = MOE_ZMQ_MAX_ACCEPTED;
     t->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     t->context = t->wake_fd >= 0 ? zmq_ctx_new() : NULL;
     if (!t->context) {

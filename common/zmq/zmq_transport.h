@@ -15,7 +15,8 @@
 #define MOE_CURVE_KEY_BYTES 41 /* Z85 text and NUL */
 
 #define MOE_ZMQ_MAX_CONNECTIONS 256 /* of one transport, made by connect */
-#define MOE_ZMQ_MAX_ACCEPTED 4096   /* peers that connected to us; beyond, the longest silent one is given up with PEER_DOWN */
+#define MOE_ZMQ_MAX_ACCEPTED \
+    4096 /* peers that connected to us; beyond, the longest silent one gets PEER_DOWN, the newcomer's message is lost */
 #define MOE_ZMQ_SEND_QUEUE_MESSAGES 4096   /* per peer, on top of the byte limit: then RESOURCE_EXHAUSTED */
 #define MOE_ZMQ_RECEIVE_QUEUE_MESSAGES 256 /* per peer, not yet polled: then the network pushes back on the sender */
 #define MOE_ZMQ_HANDSHAKE_TIMEOUT_MS 5000
@@ -36,6 +37,8 @@ typedef struct moe_zmq_config {
     int64_t handshake_timeout_ms, heartbeat_ms; /* 0: defaults */
     int64_t max_message_bytes;                  /* 0: MOE_MAX_MESSAGE_BYTES. A peer that sends a larger frame is disconnected */
     int64_t max_queued_bytes;                   /* 0: MOE_MAX_PEER_QUEUED_BYTES */
+    int max_accepted; /* 0: MOE_ZMQ_MAX_ACCEPTED. Beyond, the longest silent peer gets PEER_DOWN and the newcomer\'s message is
+                         lost */
 } moe_zmq_config;
 
 /* A transport with one network thread. Handshakes of tcp peers are decided inside poll. RESOURCE_EXHAUSTED: memory, descriptors.

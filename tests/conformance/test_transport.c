@@ -39,7 +39,7 @@
 #endif
 
 #define WAIT_NS (20 * MOE_NS_PER_S)    /* for what must happen */
-#define QUIET_NS (300 * MOE_NS_PER_MS) /* how long we watch that something does not happen */
+#define QUIET_NS (200 * MOE_NS_PER_MS) /* how long we watch that something does not happen */
 #define TURN_NS (2 * MOE_NS_PER_MS)    /* one node's poll while all are pumped */
 #define INPROC_QUEUE_LIMIT_BYTES (INT64_C(1) << 20)
 #define ZMQ_QUEUE_LIMIT_BYTES (INT64_C(20) << 20)
@@ -156,6 +156,11 @@ static void pump_except(world *w, int except) {
     for (int i = 0; i < MAX_NODES; i++) {
         if (w->nodes[i].t && i != except) drain(w, &w->nodes[i], TURN_NS);
     }
+}
+
+static void pump_for(world *w, int except, int64_t ns) {
+    int64_t until_ns = moe_now_ns(moe_clock_real()) + ns;
+    while (moe_now_ns(moe_clock_real()) < until_ns) pump_except(w, except);
 }
 
 /* Pumps all nodes until node `index` has an event, and gives it; kind NONE when nothing came. The caller frees it. */
@@ -354,7 +359,11 @@ static void test_restart(void **state) {
     for (int i = 0; i < 50; i++) try_send(w, p.client, p.to_server, "stale, after");
     int successor = open_node(w, true);
     listen_at(w, successor);
+    /* time enough for the network to find the successor behind the back of a client that does not poll */
+    pump_for(w, p.client, QUIET_NS);
     for (int i = 0; i < 50; i++) try_send(w, p.client, p.to_server, "stale, late");
+    pump_for(w, p.client, QUIET_NS / 4);
+    assert_int_equal(w->nodes[successor].count, 0);
     saved_event s = expect(w, p.client, MOE_EVENT_PEER_DOWN);
     assert_int_equal(s.event.peer, p.to_server);
     assert_int_equal(s.event.link, p.link);
@@ -412,8 +421,17 @@ static void test_queue_limit(void **state) {
         assert_int_equal(tail, i);
         free_saved(&s);
     }
-    send_text(w, p.client, p.to_server, "room again");
-    expect_text(w, p.server, "room again");
+    /* the room has come back */
+    const moe_frame again = {data, size};
+    for (uint32_t i = 0; i < accepted / 2; i++) assert_int_equal(t->ops->send(t, p.to_server, &again, 1, &w->err), MOE_OK);
+    for (uint32_t i = 0; i < accepted / 2; i++) {
+        saved_event s = expect(w, p.server, MOE_EVENT_MESSAGE);
+        assert_int_equal(s.event.frames[0].size, size);
+        free_saved(&s);
+    }
+    /* what could never fit is not a matter of waiting */
+    const moe_frame never = {data, (size_t)w->impl->queue_limit_bytes + 1};
+    assert_int_equal(t->ops->send(t, p.to_server, &never, 1, &w->err), MOE_INVALID_ARGUMENT);
     free(data);
 }
 
@@ -987,6 +1005,27 @@ static void test_listener_process_dies(void **state) {
     }
 }
 
+/* A process that stands still keeps its connections; only the missing heartbeats tell. */
+static void test_stopped_process(void **state) {
+    world *w = *state;
+    pid_t pid = start_echo(w);
+    moe_zmq_config config = zmq_config(w->keys[MOE_ROLE_ROUTER].public_key[0] ? &w->keys[MOE_ROLE_ROUTER] : NULL);
+    config.heartbeat_ms = 100;
+    int client = open_node_with(w, &config);
+    uint64_t link = connect_to(w, client);
+    moe_peer peer = expect_up(w, client, link);
+    send_text(w, client, peer, "echo");
+    expect_text(w, client, "echo");
+    assert_int_equal(kill(pid, SIGSTOP), 0);
+    saved_event s = expect(w, client, MOE_EVENT_PEER_DOWN);
+    assert_int_equal(s.event.peer, peer);
+    assert_int_equal(kill(pid, SIGCONT), 0);
+    peer = expect_up(w, client, link);
+    send_text(w, client, peer, "echo");
+    expect_text(w, client, "echo");
+    kill_child(pid);
+}
+
 _Noreturn static void child_client(world *w) {
     moe_transport *t = w->impl->open(w, false);
     uint64_t link;
@@ -1047,11 +1086,6 @@ static void test_receiver_limit(void **state) {
     expect_text(w, client, "within");
 }
 
-static void pump_for(world *w, int64_t ns) {
-    int64_t until_ns = moe_now_ns(moe_clock_real()) + ns;
-    while (moe_now_ns(moe_clock_real()) < until_ns) pump_except(w, -1);
-}
-
 /* A client that speaks ZeroMQ but not our way: no message with too many frames gets through, and the connection is kept. */
 static void test_too_many_frames(void **state) {
     world *w = *state;
@@ -1072,6 +1106,35 @@ static void test_too_many_frames(void **state) {
     zmq_setsockopt(dealer, ZMQ_LINGER, &zero, sizeof zero);
     zmq_close(dealer);
     zmq_ctx_term(context);
+}
+
+/* Room for two accepted peers and a third comes: the longest silent one is given up. */
+static void test_accepted_limit(void **state) {
+    world *w = *state;
+    moe_zmq_config config = zmq_config(NULL);
+    config.max_accepted = 2;
+    int server = open_node_with(w, &config);
+    listen_at(w, server);
+    int clients[3];
+    moe_peer to_server[3], to_client[3];
+    for (int i = 0; i < 3; i++) {
+        clients[i] = open_node(w, false);
+        to_server[i] = expect_up(w, clients[i], connect_to(w, clients[i]));
+    }
+    for (int i = 0; i < 2; i++) {
+        send_text(w, clients[i], to_server[i], "hello");
+        to_client[i] = expect_text(w, server, "hello");
+    }
+    send_text(w, clients[2], to_server[2], "lost");
+    saved_event s = expect(w, server, MOE_EVENT_PEER_DOWN);
+    assert_int_equal(s.event.peer, to_client[0]);
+    send_text(w, clients[2], to_server[2], "hello");
+    to_client[2] = expect_text(w, server, "hello");
+    for (int i = 1; i < 3; i++) {
+        send_text(w, server, to_client[i], "welcome");
+        expect_text(w, clients[i], "welcome");
+    }
+    assert_int_equal(try_send(w, server, to_client[0], "x"), MOE_UNAVAILABLE);
 }
 
 static void test_roles(void **state) {
@@ -1107,7 +1170,7 @@ static void test_roles(void **state) {
 
 /* Watches that `client` stays shut out and `server` hears nothing, then that the server is well. */
 static void assert_shut_out(world *w, int client, int server) {
-    pump_for(w, QUIET_NS);
+    pump_for(w, -1, QUIET_NS);
     assert_int_equal(w->nodes[client].count, 0);
     assert_int_equal(w->nodes[server].count, 0);
     int good = open_node(w, false);
@@ -1385,11 +1448,14 @@ static int run_zmq(void) {
     const struct CMUnitTest tests[] = {
         ON(zmq_ipc, test_listener_process_dies),
         ON(zmq_tcp, test_listener_process_dies),
+        ON(zmq_ipc, test_stopped_process),
+        ON(zmq_tcp, test_stopped_process),
         ON(zmq_ipc, test_client_process_dies),
         ON(zmq_tcp, test_client_process_dies),
         ON(zmq_ipc, test_receiver_limit),
         ON(zmq_tcp, test_receiver_limit),
         ON(zmq_ipc, test_too_many_frames),
+        ON(zmq_ipc, test_accepted_limit),
         ON(zmq_tcp, test_roles),
         ON(zmq_tcp, test_wrong_keys),
         ON(zmq_tcp, test_role_not_listed),

@@ -1,0 +1,173 @@
+/* Echo round trips over each transport: p50 and p99 in microseconds, and payload bytes per second both ways together.
+ *
+ * inproc: two threads; zmq over ipc and over tcp with CURVE on the loopback: two processes. One message in flight: a header frame
+ * of 64 bytes and a payload frame. Usage: bench_transport [ROUND_TRIPS], by default 4000 (fewer for large payloads). */
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "common/inproc/inproc.h"
+#include "common/zmq/zmq_transport.h"
+
+#define DEFAULT_ROUND_TRIPS 4000
+#define MAX_ROUND_TRIPS 1000000
+#define WARM_UP_ROUND_TRIPS 200
+#define LARGE_BYTES (64 * 1024) /* payloads from here on get a tenth of the round trips */
+#define HEADER_BYTES 64
+#define SILENCE_NS (30 * MOE_NS_PER_S)
+
+static const size_t payload_bytes[] = {512, 4096, 65536, 1 << 20};
+#define NUM_PAYLOADS (sizeof payload_bytes / sizeof payload_bytes[0])
+
+static _Noreturn void die(const char *what, const char *why) {
+    fprintf(stderr, "bench_transport: %s: %s\n", what, why);
+    exit(1);
+}
+
+static void check(moe_status status, const char *what, const moe_error *err) {
+    if (status != MOE_OK) die(what, err->message);
+}
+
+/* Waits for the next event of that kind; others are passed over. */
+static void await(moe_transport *t, moe_event_kind kind, moe_event *event) {
+    moe_error err;
+    do {
+        check(t->ops->poll(t, moe_now_ns(moe_clock_real()) + SILENCE_NS, event, &err), "poll", &err);
+        if (event->kind == MOE_EVENT_NONE) die("poll", "the other side is silent");
+    } while (event->kind != kind);
+}
+
+/* Echoes until a message of one frame comes. */
+static void *echo(void *transport) {
+    moe_transport *t = transport;
+    moe_event event;
+    moe_error err;
+    for (;;) {
+        await(t, MOE_EVENT_MESSAGE, &event);
+        if (event.num_frames == 1) return NULL;
+        check(t->ops->send(t, event.peer, event.frames, event.num_frames, &err), "echo", &err);
+    }
+}
+
+static int by_value(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static void measure(const char *name, moe_transport *t, moe_peer peer, size_t bytes, int round_trips) {
+    char header[HEADER_BYTES] = {0};
+    char *payload = calloc(1, bytes);
+    int64_t *times_ns = calloc((size_t)round_trips, sizeof *times_ns), total_ns = 0;
+    if (!payload || !times_ns) die(name, "out of memory");
+    const moe_frame frames[2] = {{header, sizeof header}, {payload, bytes}};
+    for (int i = -WARM_UP_ROUND_TRIPS; i < round_trips; i++) {
+        moe_event event;
+        moe_error err;
+        int64_t start_ns = moe_now_ns(moe_clock_real());
+        check(t->ops->send(t, peer, frames, 2, &err), "send", &err);
+        await(t, MOE_EVENT_MESSAGE, &event);
+        if (event.num_frames != 2 || event.frames[1].size != bytes) die(name, "the echo is not what was sent");
+        if (i >= 0) total_ns += times_ns[i] = moe_now_ns(moe_clock_real()) - start_ns;
+    }
+    qsort(times_ns, (size_t)round_trips, sizeof *times_ns, by_value);
+    printf("%-10s %9zu %8d %10.1f %10.1f %10.1f\n", name, bytes, round_trips, (double)times_ns[round_trips / 2] / 1e3,
+           (double)times_ns[(int64_t)round_trips * 99 / 100] / 1e3, 2e3 * (double)bytes * round_trips / (double)total_ns);
+    fflush(stdout);
+    free(payload);
+    free(times_ns);
+}
+
+/* Connects, measures every size, and tells the echo to end. */
+static void measure_all(const char *name, moe_transport *t, const char *endpoint, int round_trips) {
+    moe_error err;
+    moe_event event;
+    uint64_t link;
+    check(t->ops->connect(t, endpoint, &link, &err), "connect", &err);
+    await(t, MOE_EVENT_PEER_UP, &event);
+    moe_peer peer = event.peer;
+    for (size_t i = 0; i < NUM_PAYLOADS; i++) {
+        int count = payload_bytes[i] >= LARGE_BYTES ? (round_trips + 9) / 10 : round_trips;
+        measure(name, t, peer, payload_bytes[i], count);
+    }
+    const moe_frame end = {"end", 3};
+    check(t->ops->send(t, peer, &end, 1, &err), "send", &err);
+}
+
+static void bench_inproc(int round_trips) {
+    moe_error err;
+    moe_inproc_hub *hub;
+    moe_transport *server, *client;
+    pthread_t thread;
+    check(moe_inproc_hub_new(moe_clock_real(), 1, &hub, &err), "hub", &err);
+    check(moe_inproc_open(hub, &server, &err), "open", &err);
+    check(moe_inproc_open(hub, &client, &err), "open", &err);
+    check(server->ops->listen(server, "inproc:echo", NULL, &err), "listen", &err);
+    if (pthread_create(&thread, NULL, echo, server) != 0) die("inproc", "no thread");
+    measure_all("inproc", client, "inproc:echo", round_trips);
+    pthread_join(thread, NULL);
+    client->ops->close(client);
+    server->ops->close(server);
+    moe_inproc_hub_free(&hub);
+}
+
+static moe_transport *open_zmq(const moe_curve_keys *keys) {
+    moe_error err;
+    moe_transport *t;
+    const moe_zmq_config config = {.clock = moe_clock_real(), .keys = keys, .linger_ms = 1000};
+    check(moe_zmq_open(&config, &t, &err), "open", &err);
+    return t;
+}
+
+static _Noreturn void echo_process(const char *endpoint, const moe_curve_keys *keys, int out) {
+    moe_error err;
+    char bound[MOE_ENDPOINT_BYTES] = "";
+    moe_transport *t = open_zmq(keys);
+    check(t->ops->listen(t, endpoint, bound, &err), "listen", &err);
+    if (write(out, bound, sizeof bound) != sizeof bound) die("echo", "the parent is gone");
+    echo(t);
+    t->ops->close(t);
+    _exit(0);
+}
+
+static void bench_zmq(const char *name, const char *endpoint, const moe_curve_keys *server, const moe_curve_keys *client,
+                      int round_trips) {
+    int ends[2], status;
+    char bound[MOE_ENDPOINT_BYTES];
+    if (pipe(ends) != 0) die(name, "no pipe");
+    pid_t pid = fork();
+    if (pid < 0) die(name, "cannot fork");
+    if (pid == 0) echo_process(endpoint, server, ends[1]);
+    close(ends[1]);
+    if (read(ends[0], bound, sizeof bound) != sizeof bound) die(name, "the echo process did not start");
+    close(ends[0]);
+    moe_transport *t = open_zmq(client);
+    measure_all(name, t, bound, round_trips);
+    t->ops->close(t);
+    if (waitpid(pid, &status, 0) != pid || status != 0) die(name, "the echo process failed");
+}
+
+int main(int argc, char **argv) {
+    int round_trips = argc > 1 ? atoi(argv[1]) : DEFAULT_ROUND_TRIPS;
+    if (round_trips < 1 || round_trips > MAX_ROUND_TRIPS) die("ROUND_TRIPS", "1 to 1000000");
+    printf("%-10s %9s %8s %10s %10s %10s\n", "transport", "bytes", "trips", "p50 us", "p99 us", "MB/s");
+    bench_inproc(round_trips);
+
+    char folder[] = "/tmp/moe-bench-XXXXXX", endpoint[MOE_ENDPOINT_BYTES];
+    if (!mkdtemp(folder)) die("mkdtemp", "cannot make a folder");
+    snprintf(endpoint, sizeof endpoint, "ipc://%s/echo.sock", folder);
+    bench_zmq("ipc", endpoint, NULL, NULL, round_trips);
+    rmdir(folder);
+
+    moe_error err;
+    moe_curve_keys worker = {.public_key = ""}, router = {.public_key = ""};
+    check(moe_curve_keypair(worker.public_key, worker.secret_key, &err), "keys", &err);
+    check(moe_curve_keypair(router.public_key, router.secret_key, &err), "keys", &err);
+    memcpy(worker.role_keys[MOE_ROLE_ROUTER], router.public_key, MOE_CURVE_KEY_BYTES);
+    memcpy(router.role_keys[MOE_ROLE_WORKER], worker.public_key, MOE_CURVE_KEY_BYTES);
+    bench_zmq("tcp+curve", "tcp://127.0.0.1:0", &worker, &router, round_trips);
+    return 0;
+}
