@@ -918,11 +918,11 @@ static moe_peer connect_threaded(rig *r) {
     return moe_rpc_peer_of_link(r->client, r->link)->peer;
 }
 
-static void run_threaded_round(rig *r, moe_peer peer, uint64_t seed) {
+static void run_threaded_round(rig *r, moe_peer peer, int num_layers, uint64_t seed) {
     static problem p[8];
     static reply answers[8];
     for (int i = 0; i < 8; i++) {
-        make_problem(&p[i], i % LAYERS, 6, i % 2 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT, seed + (uint64_t)i);
+        make_problem(&p[i], i % num_layers, 6, i % 2 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT, seed + (uint64_t)i);
         solve(r, &p[i]);
         moe_forward_call call = forward_of(r, &p[i]);
         memset(&answers[i], 0, sizeof answers[i]);
@@ -933,6 +933,14 @@ static void run_threaded_round(rig *r, moe_peer peer, uint64_t seed) {
     for (int i = 0; i < 8; i++) expect_solved(r, &p[i], &answers[i]);
 }
 
+static void load_threaded(rig *r, moe_peer peer, uint32_t layer, uint32_t count, reply *answer) {
+    Moesaic__V1__LoadRequest request = load_request(layer, 0, count);
+    memset(answer, 0, sizeof *answer);
+    assert_int_equal(moe_rpc_call_start(r->client, peer, "/moesaic.v1.WorkerService/Load", &request.base, NULL, 0, INT64_MAX,
+                                        on_reply, answer, NULL, NULL),
+                     MOE_OK);
+}
+
 static void works_in_a_thread_of_its_own(void **state) {
     (void)state;
     static reply loaded;
@@ -940,14 +948,14 @@ static void works_in_a_thread_of_its_own(void **state) {
     moe_worker_view view;
     open_threaded(&r);
     moe_peer peer = connect_threaded(&r);
-    Moesaic__V1__LoadRequest request = load_request(0, 0, LAYERS * EXPERTS);
-    memset(&loaded, 0, sizeof loaded);
-    assert_int_equal(moe_rpc_call_start(r.client, peer, "/moesaic.v1.WorkerService/Load", &request.base, NULL, 0, INT64_MAX,
-                                        on_reply, &loaded, NULL, NULL),
-                     MOE_OK);
+    load_threaded(&r, peer, 0, 2 * EXPERTS, &loaded);
     wait_threaded(&r, &loaded.done);
     assert_int_equal(loaded.status, MOE_OK);
-    for (uint64_t round = 0; round < 20; round++) run_threaded_round(&r, peer, round * 8);
+    load_threaded(&r, peer, 2, EXPERTS, &loaded); /* while the backend computes for the other layers */
+    for (uint64_t round = 0; round < 10; round++) run_threaded_round(&r, peer, 2, round * 8);
+    wait_threaded(&r, &loaded.done);
+    assert_int_equal(loaded.status, MOE_OK);
+    for (uint64_t round = 10; round < 20; round++) run_threaded_round(&r, peer, LAYERS, round * 8);
     moe_worker_get_view(r.worker, &view);
     assert_int_equal(view.experts, LAYERS * EXPERTS);
     moe_worker_stop(r.worker);
