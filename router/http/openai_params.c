@@ -198,6 +198,25 @@ static void set_defaults(moe_openai_params *params, moe_endpoint endpoint, const
     params->add_generation_prompt = true;
 }
 
+static bool read_rows(moe_openai_params *params, const moe_inference *inference, moe_http_error *error) {
+    const char *name;
+    json_t *value;
+    json_object_foreach(params->body, name, value) {
+        const param_row *row = find_row(name, params->endpoint);
+        if (!row)
+            return moe_http_fail(error, 400, "unknown_parameter", name, "'%.100s' is not a parameter of this endpoint.", name);
+        if (!json_is_null(value) && !read_row(params, inference, row, value, error)) return false;
+    }
+    return check_together(params, error);
+}
+
+bool moe_openai_params_from_json(json_t *body, moe_endpoint endpoint, const moe_inference *inference, moe_openai_params *params,
+                                 moe_http_error *error) {
+    set_defaults(params, endpoint, inference);
+    params->body = body;
+    return body ? read_rows(params, inference, error) : moe_http_fail_memory(error);
+}
+
 bool moe_openai_params_parse(const char *text, size_t size, moe_endpoint endpoint, const moe_inference *inference,
                              moe_openai_params *params, moe_http_error *error) {
     json_error_t where;
@@ -207,15 +226,7 @@ bool moe_openai_params_parse(const char *text, size_t size, moe_endpoint endpoin
         return moe_http_fail(error, 400, "invalid_json", NULL, "The body is not JSON: line %d, column %d: %s", where.line,
                              where.column, where.text);
     if (!json_is_object(params->body)) return moe_http_fail(error, 400, "invalid_json", NULL, "The body must be a JSON object.");
-    const char *name;
-    json_t *value;
-    json_object_foreach(params->body, name, value) {
-        const param_row *row = find_row(name, endpoint);
-        if (!row)
-            return moe_http_fail(error, 400, "unknown_parameter", name, "'%.100s' is not a parameter of this endpoint.", name);
-        if (!json_is_null(value) && !read_row(params, inference, row, value, error)) return false;
-    }
-    return check_together(params, error);
+    return read_rows(params, inference, error);
 }
 
 void moe_openai_params_free(moe_openai_params *params) {

@@ -40,6 +40,9 @@ typedef struct moe_openai_params {
 /* Parses a body; defaults come from `inference`. False with *error filled. `params` is to be freed in either case. */
 bool moe_openai_params_parse(const char *text, size_t size, moe_endpoint endpoint, const moe_inference *inference,
                              moe_openai_params *params, moe_http_error *error);
+/* The same from JSON made here (the RPC front's); steals `body`, NULL counts as out of memory. */
+bool moe_openai_params_from_json(json_t *body, moe_endpoint endpoint, const moe_inference *inference, moe_openai_params *params,
+                                 moe_http_error *error);
 void moe_openai_params_free(moe_openai_params *params); /* idempotent */
 
 /* Whether token ids in a JSON array are integers below `vocab`; else 400 naming `param`. */
