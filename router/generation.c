@@ -8,21 +8,24 @@
 
 typedef struct event {
     struct event *next;
-    moe_generation *generation; /* a reference is held by its live list, not by the event */
+    moe_generation *generation;
     int64_t bytes;
     moe_output output; /* its pointers lead into this allocation */
 } event;
 
-/* Two owners: the front (until cancel or the last event) and the engine (until its last event). */
+/* Two owners: the front (until it saw the end, or its queue is closed) and the engine (until its last event); the second to let
+ * go frees it. */
 struct moe_generation {
     moe_generation_queue *queue; /* counted */
     void *user;
     uint64_t id;
-    bool cancelled;       /* front's thread only */
-    bool lost;            /* under the queue's mutex: an event could not be queued */
-    int64_t queued_bytes; /* under the queue's mutex */
-    event last;           /* for an end that has to arrive even without memory */
-    char last_message[MOE_ERROR_MESSAGE_BYTES];
+    bool cancelled; /* front's thread only */
+    /* Under the queue's mutex. */
+    bool ended;       /* the end is queued, or was: later events are dropped */
+    bool engine_done; /* the engine's last event came */
+    bool front_done;  /* the front saw the end */
+    int64_t queued_bytes;
+    event lost_end; /* the end of a generation of which something was lost: needs no memory when there is none */
     moe_generation *previous_live, *next_live; /* front's thread only */
 };
 
@@ -67,8 +70,19 @@ static void free_generation(moe_generation *generation) {
     unref_queue(queue);
 }
 
-static void free_event(event *e) {
-    if (e != &e->generation->last) moe_free(e);
+static bool is_lost_end(const event *e) { return e == &e->generation->lost_end; }
+
+/* Front's thread, or any when the queue is closed: done with the event, and with the generation if it is the end. */
+static void finish_event(event *e) {
+    moe_generation *generation = e->generation;
+    bool end = e->output.finish != MOE_FINISH_NONE, unowned = false;
+    if (!is_lost_end(e)) moe_free(e);
+    if (!end) return;
+    pthread_mutex_lock(&generation->queue->mutex);
+    generation->front_done = true;
+    unowned = generation->engine_done;
+    pthread_mutex_unlock(&generation->queue->mutex);
+    if (unowned) free_generation(generation);
 }
 
 /* ---- engine's thread ---- */
@@ -107,22 +121,27 @@ static event *copy_output(moe_generation *generation, const moe_output *o) {
     return e;
 }
 
-/* The end of a generation of which something was lost, without an allocation. */
-static event *last_event(moe_generation *generation, const moe_output *output) {
-    event *e = &generation->last;
-    bool failed = output->finish == MOE_FINISH_ERROR;
-    strncpy(generation->last_message,
-            failed && output->message ? output->message : "the reply outgrew what may be queued for its client",
-            sizeof generation->last_message - 1);
-    *e = (event){.generation = generation,
-                 .output = {.text = "",
-                            .finish = MOE_FINISH_ERROR,
-                            .status = failed ? output->status : MOE_RESOURCE_EXHAUSTED,
-                            .message = generation->last_message,
-                            .stop_token_id = -1,
-                            .prompt_tokens = output->prompt_tokens,
-                            .completion_tokens = output->completion_tokens}};
-    return e;
+static event *make_lost_end(moe_generation *generation, const moe_output *output) {
+    generation->lost_end = (event){.generation = generation,
+                                   .output = {.text = "",
+                                              .finish = MOE_FINISH_ERROR,
+                                              .status = MOE_RESOURCE_EXHAUSTED,
+                                              .message = "the reply outgrew the memory there is for it",
+                                              .stop_token_id = -1,
+                                              .prompt_tokens = output->prompt_tokens,
+                                              .completion_tokens = output->completion_tokens}};
+    return &generation->lost_end;
+}
+
+/* Under the mutex. */
+static void enqueue(moe_generation *generation, event *e) {
+    moe_generation_queue *queue = generation->queue;
+    bool was_empty = !queue->head;
+    generation->queued_bytes += e->bytes;
+    generation->ended = e->output.finish != MOE_FINISH_NONE;
+    *queue->tail = e;
+    queue->tail = &e->next;
+    if (was_empty) queue->config.wake(queue->config.wake_ctx);
 }
 
 static void on_engine_output(void *ctx, const moe_output *output) {
@@ -131,23 +150,17 @@ static void on_engine_output(void *ctx, const moe_output *output) {
     bool last = output->finish != MOE_FINISH_NONE;
     event *e = copy_output(generation, output);
     pthread_mutex_lock(&queue->mutex);
-    if (queue->closed) { /* the front is gone: its generations are ours alone */
-        pthread_mutex_unlock(&queue->mutex);
-        moe_free(e);
-        if (last) free_generation(generation);
-        return;
+    bool taken = false, fits = e && generation->queued_bytes <= MOE_GENERATION_MAX_QUEUED_BYTES - e->bytes;
+    generation->engine_done = last;
+    if (!queue->closed && !generation->ended) {
+        enqueue(generation, fits ? e : make_lost_end(generation, output));
+        taken = fits;
     }
-    if (!e || generation->queued_bytes > MOE_GENERATION_MAX_QUEUED_BYTES - e->bytes) generation->lost = true;
-    event *queued = generation->lost ? (last ? last_event(generation, output) : NULL) : e;
-    if (queued) {
-        bool was_empty = !queue->head;
-        generation->queued_bytes += queued->bytes;
-        *queue->tail = queued;
-        queue->tail = &queued->next;
-        if (was_empty) queue->config.wake(queue->config.wake_ctx);
-    }
+    /* With an end still queued it is finish_event that frees. */
+    bool unowned = last && (generation->front_done || (queue->closed && !generation->ended));
     pthread_mutex_unlock(&queue->mutex);
-    if (queued != e) moe_free(e);
+    if (!taken) moe_free(e);
+    if (unowned) free_generation(generation);
 }
 
 /* ---- front's thread ---- */
@@ -159,16 +172,16 @@ void moe_generation_queue_dispatch(moe_generation_queue *queue) {
     queue->tail = &queue->head;
     for (event *at = e; at; at = at->next) at->generation->queued_bytes -= at->bytes;
     pthread_mutex_unlock(&queue->mutex);
-    while (e) {
-        event *next = e->next;
+    for (event *next; e; e = next) {
+        next = e->next;
         moe_generation *generation = e->generation;
-        bool last = e->output.finish != MOE_FINISH_NONE;
-        bool cancelled = generation->cancelled;
-        if (last && !cancelled) unlink_live(generation);
-        if (!cancelled) queue->config.on_output(generation->user, &e->output);
-        free_event(e);
-        if (last) free_generation(generation);
-        e = next;
+        bool end = e->output.finish != MOE_FINISH_NONE;
+        if (!generation->cancelled) {
+            if (end) unlink_live(generation);
+            if (is_lost_end(e)) queue->config.inference->ops->cancel(queue->config.inference->ctx, generation->id);
+            queue->config.on_output(generation->user, &e->output);
+        }
+        finish_event(e);
     }
 }
 
@@ -216,13 +229,9 @@ void moe_generation_queue_free(moe_generation_queue **queue) {
     event *e = q->head;
     q->head = NULL;
     pthread_mutex_unlock(&q->mutex);
-    while (e) {
-        event *next = e->next;
-        moe_generation *generation = e->generation;
-        bool last = e->output.finish != MOE_FINISH_NONE;
-        free_event(e);
-        if (last) free_generation(generation);
-        e = next;
+    for (event *next; e; e = next) {
+        next = e->next;
+        finish_event(e);
     }
     unref_queue(q);
 }

@@ -202,10 +202,35 @@ static void test_event_lost_for_memory_ends_in_error(void **state) {
     moe_alloc_fail_after(1);
     emit(b, 0, "b", MOE_FINISH_NONE);
     emit(b, 0, "c", MOE_FINISH_NONE);
-    emit(b, 0, "d", MOE_FINISH_STOP);
+    assert_int_equal(b->cancelled, 0);
     moe_generation_queue_dispatch(b->queue);
     assert_string_equal(b->text, "a");
-    assert_true(b->ends == 1 && b->end_status == MOE_RESOURCE_EXHAUSTED);
+    assert_true(b->ends == 1 && b->end_status == MOE_RESOURCE_EXHAUSTED && b->cancelled == 1);
+    emit(b, 0, "d", MOE_FINISH_NONE); /* the engine does not know yet */
+    emit(b, 0, "", MOE_FINISH_ERROR);
+    moe_generation_queue_dispatch(b->queue);
+    assert_int_equal(b->ends, 1);
+}
+
+/* The engine ends, or the front does, with the end of what was lost still queued. */
+static void test_lost_end_meets_the_other_ends(void **state) {
+    bench *b = *state;
+    for (int i = 0; i < 3; i++) {
+        begin(b);
+        moe_alloc_fail_after(1);
+        emit(b, i, "a", MOE_FINISH_NONE);
+    }
+    emit(b, 0, "", MOE_FINISH_STOP);
+    moe_generation_queue_dispatch(b->queue);
+    assert_true(b->ends == 3 && b->text[0] == 0);
+    emit(b, 1, "", MOE_FINISH_ERROR);
+    begin(b);
+    moe_alloc_fail_after(1);
+    emit(b, 3, "a", MOE_FINISH_NONE);
+    moe_generation_queue_free(&b->queue);
+    emit(b, 2, "", MOE_FINISH_ERROR);
+    emit(b, 3, "", MOE_FINISH_ERROR);
+    assert_int_equal(b->ends, 3);
 }
 
 static void test_bound_on_queued_bytes(void **state) {
@@ -270,6 +295,7 @@ int main(void) {
         TEST(test_cancel_inside_a_callback),
         TEST(test_refused_submission),
         TEST(test_event_lost_for_memory_ends_in_error),
+        TEST(test_lost_end_meets_the_other_ends),
         TEST(test_bound_on_queued_bytes),
         TEST(test_free_with_generations_live),
         TEST(test_two_threads),

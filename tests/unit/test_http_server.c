@@ -484,8 +484,7 @@ static void test_slow_reader_is_cut_off(void **state) {
     http_client_request(&client, "POST", "/v1/chat/completions", "", CHAT_STREAM_BODY);
     fake_inference_await(&f->fake, &f->fake.num_cancelled, 1);
     fake_inference_await(&f->fake, &f->fake.num_ended, 1);
-    int32_t sent = f->fake.requests[0].sent;
-    assert_true((int64_t)sent * (int64_t)sizeof text < (INT64_C(256) << 20));
+    assert_true(f->fake.requests[0].sent < f->fake.repeat);
     assert_true(http_client_closed(&client));
     http_client_close(&client);
 }
