@@ -1,0 +1,100 @@
+#include "cli/status_text.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define MAX_COLUMNS 8
+#define CELL_BYTES 80
+#define LAYERS_A_LINE 8
+
+/* A table's column: a member of each row's object. */
+typedef struct column {
+    const char *title, *member;
+    bool right; /* numbers */
+} column;
+
+static void cell_text(const json_t *value, char out[CELL_BYTES]) {
+    snprintf(out, CELL_BYTES, "-");
+    if (json_is_string(value)) snprintf(out, CELL_BYTES, "%s", json_string_value(value));
+    if (json_is_integer(value)) snprintf(out, CELL_BYTES, "%lld", (long long)json_integer_value(value));
+    if (json_is_real(value)) snprintf(out, CELL_BYTES, "%.1f %%", 100 * json_real_value(value));
+    if (json_is_boolean(value)) snprintf(out, CELL_BYTES, "%s", json_is_true(value) ? "yes" : "");
+}
+
+static void pad(moe_buf *out, const char *text, int width, bool right, bool last) {
+    int used = (int)strlen(text);
+    if (right)
+        moe_buf_printf(out, "%*s", width, text);
+    else
+        moe_buf_printf(out, "%s%*s", text, last || used > width ? 0 : width - used, "");
+    moe_buf_append_text(out, last ? "\n" : "  ");
+}
+
+/* Columns as wide as what is in them. */
+static void table(const json_t *rows, const column *columns, int count, moe_buf *out) {
+    int widths[MAX_COLUMNS];
+    char text[CELL_BYTES];
+    size_t index;
+    json_t *row;
+    for (int c = 0; c < count; c++) widths[c] = (int)strlen(columns[c].title);
+    json_array_foreach(rows, index, row) {
+        for (int c = 0; c < count; c++) {
+            cell_text(json_object_get(row, columns[c].member), text);
+            if ((int)strlen(text) > widths[c]) widths[c] = (int)strlen(text);
+        }
+    }
+    for (int c = 0; c < count; c++) pad(out, columns[c].title, widths[c], columns[c].right, c == count - 1);
+    json_array_foreach(rows, index, row) {
+        for (int c = 0; c < count; c++) {
+            cell_text(json_object_get(row, columns[c].member), text);
+            pad(out, text, widths[c], columns[c].right, c == count - 1);
+        }
+    }
+}
+
+static void summary(const json_t *status, moe_buf *out) {
+    char model[CELL_BYTES], epoch[CELL_BYTES], replicas[CELL_BYTES], pid[CELL_BYTES];
+    const json_t *redis = json_object_get(status, "redis");
+    bool used = json_is_true(json_object_get(redis, "used")), up = json_is_true(json_object_get(redis, "up"));
+    cell_text(json_object_get(status, "model"), model);
+    cell_text(json_object_get(status, "epoch"), epoch);
+    cell_text(json_object_get(status, "replicas"), replicas);
+    cell_text(json_object_get(redis, "pid"), pid);
+    moe_buf_printf(out, "%s: %s, epoch %s, replicas %s, Redis %s", model,
+                   json_is_true(json_object_get(status, "ready")) ? "ready" : "not ready", epoch, replicas,
+                   !used ? "not used"
+                   : up  ? "up"
+                         : "down");
+    if (json_object_get(redis, "pid")) moe_buf_printf(out, " (pid %s)", pid);
+    moe_buf_append_text(out, "\n");
+}
+
+/* How unevenly each MoE layer's rows fall on the workers: 1.00 is even. */
+static void layers(const json_t *list, moe_buf *out) {
+    size_t index;
+    json_t *layer;
+    if (json_array_size(list) == 0) return;
+    moe_buf_append_text(out, "\nbusiest worker over the mean, by MoE layer (1.00 is even)\n");
+    json_array_foreach(list, index, layer) {
+        moe_buf_printf(out, "%5zu: %.2f", index, json_number_value(json_object_get(layer, "max_over_mean")));
+        bool last = index + 1 == json_array_size(list) || index % LAYERS_A_LINE == LAYERS_A_LINE - 1;
+        if (last) moe_buf_append_text(out, "\n");
+    }
+}
+
+void moe_status_text(const json_t *status, moe_buf *out) {
+    static const column workers[] = {{"WORKER", "id", false},        {"STATE", "state", false},    {"HOST", "host", false},
+                                     {"PID", "pid", true},           {"EXPERTS", "experts", true}, {"LOAD", "load", true},
+                                     {"ENDPOINT", "endpoint", false}};
+    static const column routers[] = {{"ROUTER", "id", false},
+                                     {"STATE", "state", false},
+                                     {"HOST", "host", false},
+                                     {"PID", "pid", true},
+                                     {"LEADER", "leader", false}};
+    summary(status, out);
+    moe_buf_append_text(out, "\n");
+    table(json_object_get(status, "workers"), workers, sizeof workers / sizeof *workers, out);
+    moe_buf_append_text(out, "\n");
+    table(json_object_get(status, "routers"), routers, sizeof routers / sizeof *routers, out);
+    layers(json_object_get(status, "layers"), out);
+}
