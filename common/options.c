@@ -49,9 +49,10 @@ static int edit_distance(const char *a, const char *b) {
     return row[lb];
 }
 
+/* A name that shares no letter with what was typed is no suggestion. */
 static void consider(const char *wanted, const char *name, const char **best, int *distance) {
     int d = edit_distance(wanted, name);
-    if (d < *distance) {
+    if (d < *distance && d < (int)strlen(wanted)) {
         *best = name;
         *distance = d;
     }
@@ -301,11 +302,13 @@ static moe_status from_file(moe_options *o, moe_error *err) {
     FILE *file = fopen(path, "r");
     yaml_parser_t parser;
     if (!file) return moe_fail(err, MOE_NOT_FOUND, "--config: cannot read %s: %s", path, strerror(errno));
-    moe_status status = MOE_RESOURCE_EXHAUSTED;
+    moe_status status;
     if (yaml_parser_initialize(&parser)) {
         yaml_parser_set_input_file(&parser, file);
         status = read_entries(o, &parser, err);
         yaml_parser_delete(&parser);
+    } else {
+        status = moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     }
     fclose(file);
     return status == MOE_OK ? MOE_OK : moe_fail_prefix(err, status, "%s", path);
@@ -372,7 +375,7 @@ const char *moe_option_text(const moe_options *o, const char *name) {
 double moe_option_float(const moe_options *o, const char *name) { return o->values[row_of(o, name)].number; }
 int64_t moe_option_int(const moe_options *o, const char *name) { return (int64_t)moe_option_float(o, name); }
 int64_t moe_option_ns(const moe_options *o, const char *name) {
-    return (int64_t)(moe_option_float(o, name) * (double)MOE_NS_PER_S);
+    return llround(moe_option_float(o, name) * (double)MOE_NS_PER_S);
 }
 bool moe_option_bool(const moe_options *o, const char *name) { return moe_option_float(o, name) != 0; }
 int moe_option_choice(const moe_options *o, const char *name) { return (int)moe_option_float(o, name); }

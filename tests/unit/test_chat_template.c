@@ -1,19 +1,14 @@
 /* The chat template interpreter against what jinja2 rendered (tests/golden/chat_template_oracle.py), its limits, and loading. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-
-#include <cmocka.h>
-
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "common/alloc.h"
 #include "router/chat/chat_fallback.h"
 #include "router/chat/chat_template.h"
+#include "tests/support/temp_dir.h"
+#include "tests/support/test.h"
 
 #define DATA SOURCE_DIR "/tests/data/chat/"
 
@@ -222,32 +217,8 @@ static void test_out_of_memory(void **state) {
 
 /* ---- loading ---- */
 
-typedef struct model_dir {
-    char path[64];
-} model_dir;
-
-static void write_file(const model_dir *dir, const char *name, const char *text) {
-    char path[256];
-    snprintf(path, sizeof path, "%s/%s", dir->path, name);
-    FILE *file = fopen(path, "wb");
-    assert_non_null(file);
-    fputs(text, file);
-    fclose(file);
-}
-
-static void setup_dir(model_dir *dir) {
-    strcpy(dir->path, "/tmp/moe-chat-XXXXXX");
-    assert_non_null(mkdtemp(dir->path));
-}
-
-static void remove_dir(const model_dir *dir) {
-    static const char *const names[] = {"tokenizer_config.json", "chat_template.jinja"};
-    char path[256];
-    for (size_t i = 0; i < 2; i++) {
-        snprintf(path, sizeof path, "%s/%s", dir->path, names[i]);
-        unlink(path);
-    }
-    rmdir(dir->path);
+static void write_file(const moe_test_dir *dir, const char *name, const char *text) {
+    moe_test_write_file(dir, name, text, strlen(text));
 }
 
 static void loads(const char *dir, const char *fallback, json_t *variables, const char *expected) {
@@ -269,8 +240,7 @@ static json_t *hello(void) {
 
 static void test_load(void **state) {
     (void)state;
-    model_dir dir;
-    setup_dir(&dir);
+    moe_test_dir dir = moe_test_dir_new();
     loads(SOURCE_DIR "/models/demo", NULL, hello(), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
     loads(dir.path, "chatml", hello(), "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
     write_file(
@@ -287,7 +257,7 @@ static void test_load(void **state) {
     loads(dir.path, NULL, own_bos, "mine Hi<E>");
     write_file(&dir, "chat_template.jinja", "file {{ bos_token }} {{ tools is none }}\n");
     loads(dir.path, NULL, hello(), "file <B> True");
-    remove_dir(&dir);
+    moe_test_dir_free(&dir);
 }
 
 static void does_not_load(const char *dir, const char *fallback, moe_status wanted, const char *part) {
@@ -300,8 +270,7 @@ static void does_not_load(const char *dir, const char *fallback, moe_status want
 
 static void test_load_refuses(void **state) {
     (void)state;
-    model_dir dir;
-    setup_dir(&dir);
+    moe_test_dir dir = moe_test_dir_new();
     does_not_load(dir.path, NULL, MOE_NOT_FOUND, "no chat template");
     does_not_load(dir.path, "vicuna", MOE_INVALID_ARGUMENT, "chatml, llama2, llama3, mistral");
     write_file(&dir, "tokenizer_config.json", "{\"chat_template\": ");
@@ -310,7 +279,7 @@ static void test_load_refuses(void **state) {
     does_not_load(dir.path, "chatml", MOE_INVALID_ARGUMENT, "line 2: the tag 'bogus'");
     write_file(&dir, "tokenizer_config.json", "{}");
     does_not_load(dir.path, NULL, MOE_NOT_FOUND, "no chat template");
-    remove_dir(&dir);
+    moe_test_dir_free(&dir);
 }
 
 static void fallback_renders(const char *name, const char *expected) {
