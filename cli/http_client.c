@@ -53,7 +53,7 @@ static moe_status parse_url(const char *url, target *out, moe_error *err) {
     at += host + bracketed;
     size_t digits = *at == ':' ? strspn(at + 1, "0123456789") : 0;
     if (digits >= sizeof out->port - 1) return bad_url(url, err);
-    strcpy(out->port, "80");
+    memcpy(out->port, "80", sizeof "80");
     if (digits > 0) {
         memcpy(out->port, at + 1, digits);
         out->port[digits] = '\0';
