@@ -1,0 +1,90 @@
+/* The placement controller. Every router runs one: it follows the cluster's map and hands each new one to the engine. One of
+ * them, the leader, also writes: it lays out a new cluster, and gives a dead worker's share to a newcomer.
+ *
+ * Store keys: `meta` {uuid, epoch, fence, leader, map digest, model digest, replicas}; immutable `map:<epoch>`; leases
+ * `worker:<id>`, `router:<id>`, `leader`. Whoever takes the leader lease raises the fence in `meta`; every write is a
+ * compare-and-set on the text of `meta`, so that one who lost the lead without noticing writes nothing. Nothing here is on the
+ * token path: without the store, routers serve on with the map they have. */
+#pragma once
+#include "common/clock.h"
+#include "common/random.h"
+#include "common/store.h"
+#include "common/transport.h"
+#include "router/placement/placement.h"
+
+#define MOE_HOST_BYTES 128
+#define MOE_PROFILE_BYTES 128
+#define MOE_MAX_ROUTERS 64
+#define MOE_VIEW_MAX_LAYERS 512
+#define MOE_ROUTER_LEASE_TTL_MS 3000
+
+typedef struct moe_controller moe_controller;
+
+typedef struct moe_controller_config {
+    moe_store *store;         /* borrowed; used by the controller alone */
+    moe_transport *transport; /* borrowed; of its own, for control connections to workers; need not listen */
+    const moe_clock *clock;
+    const char *cluster_uuid;         /* ""; that of the cluster's meta, which is made where there is none */
+    const char *id, *endpoint, *host; /* this router's; endpoint "" where it serves no RPC */
+    uint64_t incarnation, model_digest;
+    int64_t pid;
+    int32_t num_moe_layers, num_experts;
+    int32_t replicas;        /* wanted of every expert, 1 to MOE_PLACEMENT_MAX_REPLICAS */
+    int32_t initial_workers; /* epoch 1 waits for so many; 0: for room for all replicas, and 2 s without a join */
+    moe_placement_kind layout;
+    uint64_t layout_seed;
+    const char *layout_file;                       /* NULL unless layout is FILE */
+    const char *state_dir;                         /* the newest map is kept there for a start without the store; NULL: nowhere */
+    void (*on_map)(void *ctx, moe_placement *map); /* a map to serve from now on, borrowed; on the controller's thread */
+    void *ctx;
+} moe_controller_config;
+
+/* Strings are copied. With cluster_uuid "" it asks the store (blocks; UNAVAILABLE where that does not answer).
+ * INVALID_ARGUMENT: replicas above initial_workers or out of range. FAILED_PRECONDITION: meta is of another model. */
+moe_status moe_controller_new(const moe_controller_config *config, moe_controller **out, moe_error *err);
+void moe_controller_free(moe_controller **controller); /* stops; leases are left to expire; NULLs; idempotent */
+
+const char *moe_controller_cluster_uuid(const moe_controller *controller); /* any thread; lives as long as the controller */
+
+/* Does what is due, then waits for messages of the control connections at most until deadline_ns (0: not at all). Blocks in
+ * store calls for their time-outs. Fails only where the transport does. */
+moe_status moe_controller_step(moe_controller *controller, int64_t deadline_ns, moe_error *err);
+
+/* Clean shutdown: gives the leader and router leases back, so that another router leads at once. Not while the thread runs. */
+void moe_controller_resign(moe_controller *controller);
+
+moe_status moe_controller_start(moe_controller *controller, moe_error *err); /* step in a thread of its own; real clock */
+void moe_controller_stop(moe_controller *controller);                        /* joins the thread; idempotent */
+
+/* UP: in the map, registered and connected. DOWN: in the map, but not so. JOINING: registered, not (yet) in the map as this
+ * incarnation. REFUSED: registered with another model or profile, or its copy of an expert differs. */
+typedef enum moe_worker_state { MOE_WORKER_UP, MOE_WORKER_DOWN, MOE_WORKER_JOINING, MOE_WORKER_REFUSED } moe_worker_state;
+const char *moe_worker_state_name(moe_worker_state state); /* "up", "down", "joining", "refused" */
+
+typedef struct moe_controller_worker_view {
+    char id[MOE_WORKER_ID_BYTES], endpoint[MOE_ENDPOINT_BYTES], host[MOE_HOST_BYTES], profile[MOE_PROFILE_BYTES];
+    uint64_t incarnation;
+    int64_t pid;
+    moe_worker_state state;
+    int32_t experts; /* replicas that the map places on it; of a joining one, those loaded so far */
+} moe_controller_worker_view;
+
+typedef struct moe_controller_router_view {
+    char id[MOE_WORKER_ID_BYTES], endpoint[MOE_ENDPOINT_BYTES], host[MOE_HOST_BYTES];
+    uint64_t incarnation, epoch;
+    int64_t pid;
+    bool leader;
+} moe_controller_router_view;
+
+typedef struct moe_controller_view {
+    uint64_t epoch, fence;  /* of the map in use; 0 before the first */
+    bool store_up, leading; /* this router leads */
+    bool complete;          /* every expert has a READY replica on a worker that is UP */
+    int32_t replicas;       /* wanted */
+    int32_t num_workers, num_routers, num_layers;
+    char waiting_for[256];                                         /* why there is no map yet; "" once there is */
+    moe_controller_worker_view workers[MOE_PLACEMENT_MAX_WORKERS]; /* by id */
+    moe_controller_router_view routers[MOE_MAX_ROUTERS];           /* by id */
+    int32_t min_replicas[MOE_VIEW_MAX_LAYERS]; /* by MoE layer: the fewest READY replicas on UP workers that any expert has */
+} moe_controller_view;
+void moe_controller_get_view(moe_controller *controller, moe_controller_view *out); /* any thread; some 300 KB: not on a stack */

@@ -1,0 +1,189 @@
+/* Membership: the leases of workers and routers, and a control connection to every worker that is registered or in the map. */
+#include <jansson.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/log.h"
+#include "router/placement/controller_internal.h"
+
+moe_member *moe_controller_member(moe_controller *c, const char *id) {
+    for (int32_t i = 0; i < c->num_members; i++) {
+        if (strcmp(c->members[i].identity.id, id) == 0) return &c->members[i];
+    }
+    return NULL;
+}
+
+bool moe_member_alive(const moe_member *m, uint64_t incarnation) {
+    return m && m->registered && m->identity.incarnation == incarnation;
+}
+
+void moe_member_refuse(moe_member *m, const char *why) {
+    if (!m->refused) moe_error_log("worker %s is refused until it restarts: %s", m->identity.id, why);
+    m->refused = true;
+}
+
+const moe_rpc_peer *moe_controller_peer_of(const moe_controller *c, const moe_member *m, uint64_t incarnation) {
+    const moe_rpc_peer *peer = m->link ? moe_rpc_peer_of_link(c->rpc, m->link) : NULL;
+    return peer && peer->incarnation == incarnation && strcmp(peer->id, m->identity.id) == 0 ? peer : NULL;
+}
+
+static void disconnect(moe_controller *c, moe_member *m) {
+    if (m->link) moe_rpc_disconnect(c->rpc, m->link);
+    m->link = 0;
+}
+
+/* By id, numbers within compared as numbers (w2 before w10). NULL: the table is full. */
+static moe_member *insert_member(moe_controller *c, const char *id) {
+    if (c->num_members == MOE_PLACEMENT_MAX_WORKERS) return NULL;
+    int32_t at = 0;
+    while (at < c->num_members && strverscmp(c->members[at].identity.id, id) < 0) at++;
+    memmove(&c->members[at + 1], &c->members[at], (size_t)(c->num_members++ - at) * sizeof *c->members);
+    c->members[at] = (moe_member){0};
+    return &c->members[at];
+}
+
+static void remove_member(moe_controller *c, int32_t index) {
+    disconnect(c, &c->members[index]);
+    memmove(&c->members[index], &c->members[index + 1], (size_t)(--c->num_members - index) * sizeof *c->members);
+}
+
+/* ---- leases as text ---- */
+
+static bool get_text(const json_t *root, const char *key, char *out, size_t capacity) {
+    const json_t *value = json_object_get(root, key);
+    size_t length = json_string_length(value);
+    if (!json_is_string(value) || length >= capacity || strlen(json_string_value(value)) != length) return false;
+    memcpy(out, json_string_value(value), length + 1);
+    return true;
+}
+
+static bool get_hex(const json_t *root, const char *key, uint64_t *out) {
+    const char *text = json_string_value(json_object_get(root, key));
+    if (!text || strlen(text) != 16 || strspn(text, "0123456789abcdef") != 16) return false;
+    *out = strtoull(text, NULL, 16);
+    return true;
+}
+
+static bool get_count(const json_t *root, const char *key, int64_t *out) {
+    const json_t *value = json_object_get(root, key);
+    if (!json_is_integer(value) || json_integer_value(value) < 0) return false;
+    *out = json_integer_value(value);
+    return true;
+}
+
+static bool parse_worker(const char *id, const char *text, size_t size, moe_member *out) {
+    json_t *root = size <= MOE_MAX_LEASE_BYTES ? json_loadb(text, size, JSON_REJECT_DUPLICATES, NULL) : NULL;
+    *out = (moe_member){0};
+    bool ok = get_text(root, "id", out->identity.id, sizeof out->identity.id) && strcmp(out->identity.id, id) == 0 &&
+              get_hex(root, "incarnation", &out->identity.incarnation) &&
+              get_text(root, "endpoint", out->identity.endpoint, sizeof out->identity.endpoint) && out->identity.endpoint[0] &&
+              get_text(root, "public_key", out->identity.public_key, sizeof out->identity.public_key) &&
+              get_text(root, "host", out->host, sizeof out->host) &&
+              get_text(root, "profile", out->profile, sizeof out->profile) && get_count(root, "pid", &out->pid) &&
+              get_count(root, "capacity_experts", &out->capacity_experts) && get_hex(root, "model_digest", &out->model_digest);
+    json_decref(root);
+    return ok;
+}
+
+/* ---- workers ---- */
+
+static void update_member(moe_controller *c, moe_member *m, const moe_member *lease) {
+    bool same = m->identity.incarnation == lease->identity.incarnation;
+    if (strcmp(m->identity.endpoint, lease->identity.endpoint) != 0) disconnect(c, m);
+    if (!same || !m->registered) {
+        c->last_join_ns = moe_controller_now(c);
+        moe_info("worker %s has registered: incarnation %016llx at %s", lease->identity.id,
+                 (unsigned long long)lease->identity.incarnation, lease->identity.endpoint);
+    }
+    uint64_t link = m->link;
+    bool refused = same && m->refused;
+    *m = *lease;
+    m->link = link;
+    m->refused = refused;
+    m->registered = m->seen = true;
+    if (m->model_digest != c->config.model_digest) moe_member_refuse(m, "it has another revision of the model");
+}
+
+static void on_worker_lease(void *ctx, const char *key, const char *value, size_t size) {
+    moe_controller *c = ctx;
+    const char *id = key + strlen("worker:");
+    moe_member lease;
+    if (!parse_worker(id, value, size, &lease)) {
+        moe_debug("the lease %s is damaged and ignored", key);
+        return;
+    }
+    moe_member *m = moe_controller_member(c, id);
+    if (!m) m = insert_member(c, id);
+    if (m) update_member(c, m, &lease);
+}
+
+void moe_controller_list_workers(moe_controller *c) {
+    moe_error err = {0};
+    for (int32_t i = 0; i < c->num_members; i++) c->members[i].seen = false;
+    moe_status status = moe_controller_store(c)->ops->list(moe_controller_store(c), "worker:", on_worker_lease, c, &err);
+    moe_controller_store_answered(c, status, &err);
+    if (status) return; /* what was listed before stands */
+    for (int32_t i = 0; i < c->num_members; i++) {
+        moe_member *m = &c->members[i];
+        if (m->registered && !m->seen) moe_warn("worker %s: its lease is gone", m->identity.id);
+        m->registered = m->seen;
+    }
+    moe_controller_sync_members(c);
+}
+
+static void connect_member(moe_controller *c, moe_member *m) {
+    moe_error err = {0};
+    moe_status status = moe_rpc_connect(c->rpc, m->identity.endpoint, &m->link, &err);
+    if (status == MOE_OK) return;
+    m->link = 0;
+    if (status != MOE_RESOURCE_EXHAUSTED) moe_member_refuse(m, err.message);
+}
+
+void moe_controller_sync_members(moe_controller *c) {
+    for (int32_t w = 0; c->map && w < c->map->num_workers; w++) {
+        const moe_placement_worker *worker = &c->map->workers[w];
+        moe_member *m = moe_controller_member(c, worker->id);
+        if (m || !(m = insert_member(c, worker->id))) continue;
+        m->identity = *worker;
+        m->model_digest = c->config.model_digest;
+    }
+    for (int32_t i = c->num_members - 1; i >= 0; i--) {
+        moe_member *m = &c->members[i];
+        bool wanted = m->registered || (c->map && moe_placement_find_worker(c->map, m->identity.id) >= 0);
+        if (!wanted) {
+            remove_member(c, i);
+        } else if (!m->link && !m->refused) {
+            connect_member(c, m);
+        }
+    }
+}
+
+/* ---- routers ---- */
+
+static void on_router_lease(void *ctx, const char *key, const char *value, size_t size) {
+    moe_controller *c = ctx;
+    moe_controller_router_view r = {0};
+    char uuid[MOE_UUID_BYTES];
+    int64_t epoch, fence;
+    json_t *root = size <= MOE_MAX_LEASE_BYTES ? json_loadb(value, size, JSON_REJECT_DUPLICATES, NULL) : NULL;
+    bool ok = get_text(root, "id", r.id, sizeof r.id) && strcmp(r.id, key + strlen("router:")) == 0 &&
+              get_hex(root, "incarnation", &r.incarnation) && get_text(root, "endpoint", r.endpoint, sizeof r.endpoint) &&
+              get_text(root, "host", r.host, sizeof r.host) && get_count(root, "pid", &r.pid) &&
+              get_count(root, "epoch", &epoch) && get_count(root, "fence", &fence) && get_text(root, "uuid", uuid, sizeof uuid) &&
+              strcmp(uuid, c->cluster_uuid) == 0;
+    json_decref(root);
+    if (!ok || c->num_routers == MOE_MAX_ROUTERS) return;
+    r.epoch = (uint64_t)epoch;
+    moe_controller_learn(c, (uint64_t)epoch, (uint64_t)fence);
+    int32_t at = 0;
+    while (at < c->num_routers && strverscmp(c->routers[at].id, r.id) < 0) at++;
+    memmove(&c->routers[at + 1], &c->routers[at], (size_t)(c->num_routers++ - at) * sizeof *c->routers);
+    c->routers[at] = r;
+}
+
+void moe_controller_list_routers(moe_controller *c) {
+    moe_error err = {0};
+    c->num_routers = 0;
+    moe_status status = moe_controller_store(c)->ops->list(moe_controller_store(c), "router:", on_router_lease, c, &err);
+    moe_controller_store_answered(c, status, &err);
+}
