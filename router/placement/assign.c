@@ -14,7 +14,7 @@ static void wait_for(moe_controller *c, const char *what) {
 
 /* A worker that can be given a share now. */
 static bool available(const moe_controller *c, const moe_member *m) {
-    return m->registered && !m->refused && moe_controller_peer_of(c, m, m->identity.incarnation);
+    return m->registered && !moe_member_refused(m) && moe_controller_peer_of(c, m, m->identity.incarnation);
 }
 
 /* ---- bootstrap ---- */
@@ -32,7 +32,8 @@ static void refuse_other_profiles(moe_controller *c) {
         moe_member *m = &c->members[i];
         if (!available(c, m)) continue;
         if (!first) first = m;
-        if (strcmp(m->profile, first->profile) != 0) moe_member_refuse(m, "its numeric profile is not that of the other workers");
+        if (strcmp(m->profile, first->profile) != 0)
+            moe_member_refuse(m, m->identity.incarnation, "its numeric profile is not that of the other workers");
     }
 }
 
@@ -113,7 +114,7 @@ static void make_plan(moe_controller *c) {
 static bool plan_holds(moe_controller *c) {
     for (int32_t w = 0; w < c->plan->num_workers; w++) {
         const moe_member *m = moe_controller_member(c, c->plan->workers[w].id);
-        if (!moe_member_alive(m, c->plan->workers[w].incarnation) || m->refused) return false;
+        if (!moe_member_alive(m, c->plan->workers[w].incarnation) || moe_member_refused(m)) return false;
     }
     return true;
 }
@@ -124,9 +125,11 @@ static void finish_plan(moe_controller *c) {
     for (int32_t i = 0; i < c->jobs.count; i++) {
         if (!moe_load_job_done(c->jobs.items[i])) return;
     }
+    if (moe_controller_now(c) < c->contact_ns + MOE_BOOTSTRAP_LISTEN_NS) return;
     for (int32_t i = 0; i < c->jobs.count; i++) {
         if (moe_job_agrees(c->jobs.items[i], c->plan)) continue;
-        moe_member_refuse(moe_controller_member(c, c->jobs.items[i]->id), "its copy of an expert differs");
+        const moe_load_job *job = c->jobs.items[i];
+        moe_member_refuse(moe_controller_member(c, job->id), job->incarnation, "its copy of an expert differs");
         drop_plan(c);
         return;
     }
@@ -147,7 +150,7 @@ static bool dead(moe_controller *c, int32_t worker) {
     const moe_placement_worker *w = &c->map->workers[worker];
     const moe_member *m = moe_controller_member(c, w->id);
     if (m && m->registered) return m->identity.incarnation != w->incarnation;
-    return moe_controller_now(c) >= c->trusted_at_ns;
+    return moe_controller_now(c) >= moe_controller_trusted_at(c);
 }
 
 static bool has_job(const moe_controller *c, const char *id, int32_t worker) {
@@ -190,7 +193,7 @@ static void start_takeovers(moe_controller *c) {
         moe_member *m = find_newcomer(c, w);
         if (!m) continue;
         if (!profile_fits(c, m)) {
-            moe_member_refuse(m, "its numeric profile is not that of the other workers");
+            moe_member_refuse(m, m->identity.incarnation, "its numeric profile is not that of the other workers");
             continue;
         }
         if (!moe_jobs_add_share(&c->jobs, c, c->map, w, m->identity.id, m->identity.incarnation)) return;
@@ -217,7 +220,7 @@ static void publish_takeover(moe_controller *c, int32_t index) {
     moe_error err = {0};
     if (!next) return; /* tried again at the next pass */
     if (!moe_job_agrees(job, next)) {
-        moe_member_refuse(m, "its copy of an expert differs");
+        moe_member_refuse(m, m->identity.incarnation, "its copy of an expert differs");
         moe_jobs_remove(&c->jobs, index);
     } else {
         next->workers[job->worker] = m->identity;
@@ -242,11 +245,11 @@ static void takeover(moe_controller *c) {
     start_takeovers(c);
 }
 
-/* The store lost our map or has an older or damaged one, someone knows a higher epoch, or workers rejoined while the store was
- * down: what we serve becomes the newest map. */
+/* The store lost our map or has an older or damaged one, someone knows a higher epoch or another map under ours, or workers
+ * rejoined while the store was down: what we serve becomes the newest map. */
 static bool must_republish(const moe_controller *c) {
     return c->meta.epoch != c->map->epoch || c->meta.map_digest != c->map_digest || c->highest_epoch > c->map->epoch ||
-           c->served != c->map;
+           c->served != c->map || c->map_disputed;
 }
 
 static void republish(moe_controller *c) {

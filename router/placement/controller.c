@@ -108,7 +108,7 @@ moe_status moe_controller_new(const moe_controller_config *config, moe_controlle
     if (!c) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the placement controller");
     pthread_mutex_init(&c->view_mutex, NULL);
     c->config = *config;
-    c->trusted_at_ns = INT64_MAX;
+    c->contact_ns = INT64_MAX;
     if (!copy_strings(&c->config)) status = moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the placement controller");
     if (!status) {
         snprintf(c->cluster_uuid, sizeof c->cluster_uuid, "%s", config->cluster_uuid);

@@ -71,7 +71,7 @@ typedef struct moe_controller_worker_view {
 
 typedef struct moe_controller_router_view {
     char id[MOE_WORKER_ID_BYTES], endpoint[MOE_ENDPOINT_BYTES], host[MOE_HOST_BYTES];
-    uint64_t incarnation, epoch;
+    uint64_t incarnation, epoch, fence, map_digest; /* of the map it serves; 0 before the first */
     int64_t pid;
     bool leader;
 } moe_controller_router_view;

@@ -18,6 +18,9 @@
 #define MOE_POLL_LEASES_NS (200 * MOE_NS_PER_MS)
 #define MOE_RENEW_NS (500 * MOE_NS_PER_MS)
 #define MOE_BOOTSTRAP_QUIET_NS (2 * MOE_NS_PER_S)
+/* A first map waits so long after the store began to answer: routers that know a map, and saw the store fail, have by then tried
+ * it again (they back off for up to a second) and told what they know. */
+#define MOE_BOOTSTRAP_LISTEN_NS (1500 * MOE_NS_PER_MS)
 #define MOE_KEPT_MAPS 8 /* older ones are deleted at publishing */
 #define MOE_LOAD_CHUNK_EXPERTS 32
 #define MOE_LOAD_TIMEOUT_NS (120 * MOE_NS_PER_S) /* of one chunk, read from a slow disk */
@@ -49,10 +52,10 @@ typedef struct moe_member { /* a worker that is registered or in the map */
     char host[MOE_HOST_BYTES], profile[MOE_PROFILE_BYTES];
     int64_t pid, capacity_experts;
     uint64_t model_digest;
-    bool registered; /* its lease is there, as this incarnation */
-    bool seen;       /* by the listing under way */
-    bool refused;    /* this incarnation gets no work */
-    uint64_t link;   /* the control connection; 0 for none */
+    bool registered;              /* its lease is there, as this incarnation */
+    bool seen;                    /* by the listing under way */
+    uint64_t refused_incarnation; /* gets no work; 0: none */
+    uint64_t link;                /* the control connection; 0 for none */
 } moe_member;
 
 typedef struct moe_load_job { /* one worker loading a share */
@@ -84,7 +87,7 @@ struct moe_controller {
 
     /* the store, as last seen */
     bool store_up, store_known; /* known: some call has ended */
-    int64_t trusted_at_ns;      /* from then on a missing lease means a dead process; INT64_MAX while the store is down */
+    int64_t contact_ns;         /* since when the store has answered without a break or loss; INT64_MAX while it is down */
     bool meta_found, meta_foreign;
     moe_buf meta_text; /* exactly as stored: what a write must expect */
     moe_meta meta;
@@ -102,6 +105,7 @@ struct moe_controller {
     int64_t last_join_ns;
     moe_controller_router_view routers[MOE_MAX_ROUTERS];
     int32_t num_routers;
+    bool map_disputed; /* a router has another map under our map's epoch and fence */
 
     /* leading */
     bool leading;
@@ -123,6 +127,10 @@ struct moe_controller {
 /* ---- between the files ---- */
 
 static inline moe_store *moe_controller_store(const moe_controller *c) { return c->config.store; }
+/* From then on a missing lease means a dead process: whoever lives has had a whole term to renew. */
+static inline int64_t moe_controller_trusted_at(const moe_controller *c) {
+    return c->contact_ns == INT64_MAX ? INT64_MAX : c->contact_ns + MOE_ROUTER_LEASE_TTL_MS * MOE_NS_PER_MS;
+}
 static inline int64_t moe_controller_now(const moe_controller *c) { return moe_now_ns(c->config.clock); }
 
 /* follow.c */
@@ -144,7 +152,8 @@ moe_member *moe_controller_member(moe_controller *c, const char *id);
 const moe_rpc_peer *moe_controller_peer_of(const moe_controller *c, const moe_member *m, uint64_t incarnation);
 /* Registered as that very incarnation. */
 bool moe_member_alive(const moe_member *m, uint64_t incarnation);
-void moe_member_refuse(moe_member *m, const char *why);
+void moe_member_refuse(moe_member *m, uint64_t incarnation, const char *why);
+static inline bool moe_member_refused(const moe_member *m) { return m->refused_incarnation == m->identity.incarnation; }
 
 /* leader.c */
 void moe_controller_renew(moe_controller *c);           /* our router lease; the leader lease where it is free or ours */

@@ -11,14 +11,13 @@ void moe_controller_store_answered(moe_controller *c, moe_status status, const m
     if (c->store_known && up == c->store_up) return;
     if (up) {
         if (c->store_known) moe_info("the placement store answers again");
-        /* Whoever lives had no way to renew meanwhile: give every lease one whole term. */
-        c->trusted_at_ns = moe_controller_now(c) + MOE_ROUTER_LEASE_TTL_MS * MOE_NS_PER_MS;
+        c->contact_ns = moe_controller_now(c);
         c->next_leases_ns = 0;
         c->next_renew_ns = 0;
     } else {
         moe_warn("the placement store does not answer (%s): serving on with the map of epoch %llu", err->message,
                  (unsigned long long)(c->map ? c->map->epoch : 0));
-        c->trusted_at_ns = INT64_MAX;
+        c->contact_ns = INT64_MAX;
     }
     c->store_known = true;
     c->store_up = up;
@@ -128,7 +127,7 @@ static void examine_map(moe_controller *c) {
 static void meta_gone(moe_controller *c) {
     if (c->meta_found) {
         moe_warn("the placement store came back empty");
-        c->trusted_at_ns = moe_controller_now(c) + MOE_ROUTER_LEASE_TTL_MS * MOE_NS_PER_MS;
+        c->contact_ns = moe_controller_now(c);
         c->next_renew_ns = 0;
     }
     c->meta_found = false;

@@ -24,9 +24,13 @@ void moe_controller_lost_lead(moe_controller *c, const char *why) {
 static void put_router_lease(moe_controller *c) {
     char incarnation[17];
     snprintf(incarnation, sizeof incarnation, "%016llx", (unsigned long long)c->config.incarnation);
-    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:I, s:s, s:I, s:I}", "id", c->config.id, "incarnation", incarnation,
-                             "endpoint", c->config.endpoint, "host", c->config.host, "pid", (json_int_t)c->config.pid, "uuid",
-                             c->cluster_uuid, "epoch", (json_int_t)c->highest_epoch, "fence", (json_int_t)c->highest_fence);
+    char digest[17];
+    snprintf(digest, sizeof digest, "%016llx", (unsigned long long)(c->map ? c->map_digest : 0));
+    json_t *root =
+        json_pack("{s:s, s:s, s:s, s:s, s:I, s:s, s:I, s:I, s:s, s:I}", "id", c->config.id, "incarnation", incarnation,
+                  "endpoint", c->config.endpoint, "host", c->config.host, "pid", (json_int_t)c->config.pid, "uuid",
+                  c->cluster_uuid, "epoch", (json_int_t)(c->map ? c->map->epoch : 0), "fence",
+                  (json_int_t)(c->map ? c->map->fence : 0), "map_digest", digest, "known_fence", (json_int_t)c->highest_fence);
     char *text = root ? json_dumps(root, JSON_COMPACT) : NULL;
     json_decref(root);
     if (!text) return;
@@ -70,12 +74,43 @@ static void claim_lead(moe_controller *c) {
     moe_buf_free(&text);
 }
 
+static void give_back(moe_controller *c, const char *key, const char *value) {
+    moe_store *store = moe_controller_store(c);
+    moe_store_write removal = {.key = key};
+    moe_error err = {0};
+    if (value) {
+        store->ops->compare_and_set(store, key, value, strlen(value), &removal, 1, &err);
+    } else {
+        store->ops->remove(store, key, &err);
+    }
+}
+
+/* After the store lost data, a router may know a newer map than the store and we do: it should lead. */
+static bool other_knows_more(const moe_controller *c) {
+    uint64_t epoch = c->map ? c->map->epoch : 0, fence = c->map ? c->map->fence : 0;
+    for (int32_t i = 0; i < c->num_routers; i++) {
+        const moe_controller_router_view *r = &c->routers[i];
+        if (r->epoch > epoch || (r->epoch == epoch && r->fence > fence)) return true;
+    }
+    return false;
+}
+
+static void yield_lead(moe_controller *c) {
+    if (c->lease_until_ns) give_back(c, "leader", c->lease_value);
+    if (c->leading) moe_controller_lost_lead(c, "another router has a newer map");
+    c->lease_until_ns = 0;
+}
+
 void moe_controller_renew(moe_controller *c) {
     moe_error err = {0};
     moe_store *store = moe_controller_store(c);
     int64_t now = moe_controller_now(c);
     put_router_lease(c);
     if (c->meta_foreign || !c->store_up) return;
+    if (other_knows_more(c)) {
+        yield_lead(c);
+        return;
+    }
     moe_status status =
         store->ops->take_lease(store, "leader", c->lease_value, strlen(c->lease_value), MOE_ROUTER_LEASE_TTL_MS, &err);
     moe_controller_store_answered(c, status, &err);
@@ -85,17 +120,6 @@ void moe_controller_renew(moe_controller *c) {
     } else if (status == MOE_ABORTED) {
         c->lease_until_ns = 0;
         if (c->leading) moe_controller_lost_lead(c, "another router holds the lease");
-    }
-}
-
-static void give_back(moe_controller *c, const char *key, const char *value) {
-    moe_store *store = moe_controller_store(c);
-    moe_store_write removal = {.key = key};
-    moe_error err = {0};
-    if (value) {
-        store->ops->compare_and_set(store, key, value, strlen(value), &removal, 1, &err);
-    } else {
-        store->ops->remove(store, key, &err);
     }
 }
 

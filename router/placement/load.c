@@ -41,7 +41,7 @@ bool moe_jobs_add_share(moe_jobs *jobs, moe_controller *c, const moe_placement *
     job->incarnation = incarnation;
     job->worker = worker;
     job->epoch = c->highest_epoch;
-    job->fence = c->leading ? c->fence : map->fence;
+    job->fence = c->leading ? c->fence : c->highest_fence;
     for (int32_t i = 0; i < total; i++) {
         if (moe_placement_has(&map->entries[i], worker)) job->experts[job->num_experts++] = i;
     }
@@ -78,24 +78,28 @@ static moe_status take_report(moe_load_job *job, const Moesaic__V1__LoadResponse
 
 static void job_failed(moe_load_job *job, moe_status status, const char *message) {
     moe_controller *c = job->controller;
-    bool answered = status != MOE_UNAVAILABLE && status != MOE_DEADLINE_EXCEEDED && status != MOE_CANCELLED;
+    bool outbid = c->leading && c->highest_fence > c->fence; /* then the lead is claimed anew */
+    bool answered = status != MOE_UNAVAILABLE && status != MOE_DEADLINE_EXCEEDED && status != MOE_CANCELLED && !outbid;
     job->backoff_ns = job->backoff_ns ? 2 * job->backoff_ns : MOE_LOAD_FIRST_BACKOFF_NS;
     if (job->backoff_ns > MOE_LOAD_MAX_BACKOFF_NS) job->backoff_ns = MOE_LOAD_MAX_BACKOFF_NS;
     job->retry_at_ns = moe_controller_now(c) + job->backoff_ns;
     moe_warn("worker %s: loading experts failed: %s: %s", job->id, moe_status_name(status), message);
     moe_member *m = moe_controller_member(c, job->id);
-    if (answered && ++job->refusals == MOE_LOAD_MAX_REFUSALS && m) moe_member_refuse(m, "it fails to load its experts");
+    if (answered && ++job->refusals == MOE_LOAD_MAX_REFUSALS && m)
+        moe_member_refuse(m, job->incarnation, "it fails to load its experts");
 }
 
 static void on_loaded(void *ctx, const moe_rpc_reply *reply) {
     moe_load_job *job = ctx;
     moe_error err = {0};
+    const Moesaic__V1__LoadResponse *report = (const Moesaic__V1__LoadResponse *)reply->body;
     job->calling = false;
+    if (report) moe_controller_learn(job->controller, 0, report->fence);
     if (reply->status != MOE_OK) {
         job_failed(job, reply->status, reply->message);
         return;
     }
-    moe_status status = take_report(job, (const Moesaic__V1__LoadResponse *)reply->body, &err);
+    moe_status status = take_report(job, report, &err);
     if (status) {
         job_failed(job, status, err.message);
     } else {
@@ -134,7 +138,8 @@ void moe_jobs_step(moe_jobs *jobs, moe_controller *c) {
         moe_load_job *job = jobs->items[i];
         if (job->calling || moe_load_job_done(job) || now < job->retry_at_ns) continue;
         const moe_member *m = moe_controller_member(c, job->id);
-        const moe_rpc_peer *peer = m && !m->refused ? moe_controller_peer_of(c, m, job->incarnation) : NULL;
+        const moe_rpc_peer *peer =
+            m && m->refused_incarnation != job->incarnation ? moe_controller_peer_of(c, m, job->incarnation) : NULL;
         if (peer) start_chunk(job, peer->peer);
     }
 }

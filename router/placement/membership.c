@@ -17,9 +17,9 @@ bool moe_member_alive(const moe_member *m, uint64_t incarnation) {
     return m && m->registered && m->identity.incarnation == incarnation;
 }
 
-void moe_member_refuse(moe_member *m, const char *why) {
-    if (!m->refused) moe_error_log("worker %s is refused until it restarts: %s", m->identity.id, why);
-    m->refused = true;
+void moe_member_refuse(moe_member *m, uint64_t incarnation, const char *why) {
+    if (m->refused_incarnation != incarnation) moe_error_log("worker %s is refused until it restarts: %s", m->identity.id, why);
+    m->refused_incarnation = incarnation;
 }
 
 const moe_rpc_peer *moe_controller_peer_of(const moe_controller *c, const moe_member *m, uint64_t incarnation) {
@@ -95,13 +95,14 @@ static void update_member(moe_controller *c, moe_member *m, const moe_member *le
         moe_info("worker %s has registered: incarnation %016llx at %s", lease->identity.id,
                  (unsigned long long)lease->identity.incarnation, lease->identity.endpoint);
     }
-    uint64_t link = m->link;
-    bool refused = same && m->refused;
+    uint64_t link = m->link, refused_incarnation = m->refused_incarnation;
     *m = *lease;
     m->link = link;
-    m->refused = refused;
+    m->refused_incarnation = refused_incarnation;
     m->registered = m->seen = true;
-    if (m->model_digest != c->config.model_digest) moe_member_refuse(m, "it has another revision of the model");
+    if (m->model_digest != c->config.model_digest) {
+        moe_member_refuse(m, m->identity.incarnation, "it has another revision of the model");
+    }
 }
 
 static void on_worker_lease(void *ctx, const char *key, const char *value, size_t size) {
@@ -136,7 +137,7 @@ static void connect_member(moe_controller *c, moe_member *m) {
     moe_status status = moe_rpc_connect(c->rpc, m->identity.endpoint, &m->link, &err);
     if (status == MOE_OK) return;
     m->link = 0;
-    if (status != MOE_RESOURCE_EXHAUSTED) moe_member_refuse(m, err.message);
+    if (status != MOE_RESOURCE_EXHAUSTED) moe_member_refuse(m, m->identity.incarnation, err.message);
 }
 
 void moe_controller_sync_members(moe_controller *c) {
@@ -152,7 +153,7 @@ void moe_controller_sync_members(moe_controller *c) {
         bool wanted = m->registered || (c->map && moe_placement_find_worker(c->map, m->identity.id) >= 0);
         if (!wanted) {
             remove_member(c, i);
-        } else if (!m->link && !m->refused) {
+        } else if (!m->link && !moe_member_refused(m)) {
             connect_member(c, m);
         }
     }
@@ -164,17 +165,20 @@ static void on_router_lease(void *ctx, const char *key, const char *value, size_
     moe_controller *c = ctx;
     moe_controller_router_view r = {0};
     char uuid[MOE_UUID_BYTES];
-    int64_t epoch, fence;
+    int64_t epoch, fence, known_fence;
     json_t *root = size <= MOE_MAX_LEASE_BYTES ? json_loadb(value, size, JSON_REJECT_DUPLICATES, NULL) : NULL;
     bool ok = get_text(root, "id", r.id, sizeof r.id) && strcmp(r.id, key + strlen("router:")) == 0 &&
               get_hex(root, "incarnation", &r.incarnation) && get_text(root, "endpoint", r.endpoint, sizeof r.endpoint) &&
               get_text(root, "host", r.host, sizeof r.host) && get_count(root, "pid", &r.pid) &&
-              get_count(root, "epoch", &epoch) && get_count(root, "fence", &fence) && get_text(root, "uuid", uuid, sizeof uuid) &&
-              strcmp(uuid, c->cluster_uuid) == 0;
+              get_count(root, "epoch", &epoch) && get_count(root, "fence", &fence) &&
+              get_hex(root, "map_digest", &r.map_digest) && get_count(root, "known_fence", &known_fence) &&
+              get_text(root, "uuid", uuid, sizeof uuid) && strcmp(uuid, c->cluster_uuid) == 0;
     json_decref(root);
     if (!ok || c->num_routers == MOE_MAX_ROUTERS) return;
     r.epoch = (uint64_t)epoch;
-    moe_controller_learn(c, (uint64_t)epoch, (uint64_t)fence);
+    r.fence = (uint64_t)fence;
+    moe_controller_learn(c, r.epoch, (uint64_t)known_fence);
+    if (c->map && r.epoch == c->map->epoch && r.fence == c->map->fence && r.map_digest != c->map_digest) c->map_disputed = true;
     int32_t at = 0;
     while (at < c->num_routers && strverscmp(c->routers[at].id, r.id) < 0) at++;
     memmove(&c->routers[at + 1], &c->routers[at], (size_t)(c->num_routers++ - at) * sizeof *c->routers);
@@ -184,6 +188,7 @@ static void on_router_lease(void *ctx, const char *key, const char *value, size_
 void moe_controller_list_routers(moe_controller *c) {
     moe_error err = {0};
     c->num_routers = 0;
+    c->map_disputed = false;
     moe_status status = moe_controller_store(c)->ops->list(moe_controller_store(c), "router:", on_router_lease, c, &err);
     moe_controller_store_answered(c, status, &err);
 }

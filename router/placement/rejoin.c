@@ -17,7 +17,10 @@ static bool has_job(const moe_jobs *jobs, int32_t worker) {
 static void serve_rejoined(moe_controller *c, const moe_load_job *job) {
     moe_placement *next = moe_placement_copy(c->served);
     if (!next) return;
-    if (moe_job_agrees(job, next)) {
+    if (!moe_job_agrees(job, next)) {
+        moe_member *m = moe_controller_member(c, job->id);
+        if (m) moe_member_refuse(m, job->incarnation, "its copy of an expert differs");
+    } else {
         next->workers[job->worker].incarnation = job->incarnation;
         moe_info("worker %s serves again while the store is down, as incarnation %016llx", job->id,
                  (unsigned long long)job->incarnation);
@@ -30,8 +33,9 @@ static void serve_rejoined(moe_controller *c, const moe_load_job *job) {
 static const moe_rpc_peer *restarted(moe_controller *c, int32_t worker) {
     const moe_placement_worker *w = &c->served->workers[worker];
     const moe_member *m = moe_controller_member(c, w->id);
-    const moe_rpc_peer *peer = m && m->link && !m->refused ? moe_rpc_peer_of_link(c->rpc, m->link) : NULL;
-    return peer && strcmp(peer->id, w->id) == 0 && peer->incarnation != w->incarnation ? peer : NULL;
+    const moe_rpc_peer *peer = m && m->link ? moe_rpc_peer_of_link(c->rpc, m->link) : NULL;
+    bool fresh = peer && strcmp(peer->id, w->id) == 0 && peer->incarnation != w->incarnation;
+    return fresh && peer->incarnation != m->refused_incarnation ? peer : NULL;
 }
 
 void moe_controller_rejoin(moe_controller *c) {

@@ -13,7 +13,7 @@ static bool is_up(moe_controller *c, int32_t worker) {
     const moe_placement_worker *w = &c->served->workers[worker];
     const moe_member *m = moe_controller_member(c, w->id);
     if (!m || !moe_controller_peer_of(c, m, w->incarnation)) return false;
-    return !c->store_up || m->registered || moe_controller_now(c) < c->trusted_at_ns;
+    return !c->store_up || m->registered || moe_controller_now(c) < moe_controller_trusted_at(c);
 }
 
 static int32_t loaded_by(const moe_jobs *jobs, const char *id) {
@@ -34,7 +34,7 @@ static void view_worker(moe_controller *c, const moe_member *m, const bool *up, 
     v->incarnation = m->identity.incarnation;
     v->pid = m->pid;
     v->state = worker >= 0 && up[worker] ? MOE_WORKER_UP
-               : m->refused              ? MOE_WORKER_REFUSED
+               : moe_member_refused(m)   ? MOE_WORKER_REFUSED
                : in_map                  ? MOE_WORKER_DOWN
                                          : MOE_WORKER_JOINING;
     v->experts = in_map || v->state == MOE_WORKER_UP ? shares[worker] : loaded_by(&c->jobs, m->identity.id);
@@ -54,8 +54,12 @@ static void view_routers(moe_controller *c) {
     }
     if (self || v->num_routers == MOE_MAX_ROUTERS) return;
     moe_controller_router_view *r = &v->routers[v->num_routers++];
-    *r = (moe_controller_router_view){
-        .incarnation = c->config.incarnation, .epoch = c->map ? c->map->epoch : 0, .pid = c->config.pid, .leader = c->leading};
+    *r = (moe_controller_router_view){.incarnation = c->config.incarnation,
+                                      .epoch = c->map ? c->map->epoch : 0,
+                                      .fence = c->map ? c->map->fence : 0,
+                                      .map_digest = c->map ? c->map_digest : 0,
+                                      .pid = c->config.pid,
+                                      .leader = c->leading};
     snprintf(r->id, sizeof r->id, "%s", c->config.id);
     snprintf(r->endpoint, sizeof r->endpoint, "%s", c->config.endpoint);
     snprintf(r->host, sizeof r->host, "%s", c->config.host);

@@ -1,10 +1,7 @@
 /* What every moe_store must do, run over the memory store and over a real redis-server that the test starts for itself. */
 #include <errno.h>
 #include <fcntl.h>
-#include <setjmp.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,14 +11,11 @@
 #include <time.h>
 #include <unistd.h>
 
-/* clang-format off: cmocka.h needs those above */
-#include <cmocka.h>
-/* clang-format on */
-
 #include "common/alloc.h"
 #include "common/clock.h"
 #include "common/memory/memory_store.h"
 #include "common/redis/redis_store.h"
+#include "tests/support/test.h"
 
 #define TIMEOUT_MS 150
 #define MAX_WAIT_NS (10 * MOE_NS_PER_S)

@@ -1,20 +1,14 @@
 /* The placement map: references, JSON (also hostile), and the layouts, checked exhaustively over small shapes. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-/* clang-format off: cmocka.h needs those above */
-#include <cmocka.h>
-/* clang-format on */
-
 #include "common/alloc.h"
 #include "common/model/config.h"
 #include "common/random.h"
 #include "router/placement/placement.h"
+#include "tests/support/test.h"
 
 static moe_placement *make(int32_t layers, int32_t experts, int32_t workers) {
     moe_placement *p = moe_placement_new(layers, experts, workers);

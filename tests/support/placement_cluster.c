@@ -1,0 +1,335 @@
+#include "tests/support/placement_cluster.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "common/random.h"
+#include "tests/support/test.h"
+
+#define OK(call) assert_int_equal((call), MOE_OK)
+
+void pc_open(pc_cluster *c, int32_t replicas, int32_t initial_workers) {
+    moe_clock fake = moe_clock_fake(1000 * MOE_NS_PER_S);
+    pc_open_on(c, &fake, replicas, initial_workers);
+}
+
+void pc_open_on(pc_cluster *c, const moe_clock *clock, int32_t replicas, int32_t initial_workers) {
+    memset(c, 0, sizeof *c);
+    c->clock = *clock;
+    c->replicas = replicas;
+    c->initial_workers = initial_workers;
+    c->uuid = "cluster-under-test";
+    c->next_incarnation = 100;
+    moe_error err;
+    OK(moe_memory_hub_new(&c->clock, &c->store_hub, &err));
+    OK(moe_inproc_hub_new(&c->clock, 1, &c->hub, &err));
+    OK(moe_memory_open(c->store_hub, &c->store, &err));
+    for (int32_t w = 0; w < PC_MAX_WORKERS; w++) {
+        c->workers[w].model_digest = PC_MODEL;
+        c->workers[w].profile = "ref";
+    }
+}
+
+void pc_close(pc_cluster *c) {
+    for (int32_t r = 0; r < PC_MAX_ROUTERS; r++) pc_router_crash(c, r);
+    for (int32_t w = 0; w < PC_MAX_WORKERS; w++) pc_worker_crash(c, w);
+    c->store->ops->close(c->store);
+    moe_inproc_hub_free(&c->hub);
+    moe_memory_hub_free(&c->store_hub);
+}
+
+/* ---- routers ---- */
+
+static uint64_t hash_of(const moe_placement *p) {
+    uint64_t hash = 0;
+    for (int32_t w = 0; w < p->num_workers; w++) {
+        for (const char *s = p->workers[w].id; *s; s++) hash = moe_mix64(hash ^ (uint64_t)*s);
+        hash = moe_mix64(hash ^ p->workers[w].incarnation);
+    }
+    for (int32_t i = 0; i < p->num_layers * p->num_experts; i++) {
+        const moe_placement_entry *e = &p->entries[i];
+        hash = moe_mix64(hash ^ e->digest);
+        for (int32_t r = 0; r < e->num_replicas; r++) hash = moe_mix64(hash ^ e->replicas[r].worker);
+    }
+    return hash;
+}
+
+static void check_map(const pc_cluster *c, const moe_placement *p) {
+    assert_true(p->num_layers == PC_LAYERS && p->num_experts == PC_EXPERTS && p->model_digest == PC_MODEL);
+    for (int32_t i = 0; i < PC_LAYERS * PC_EXPERTS; i++) {
+        const moe_placement_entry *e = &p->entries[i];
+        assert_int_equal(e->num_replicas, c->replicas);
+        assert_true(e->digest == moe_mix64((uint64_t)i + 1)); /* never of a worker whose weights differ */
+        for (int32_t r = 0; r < e->num_replicas; r++) {
+            assert_true(e->replicas[r].worker < p->num_workers);
+            assert_int_equal(e->replicas[r].state, MOE_REPLICA_READY);
+            for (int32_t q = 0; q < r; q++) assert_int_not_equal(e->replicas[q].worker, e->replicas[r].worker);
+        }
+    }
+}
+
+/* The epoch never falls for any observer, and two observers of one epoch and fence see one map, but for what rejoined without
+ * the store: that is between them and their control connections. (Where the store loses all and the routers that knew are dead,
+ * those that start again from disk may meet with two histories; then it is enough that they agree in the end.) */
+static void on_map(void *ctx, moe_placement *map) {
+    pc_router *r = ctx;
+    pc_cluster *c = r->cluster;
+    assert_true(map->epoch > r->epoch || (map->epoch == r->epoch && map->fence >= r->fence));
+    check_map(c, map);
+    bool rejoin = r->map && map->epoch == r->epoch && map->fence == r->fence;
+    if (!rejoin) r->published_hash = hash_of(map);
+    r->epoch = map->epoch;
+    r->fence = map->fence;
+    r->num_maps++;
+    moe_placement_unref(&r->map);
+    r->map = moe_placement_ref(map);
+    for (int32_t i = 0; i < PC_MAX_ROUTERS; i++) {
+        const pc_router *other = &c->routers[i];
+        if (!c->may_lose_history && other->map && other->epoch == r->epoch && other->fence == r->fence) {
+            assert_true(other->published_hash == r->published_hash);
+        }
+    }
+}
+
+void pc_router_config(pc_cluster *c, int32_t r, moe_controller_config *out) {
+    static const char *const ids[PC_MAX_ROUTERS] = {"r0", "r1", "r2", "r3"};
+    pc_router *router = &c->routers[r];
+    moe_error err;
+    router->cluster = c;
+    router->epoch = router->fence = 0;
+    OK(moe_memory_open(c->store_hub, &router->store, &err));
+    OK(moe_inproc_open(c->hub, &router->transport, &err));
+    *out = (moe_controller_config){.store = router->store,
+                                   .transport = router->transport,
+                                   .clock = &c->clock,
+                                   .cluster_uuid = c->uuid,
+                                   .id = ids[r],
+                                   .endpoint = "",
+                                   .host = "here",
+                                   .incarnation = ++c->next_incarnation,
+                                   .pid = 7,
+                                   .model_digest = PC_MODEL,
+                                   .num_moe_layers = PC_LAYERS,
+                                   .num_experts = PC_EXPERTS,
+                                   .replicas = c->replicas,
+                                   .initial_workers = c->initial_workers,
+                                   .layout = MOE_PLACEMENT_BALANCED,
+                                   .state_dir = c->state_dirs[r],
+                                   .on_map = on_map,
+                                   .ctx = router};
+}
+
+void pc_router_start(pc_cluster *c, int32_t r) {
+    moe_controller_config config;
+    moe_error err;
+    pc_router_config(c, r, &config);
+    OK(moe_controller_new(&config, &c->routers[r].controller, &err));
+}
+
+void pc_router_crash(pc_cluster *c, int32_t r) {
+    pc_router *router = &c->routers[r];
+    if (!router->store) return;
+    moe_controller_free(&router->controller);
+    router->transport->ops->close(router->transport);
+    router->store->ops->close(router->store);
+    router->store = NULL;
+    moe_placement_unref(&router->map);
+}
+
+/* ---- workers ---- */
+
+static void answer(pc_worker *w, moe_rpc_call *call, const int32_t *experts, int32_t count) {
+    Moesaic__V1__LoadedExpert loaded[64], *pointers[64];
+    Moesaic__V1__ExpertId ids[64];
+    Moesaic__V1__LoadResponse response = MOESAIC__V1__LOAD_RESPONSE__INIT;
+    for (int32_t i = 0; i < count; i++) {
+        moesaic__v1__expert_id__init(&ids[i]);
+        moesaic__v1__loaded_expert__init(&loaded[i]);
+        ids[i].layer = (uint32_t)(experts[i] / PC_EXPERTS);
+        ids[i].expert = (uint32_t)(experts[i] % PC_EXPERTS);
+        loaded[i].id = &ids[i];
+        loaded[i].digest = moe_mix64((uint64_t)experts[i] + 1) ^ w->digest_salt;
+        pointers[i] = &loaded[i];
+        w->held[experts[i]] = true;
+    }
+    response.loaded = pointers;
+    response.n_loaded = (size_t)count;
+    response.incarnation = w->incarnation;
+    response.fence = w->fence;
+    moe_rpc_respond(call, &response.base, NULL, 0);
+}
+
+static void on_load(void *ctx, moe_rpc_call *call, const ProtobufCMessage *message, const moe_frame *payload, int num_payload) {
+    (void)payload;
+    (void)num_payload;
+    pc_worker *w = ctx;
+    const Moesaic__V1__LoadRequest *request = (const Moesaic__V1__LoadRequest *)message;
+    Moesaic__V1__LoadResponse refusal = MOESAIC__V1__LOAD_RESPONSE__INIT;
+    int32_t experts[64], count = (int32_t)request->n_experts;
+    w->loads++;
+    refusal.fence = w->fence;
+    if (request->incarnation != w->incarnation) {
+        moe_rpc_fail(call, MOE_UNAVAILABLE, "another incarnation", NULL);
+    } else if (request->fence < w->fence) {
+        moe_rpc_fail(call, MOE_FAILED_PRECONDITION, "a lower fence", &refusal.base);
+    } else if (w->fails) {
+        moe_rpc_fail(call, MOE_RESOURCE_EXHAUSTED, "no memory", NULL);
+    } else {
+        w->fence = request->fence;
+        assert_true(count <= 64);
+        for (int32_t i = 0; i < count; i++)
+            experts[i] = (int32_t)(request->experts[i]->layer * PC_EXPERTS + request->experts[i]->expert);
+        if (!w->stalls) {
+            answer(w, call, experts, count);
+        } else {
+            assert_true(w->num_waiting < 8);
+            w->waiting[w->num_waiting].call = call;
+            w->waiting[w->num_waiting].count = count;
+            memcpy(w->waiting[w->num_waiting++].experts, experts, sizeof experts);
+        }
+    }
+}
+
+void pc_worker_release(pc_cluster *c, int32_t i) {
+    pc_worker *w = &c->workers[i];
+    for (int32_t n = 0; n < w->num_waiting; n++) answer(w, w->waiting[n].call, w->waiting[n].experts, w->waiting[n].count);
+    w->num_waiting = 0;
+    w->stalls = false;
+}
+
+void pc_worker_start(pc_cluster *c, int32_t i) {
+    static const moe_rpc_method methods[] = {
+        {.method = "/moesaic.v1.WorkerService/Load", .handler = on_load, .roles = 1u << MOE_ROLE_ROUTER}, {0}};
+    pc_worker *w = &c->workers[i];
+    char endpoint[MOE_ENDPOINT_BYTES], bound[MOE_ENDPOINT_BYTES];
+    moe_error err;
+    assert_false(w->alive);
+    w->cluster = c;
+    w->alive = true;
+    w->loads = 0;
+    w->fence = w->first_fence;
+    memset(w->held, 0, sizeof w->held);
+    snprintf(w->id, sizeof w->id, "w%d", i);
+    snprintf(endpoint, sizeof endpoint, "inproc:w%d", i);
+    w->incarnation = ++c->next_incarnation;
+    OK(moe_memory_open(c->store_hub, &w->store, &err));
+    OK(moe_inproc_open(c->hub, &w->transport, &err));
+    OK(w->transport->ops->listen(w->transport, endpoint, bound, &err));
+    moe_rpc_config rpc = {.transport = w->transport,
+                          .clock = &c->clock,
+                          .hello = {.cluster_uuid = c->uuid,
+                                    .role = "worker",
+                                    .id = w->id,
+                                    .profile = w->profile,
+                                    .incarnation = w->incarnation,
+                                    .model_digest = w->model_digest},
+                          .methods = methods,
+                          .ctx = w};
+    OK(moe_rpc_new(&rpc, &w->rpc, &err));
+    moe_registration_config registration = {.store = w->store,
+                                            .clock = &c->clock,
+                                            .id = w->id,
+                                            .endpoint = bound,
+                                            .public_key = "",
+                                            .host = "here",
+                                            .profile = w->profile,
+                                            .incarnation = w->incarnation,
+                                            .model_digest = w->model_digest,
+                                            .pid = 1000 + i,
+                                            .capacity_experts = w->capacity_experts};
+    OK(moe_registration_new(&registration, &w->registration, &err));
+}
+
+void pc_worker_crash(pc_cluster *c, int32_t i) {
+    pc_worker *w = &c->workers[i];
+    if (!w->alive) return;
+    for (int32_t n = 0; n < w->num_waiting; n++) moe_rpc_fail(w->waiting[n].call, MOE_UNAVAILABLE, "stops", NULL);
+    w->num_waiting = 0;
+    moe_registration_free(&w->registration);
+    moe_rpc_free(&w->rpc);
+    w->transport->ops->close(w->transport);
+    w->store->ops->close(w->store);
+    w->alive = false;
+}
+
+/* ---- time ---- */
+
+void pc_step(pc_cluster *c) {
+    moe_error err;
+    c->clock.fake_now_ns += PC_STEP_NS;
+    for (int32_t w = 0; w < PC_MAX_WORKERS; w++) {
+        if (!c->workers[w].alive) continue;
+        moe_registration_step(c->workers[w].registration, &err);
+        OK(moe_rpc_step(c->workers[w].rpc, 0, &err));
+    }
+    for (int32_t r = 0; r < PC_MAX_ROUTERS; r++) {
+        if (c->routers[r].controller) OK(moe_controller_step(c->routers[r].controller, 0, &err));
+    }
+}
+
+void pc_run_ms(pc_cluster *c, int64_t ms) {
+    for (int64_t end = c->clock.fake_now_ns + ms * MOE_NS_PER_MS; c->clock.fake_now_ns < end;) pc_step(c);
+}
+
+void pc_run_until(pc_cluster *c, bool (*done)(pc_cluster *c), int64_t max_ms) {
+    int64_t end = c->clock.fake_now_ns + max_ms * MOE_NS_PER_MS;
+    while (!done(c)) {
+        if (c->clock.fake_now_ns >= end) {
+            const moe_controller_view *v = pc_view(c, 0);
+            print_message("router 0: epoch %d, store %d, leads %d, waits for: %s\n", (int)v->epoch, v->store_up, v->leading,
+                          v->waiting_for);
+            for (int32_t i = 0; i < v->num_workers; i++)
+                print_message("  %s: %s, %d experts\n", v->workers[i].id, moe_worker_state_name(v->workers[i].state),
+                              v->workers[i].experts);
+            fail_msg("not done after %d ms", (int)max_ms);
+        }
+        pc_step(c);
+    }
+}
+
+const moe_controller_view *pc_view(pc_cluster *c, int32_t r) {
+    if (c->routers[r].controller) moe_controller_get_view(c->routers[r].controller, &c->view);
+    return &c->view;
+}
+
+moe_worker_state pc_state(pc_cluster *c, int32_t r, const char *id) {
+    const moe_controller_view *v = pc_view(c, r);
+    for (int32_t i = 0; i < v->num_workers; i++) {
+        if (strcmp(v->workers[i].id, id) == 0) return v->workers[i].state;
+    }
+    fail_msg("no worker %s in the view of router %d", id, r);
+    return MOE_WORKER_DOWN;
+}
+
+static const pc_worker *running(const pc_cluster *c, const moe_placement_worker *worker) {
+    for (int32_t w = 0; w < PC_MAX_WORKERS; w++) {
+        const pc_worker *candidate = &c->workers[w];
+        if (candidate->alive && strcmp(candidate->id, worker->id) == 0) {
+            return candidate->incarnation == worker->incarnation ? candidate : NULL;
+        }
+    }
+    return NULL;
+}
+
+static bool holds_share(const pc_cluster *c, const moe_placement *map) {
+    for (int32_t w = 0; w < map->num_workers; w++) {
+        const pc_worker *worker = running(c, &map->workers[w]);
+        if (!worker) return false;
+        for (int32_t i = 0; i < PC_LAYERS * PC_EXPERTS; i++) {
+            if (moe_placement_has(&map->entries[i], w) && !worker->held[i]) return false;
+        }
+    }
+    return true;
+}
+
+bool pc_settled(pc_cluster *c) {
+    const moe_placement *first = NULL;
+    for (int32_t r = 0; r < PC_MAX_ROUTERS; r++) {
+        if (!c->routers[r].controller) continue;
+        const moe_placement *map = c->routers[r].map;
+        if (!map || (first && hash_of(map) != hash_of(first)) || !holds_share(c, map)) return false;
+        if (!pc_view(c, r)->complete) return false;
+        first = map;
+    }
+    return first != NULL;
+}
