@@ -1,13 +1,12 @@
 #include "expert-worker/registry.h"
 
-#include <jansson.h>
 #include <pthread.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #include "common/alloc.h"
+#include "common/json.h"
 #include "common/log.h"
 
 #define RETRY_NS (250 * MOE_NS_PER_MS) /* while the store does not answer */
@@ -17,7 +16,7 @@ struct moe_registration {
     moe_store *store;
     const moe_clock *clock;
     char key[MAX_ID_BYTES + 8]; /* "worker:<id>" */
-    char *value;                /* the lease's JSON */
+    moe_buf value;              /* the lease's JSON */
     bool registered;            /* our first put, which replaces a predecessor's lease, has succeeded */
     moe_status last;
     int64_t next_ns;
@@ -27,18 +26,12 @@ struct moe_registration {
     bool running, stopping;
 };
 
-static char *lease_value(const moe_registration_config *c) {
-    char incarnation[17], digest[17];
-    snprintf(incarnation, sizeof incarnation, "%016llx", (unsigned long long)c->incarnation);
-    snprintf(digest, sizeof digest, "%016llx", (unsigned long long)c->model_digest);
-    json_t *root = json_pack("{s:s, s:s, s:s, s:s, s:s, s:I, s:I, s:s, s:s}", "id", c->id, "incarnation", incarnation, "endpoint",
-                             c->endpoint, "public_key", c->public_key, "host", c->host, "pid", (json_int_t)c->pid,
-                             "capacity_experts", (json_int_t)c->capacity_experts, "profile", c->profile, "model_digest", digest);
-    char *dumped = root ? json_dumps(root, JSON_COMPACT) : NULL;
-    char *value = dumped ? moe_strdup(dumped) : NULL;
-    free(dumped);
-    json_decref(root);
-    return value;
+static bool write_value(const moe_registration_config *c, moe_buf *out) {
+    return moe_json_write(json_pack("{s:s, s:o, s:s, s:s, s:s, s:I, s:I, s:s, s:o}", "id", c->id, "incarnation",
+                                    moe_json_hex(c->incarnation), "endpoint", c->endpoint, "public_key", c->public_key, "host",
+                                    c->host, "pid", (json_int_t)c->pid, "capacity_experts", (json_int_t)c->capacity_experts,
+                                    "profile", c->profile, "model_digest", moe_json_hex(c->model_digest)),
+                          out);
 }
 
 static bool valid_id(const char *id) {
@@ -53,8 +46,8 @@ moe_status moe_registration_new(const moe_registration_config *config, moe_regis
                         config->id, MAX_ID_BYTES);
     }
     moe_registration *r = moe_calloc(1, sizeof *r);
-    if (r) r->value = lease_value(config);
-    if (!r || !r->value) {
+    if (!r || !write_value(config, &r->value)) {
+        if (r) moe_buf_free(&r->value);
         moe_free(r);
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the registration, or a field is not UTF-8");
     }
@@ -78,7 +71,7 @@ void moe_registration_free(moe_registration **registration) {
     moe_registration_stop(r);
     pthread_cond_destroy(&r->stop_asked);
     pthread_mutex_destroy(&r->mutex);
-    moe_free(r->value);
+    moe_buf_free(&r->value);
     moe_free(r);
 }
 
@@ -98,7 +91,7 @@ moe_status moe_registration_step(moe_registration *r, moe_error *err) {
     if (now < r->next_ns) return r->last;
     moe_error failure = {0};
     moe_status status = (r->registered ? r->store->ops->take_lease : r->store->ops->put_lease)(
-        r->store, r->key, r->value, strlen(r->value), MOE_WORKER_LEASE_TTL_MS, &failure);
+        r->store, r->key, r->value.data, r->value.size, MOE_WORKER_LEASE_TTL_MS, &failure);
     log_change(r, status, &failure);
     if (status == MOE_OK) r->registered = true;
     r->last = status;
@@ -111,7 +104,7 @@ int64_t moe_registration_next_ns(const moe_registration *r) { return r->next_ns;
 moe_status moe_registration_leave(moe_registration *r, moe_error *err) {
     if (!r->registered) return MOE_OK;
     moe_store_write removal = {.key = r->key};
-    moe_status status = r->store->ops->compare_and_set(r->store, r->key, r->value, strlen(r->value), &removal, 1, err);
+    moe_status status = r->store->ops->compare_and_set(r->store, r->key, r->value.data, r->value.size, &removal, 1, err);
     r->registered = false;
     return status == MOE_ABORTED ? MOE_OK : status;
 }

@@ -1,10 +1,9 @@
 /* Leadership. The leader lease only keeps routers from getting in each other's way; safety is the fence: taking the lead raises
  * it in `meta`, and every later write expects `meta` as this leader last wrote or read it. */
-#include <jansson.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "common/json.h"
 #include "common/log.h"
 #include "router/placement/controller_internal.h"
 
@@ -22,25 +21,22 @@ void moe_controller_lost_lead(moe_controller *c, const char *why) {
 }
 
 static void put_router_lease(moe_controller *c) {
-    char incarnation[17];
-    snprintf(incarnation, sizeof incarnation, "%016llx", (unsigned long long)c->config.incarnation);
-    char digest[17];
-    snprintf(digest, sizeof digest, "%016llx", (unsigned long long)(c->map ? c->map_digest : 0));
-    json_t *root =
-        json_pack("{s:s, s:s, s:s, s:s, s:I, s:s, s:I, s:I, s:s, s:I}", "id", c->config.id, "incarnation", incarnation,
-                  "endpoint", c->config.endpoint, "host", c->config.host, "pid", (json_int_t)c->config.pid, "uuid",
-                  c->cluster_uuid, "epoch", (json_int_t)(c->map ? c->map->epoch : 0), "fence",
-                  (json_int_t)(c->map ? c->map->fence : 0), "map_digest", digest, "known_fence", (json_int_t)c->highest_fence);
-    char *text = root ? json_dumps(root, JSON_COMPACT) : NULL;
-    json_decref(root);
-    if (!text) return;
-    char key[MOE_WORKER_ID_BYTES + 8];
-    moe_error err = {0};
-    moe_store *store = moe_controller_store(c);
-    snprintf(key, sizeof key, "router:%s", c->config.id);
-    moe_status status = store->ops->put_lease(store, key, text, strlen(text), MOE_ROUTER_LEASE_TTL_MS, &err);
-    moe_controller_store_answered(c, status, &err);
-    free(text);
+    const moe_placement *map = c->map;
+    moe_buf text = {0};
+    json_t *root = json_pack("{s:s, s:o, s:s, s:s, s:I, s:s, s:I, s:I, s:o, s:I}", "id", c->config.id, "incarnation",
+                             moe_json_hex(c->config.incarnation), "endpoint", c->config.endpoint, "host", c->config.host, "pid",
+                             (json_int_t)c->config.pid, "uuid", c->cluster_uuid, "epoch", (json_int_t)(map ? map->epoch : 0),
+                             "fence", (json_int_t)(map ? map->fence : 0), "map_digest", moe_json_hex(map ? c->map_digest : 0),
+                             "known_fence", (json_int_t)c->highest_fence);
+    if (moe_json_write(root, &text)) {
+        char key[MOE_WORKER_ID_BYTES + 8];
+        moe_error err = {0};
+        moe_store *store = moe_controller_store(c);
+        snprintf(key, sizeof key, "router:%s", c->config.id);
+        moe_status status = store->ops->put_lease(store, key, text.data, text.size, MOE_ROUTER_LEASE_TTL_MS, &err);
+        moe_controller_store_answered(c, status, &err);
+    }
+    moe_buf_free(&text);
 }
 
 /* Raises the fence over everything known and puts our name beside it; makes `meta` where there is none. */

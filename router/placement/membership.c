@@ -1,8 +1,7 @@
 /* Membership: the leases of workers and routers, and a control connection to every worker that is registered or in the map. */
-#include <jansson.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "common/json.h"
 #include "common/log.h"
 #include "router/placement/controller_internal.h"
 
@@ -49,38 +48,19 @@ static void remove_member(moe_controller *c, int32_t index) {
 
 /* ---- leases as text ---- */
 
-static bool get_text(const json_t *root, const char *key, char *out, size_t capacity) {
-    const json_t *value = json_object_get(root, key);
-    size_t length = json_string_length(value);
-    if (!json_is_string(value) || length >= capacity || strlen(json_string_value(value)) != length) return false;
-    memcpy(out, json_string_value(value), length + 1);
-    return true;
-}
-
-static bool get_hex(const json_t *root, const char *key, uint64_t *out) {
-    const char *text = json_string_value(json_object_get(root, key));
-    if (!text || strlen(text) != 16 || strspn(text, "0123456789abcdef") != 16) return false;
-    *out = strtoull(text, NULL, 16);
-    return true;
-}
-
-static bool get_count(const json_t *root, const char *key, int64_t *out) {
-    const json_t *value = json_object_get(root, key);
-    if (!json_is_integer(value) || json_integer_value(value) < 0) return false;
-    *out = json_integer_value(value);
-    return true;
-}
-
 static bool parse_worker(const char *id, const char *text, size_t size, moe_member *out) {
     json_t *root = size <= MOE_MAX_LEASE_BYTES ? json_loadb(text, size, JSON_REJECT_DUPLICATES, NULL) : NULL;
     *out = (moe_member){0};
-    bool ok = get_text(root, "id", out->identity.id, sizeof out->identity.id) && strcmp(out->identity.id, id) == 0 &&
-              get_hex(root, "incarnation", &out->identity.incarnation) &&
-              get_text(root, "endpoint", out->identity.endpoint, sizeof out->identity.endpoint) && out->identity.endpoint[0] &&
-              get_text(root, "public_key", out->identity.public_key, sizeof out->identity.public_key) &&
-              get_text(root, "host", out->host, sizeof out->host) &&
-              get_text(root, "profile", out->profile, sizeof out->profile) && get_count(root, "pid", &out->pid) &&
-              get_count(root, "capacity_experts", &out->capacity_experts) && get_hex(root, "model_digest", &out->model_digest);
+    bool ok = moe_json_get_text(root, "id", out->identity.id, sizeof out->identity.id) && strcmp(out->identity.id, id) == 0 &&
+              moe_json_get_hex(root, "incarnation", &out->identity.incarnation) &&
+              moe_json_get_text(root, "endpoint", out->identity.endpoint, sizeof out->identity.endpoint) &&
+              out->identity.endpoint[0] &&
+              moe_json_get_text(root, "public_key", out->identity.public_key, sizeof out->identity.public_key) &&
+              moe_json_get_text(root, "host", out->host, sizeof out->host) &&
+              moe_json_get_text(root, "profile", out->profile, sizeof out->profile) &&
+              moe_json_get_count(root, "pid", INT64_MAX, &out->pid) &&
+              moe_json_get_count(root, "capacity_experts", INT64_MAX, &out->capacity_experts) &&
+              moe_json_get_hex(root, "model_digest", &out->model_digest);
     json_decref(root);
     return ok;
 }
@@ -167,12 +147,14 @@ static void on_router_lease(void *ctx, const char *key, const char *value, size_
     char uuid[MOE_UUID_BYTES];
     int64_t epoch, fence, known_fence;
     json_t *root = size <= MOE_MAX_LEASE_BYTES ? json_loadb(value, size, JSON_REJECT_DUPLICATES, NULL) : NULL;
-    bool ok = get_text(root, "id", r.id, sizeof r.id) && strcmp(r.id, key + strlen("router:")) == 0 &&
-              get_hex(root, "incarnation", &r.incarnation) && get_text(root, "endpoint", r.endpoint, sizeof r.endpoint) &&
-              get_text(root, "host", r.host, sizeof r.host) && get_count(root, "pid", &r.pid) &&
-              get_count(root, "epoch", &epoch) && get_count(root, "fence", &fence) &&
-              get_hex(root, "map_digest", &r.map_digest) && get_count(root, "known_fence", &known_fence) &&
-              get_text(root, "uuid", uuid, sizeof uuid) && strcmp(uuid, c->cluster_uuid) == 0;
+    bool ok = moe_json_get_text(root, "id", r.id, sizeof r.id) && strcmp(r.id, key + strlen("router:")) == 0 &&
+              moe_json_get_hex(root, "incarnation", &r.incarnation) &&
+              moe_json_get_text(root, "endpoint", r.endpoint, sizeof r.endpoint) &&
+              moe_json_get_text(root, "host", r.host, sizeof r.host) && moe_json_get_count(root, "pid", INT64_MAX, &r.pid) &&
+              moe_json_get_count(root, "epoch", MOE_MAX_EPOCH, &epoch) &&
+              moe_json_get_count(root, "fence", MOE_MAX_EPOCH, &fence) && moe_json_get_hex(root, "map_digest", &r.map_digest) &&
+              moe_json_get_count(root, "known_fence", MOE_MAX_EPOCH, &known_fence) &&
+              moe_json_get_text(root, "uuid", uuid, sizeof uuid) && strcmp(uuid, c->cluster_uuid) == 0;
     json_decref(root);
     if (!ok || c->num_routers == MOE_MAX_ROUTERS) return;
     r.epoch = (uint64_t)epoch;

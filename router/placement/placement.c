@@ -1,14 +1,11 @@
 #include "router/placement/placement.h"
 
-#include <jansson.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/json.h"
 #include "common/model/config.h"
 #include "common/store.h"
-
-#define HEX_BYTES 17 /* 16 digits and NUL */
 
 moe_placement *moe_placement_new(int32_t num_layers, int32_t num_experts, int32_t num_workers) {
     MOE_ASSERT(num_layers >= 0 && num_experts >= 0 && num_workers >= 0);
@@ -65,21 +62,15 @@ bool moe_placement_has(const moe_placement_entry *entry, int32_t worker) {
 
 /* ---- JSON ---- */
 
-static json_t *hex_json(uint64_t value) {
-    char text[HEX_BYTES];
-    snprintf(text, sizeof text, "%016llx", (unsigned long long)value);
-    return json_string(text);
-}
-
 static json_t *worker_json(const moe_placement_worker *w) {
-    return json_pack("{s:s, s:o, s:s, s:s}", "id", w->id, "incarnation", hex_json(w->incarnation), "endpoint", w->endpoint,
+    return json_pack("{s:s, s:o, s:s, s:s}", "id", w->id, "incarnation", moe_json_hex(w->incarnation), "endpoint", w->endpoint,
                      "public_key", w->public_key);
 }
 
 /* [digest, worker, state, worker, state, …] */
 static json_t *entry_json(const moe_placement_entry *e) {
     json_t *array = json_array();
-    int failed = json_array_append_new(array, hex_json(e->digest));
+    int failed = json_array_append_new(array, moe_json_hex(e->digest));
     for (int32_t r = 0; r < e->num_replicas; r++) {
         failed |= json_array_append_new(array, json_integer(e->replicas[r].worker));
         failed |= json_array_append_new(array, json_integer(e->replicas[r].state));
@@ -113,22 +104,12 @@ static json_t *workers_json(const moe_placement *p) {
 }
 
 moe_status moe_placement_to_json(const moe_placement *p, moe_buf *out, moe_error *err) {
-    json_t *root = json_pack("{s:I, s:I, s:o, s:i, s:i, s:o, s:o}", "epoch", (json_int_t)p->epoch, "fence", (json_int_t)p->fence,
-                             "model_digest", hex_json(p->model_digest), "num_layers", p->num_layers, "num_experts",
-                             p->num_experts, "workers", workers_json(p), "layers", layers_json(p));
-    char *text = root ? json_dumps(root, JSON_COMPACT) : NULL;
-    json_decref(root);
     moe_buf_clear(out);
-    if (text) moe_buf_append_text(out, text);
-    free(text);
-    return text && !out->failed ? MOE_OK : moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a placement map's text");
-}
-
-static bool parse_hex(const json_t *json, uint64_t *out) {
-    const char *text = json_string_value(json);
-    if (!text || strlen(text) != HEX_BYTES - 1 || strspn(text, "0123456789abcdef") != HEX_BYTES - 1) return false;
-    *out = strtoull(text, NULL, 16);
-    return true;
+    json_t *root = json_pack("{s:I, s:I, s:o, s:i, s:i, s:o, s:o}", "epoch", (json_int_t)p->epoch, "fence", (json_int_t)p->fence,
+                             "model_digest", moe_json_hex(p->model_digest), "num_layers", p->num_layers, "num_experts",
+                             p->num_experts, "workers", workers_json(p), "layers", layers_json(p));
+    if (moe_json_write(root, out)) return MOE_OK;
+    return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a placement map's text");
 }
 
 static bool parse_integer(const json_t *json, int64_t lo, int64_t hi, int64_t *out) {
@@ -137,23 +118,14 @@ static bool parse_integer(const json_t *json, int64_t lo, int64_t hi, int64_t *o
     return true;
 }
 
-/* Copies a string that fits with its NUL. */
-static bool parse_text(const json_t *json, char *out, size_t capacity, size_t minimum) {
-    size_t length = json_string_length(json);
-    if (!json_is_string(json) || length < minimum || length >= capacity || strlen(json_string_value(json)) != length)
-        return false;
-    memcpy(out, json_string_value(json), length + 1);
-    return true;
-}
-
 static moe_status parse_workers(const json_t *json, moe_placement *p, moe_error *err) {
     for (int32_t i = 0; i < p->num_workers; i++) {
         const json_t *j = json_array_get(json, (size_t)i);
         moe_placement_worker *w = &p->workers[i];
-        if (!parse_text(json_object_get(j, "id"), w->id, sizeof w->id, 1) ||
-            !parse_hex(json_object_get(j, "incarnation"), &w->incarnation) ||
-            !parse_text(json_object_get(j, "endpoint"), w->endpoint, sizeof w->endpoint, 1) ||
-            !parse_text(json_object_get(j, "public_key"), w->public_key, sizeof w->public_key, 0)) {
+        if (!moe_json_get_text(j, "id", w->id, sizeof w->id) || !w->id[0] ||
+            !moe_json_get_hex(j, "incarnation", &w->incarnation) ||
+            !moe_json_get_text(j, "endpoint", w->endpoint, sizeof w->endpoint) || !w->endpoint[0] ||
+            !moe_json_get_text(j, "public_key", w->public_key, sizeof w->public_key)) {
             return moe_fail(err, MOE_INVALID_ARGUMENT, "placement map: worker %d: bad or missing field", i);
         }
         if (moe_placement_find_worker(p, w->id) != i) {
@@ -165,7 +137,8 @@ static moe_status parse_workers(const json_t *json, moe_placement *p, moe_error 
 
 static bool parse_entry(const json_t *json, const moe_placement *p, moe_placement_entry *e) {
     size_t size = json_array_size(json);
-    if (size % 2 != 1 || size / 2 > MOE_PLACEMENT_MAX_REPLICAS || !parse_hex(json_array_get(json, 0), &e->digest)) return false;
+    if (size % 2 != 1 || size / 2 > MOE_PLACEMENT_MAX_REPLICAS || !moe_json_read_hex(json_array_get(json, 0), &e->digest))
+        return false;
     for (size_t r = 0; r < size / 2; r++) {
         int64_t worker, state;
         if (!parse_integer(json_array_get(json, 1 + 2 * r), 0, p->num_workers - 1, &worker) ||
@@ -197,11 +170,10 @@ static moe_status parse_root(const json_t *root, moe_placement **out, moe_error 
     int64_t epoch, fence, num_layers, num_experts;
     uint64_t model_digest;
     const json_t *workers = json_object_get(root, "workers"), *layers = json_object_get(root, "layers");
-    if (!parse_integer(json_object_get(root, "epoch"), 0, INT64_MAX, &epoch) ||
-        !parse_integer(json_object_get(root, "fence"), 0, INT64_MAX, &fence) ||
-        !parse_hex(json_object_get(root, "model_digest"), &model_digest) ||
-        !parse_integer(json_object_get(root, "num_layers"), 0, MOE_MAX_LAYERS, &num_layers) ||
-        !parse_integer(json_object_get(root, "num_experts"), 0, MOE_MAX_EXPERTS, &num_experts) || !json_is_array(workers) ||
+    if (!moe_json_get_count(root, "epoch", MOE_MAX_EPOCH, &epoch) || !moe_json_get_count(root, "fence", MOE_MAX_EPOCH, &fence) ||
+        !moe_json_get_hex(root, "model_digest", &model_digest) ||
+        !moe_json_get_count(root, "num_layers", MOE_MAX_LAYERS, &num_layers) ||
+        !moe_json_get_count(root, "num_experts", MOE_MAX_EXPERTS, &num_experts) || !json_is_array(workers) ||
         json_array_size(workers) > MOE_PLACEMENT_MAX_WORKERS || json_array_size(layers) != (size_t)num_layers) {
         return moe_fail(err, MOE_INVALID_ARGUMENT, "placement map: bad or missing field");
     }

@@ -10,6 +10,7 @@
 #define MOE_PLACEMENT_MAX_WORKERS 256
 #define MOE_PLACEMENT_MAX_REPLICAS 8
 #define MOE_WORKER_ID_BYTES 64
+#define MOE_MAX_EPOCH (INT64_MAX / 2) /* of fences too; what a peer claims beyond it is not believed */
 
 typedef enum moe_replica_state { MOE_REPLICA_LOADING, MOE_REPLICA_READY, MOE_REPLICA_DRAINING } moe_replica_state;
 

@@ -332,10 +332,10 @@ static void test_damaged_keys(void **state) {
     moe_buf meta = {0};
     bool found;
     assert_int_equal(s->ops->get(s, "meta", &meta, &found, &err), MOE_OK);
-    static const char *const foreign[] = {
-        "{", "{}",
+    static const char another[] =
         "{\"uuid\":\"another\",\"epoch\":9,\"fence\":9,\"leader\":\"x\",\"map_digest\":\"0000000000000001\","
-        "\"model_digest\":\"0000000000001234\",\"replicas\":1}"};
+        "\"model_digest\":\"0000000000001234\",\"replicas\":1}";
+    static const char *const foreign[] = {"{", "{}", another};
     for (size_t i = 0; i < sizeof foreign / sizeof *foreign; i++) {
         moe_store_write write = {"meta", foreign[i], strlen(foreign[i])};
         const char *expected = i ? foreign[i - 1] : moe_buf_text(&meta);
