@@ -92,10 +92,13 @@ static control_op *begin_op(moe_control *c, struct moe_control_list *list, moe_r
 void moe_control_on_load(moe_control *c, moe_rpc_call *call, const Moesaic__V1__LoadRequest *request) {
     moe_error err;
     moe_status status = check_command(c, request->incarnation, request->epoch, request->fence, &err);
+    Moesaic__V1__LoadResponse refusal = MOESAIC__V1__LOAD_RESPONSE__INIT;
+    refusal.incarnation = c->incarnation;
+    refusal.fence = c->fence;
     if (status == MOE_OK)
         begin_op(c, &c->loads, call, request->experts, request->n_experts);
     else
-        moe_rpc_fail(call, status, err.message, NULL);
+        moe_rpc_fail(call, status, err.message, &refusal.base);
 }
 
 /* Answers a Drop whose experts are all free. An expert that a later Load wants again counts as done. */
@@ -129,6 +132,7 @@ static void answer_load(const moe_control *c, const control_op *op) {
     if (moe_loaded_list_init(&list, op->count)) {
         for (size_t i = 0; i < op->count; i++) moe_loaded_list_add(&list, c->shard, op->experts[i].layer, op->experts[i].expert);
         response.incarnation = c->incarnation;
+        response.fence = c->fence;
         response.n_loaded = list.count;
         response.loaded = list.pointers;
         moe_rpc_respond(op->call, &response.base, NULL, 0);
