@@ -132,7 +132,8 @@ void moe_http_reply(moe_http_exchange *exchange, int status, const char *content
         moe_http_add_header(exchange, "Content-Length", length);
     }
     exchange->replied = true;
-    evhttp_send_reply(exchange->request, status, NULL, buffer);
+    /* evhttp knows the other phrases */
+    evhttp_send_reply(exchange->request, status, status == 429 ? "Too Many Requests" : NULL, buffer);
     evbuffer_free(buffer);
 }
 

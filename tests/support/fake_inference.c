@@ -208,3 +208,13 @@ void fake_inference_await(fake_inference *fake, const int32_t *counter, int32_t 
     pthread_mutex_unlock(&fake->mutex);
     if (reached < value) fail_msg("waited %d s for %d, reached %d", AWAIT_S, value, reached);
 }
+
+void fake_inference_reset(fake_inference *fake) {
+    pthread_mutex_lock(&fake->mutex);
+    int32_t all = fake->num_requests;
+    pthread_mutex_unlock(&fake->mutex);
+    fake_inference_await(fake, &fake->num_ended, all);
+    pthread_mutex_lock(&fake->mutex);
+    fake->num_requests = fake->num_ended = fake->num_cancelled = 0;
+    pthread_mutex_unlock(&fake->mutex);
+}

@@ -58,5 +58,7 @@ void fake_inference_start(fake_inference *fake, const char *model_dir);
 void fake_inference_stop(fake_inference *fake); /* ends what is live with CANCELLED */
 
 void fake_inference_permit(fake_inference *fake, int64_t events); /* sets the permits */
+/* Waits for all requests to end, then forgets them. */
+void fake_inference_reset(fake_inference *fake);
 /* Waits, at most 10 s, then fails the test. */
 void fake_inference_await(fake_inference *fake, const int32_t *counter, int32_t value);

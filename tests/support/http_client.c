@@ -160,6 +160,13 @@ bool http_client_closed(http_client *client) {
     return n == 0 || errno == ECONNRESET;
 }
 
+int http_client_last_status(http_client *client) {
+    int status = 0;
+    while (receive(client)) continue;
+    if (client->size) assert_int_equal(sscanf(client->received, "HTTP/1.%*d %d", &status), 1);
+    return status;
+}
+
 static http_response exchange(int port, const char *method, const char *path, const char *body) {
     http_client client = http_client_open(port);
     http_client_request(&client, method, path, "", body);

@@ -35,6 +35,9 @@ void http_client_await_text(http_client *client, const char *text);
 /* Whether the server closed the connection (after whatever was still to be read). */
 bool http_client_closed(http_client *client);
 
+/* Reads to the connection's end: the first response's status, 0 where none came. */
+int http_client_last_status(http_client *client);
+
 /* One request on a connection of its own. */
 http_response http_get(int port, const char *path);
 http_response http_post(int port, const char *path, const char *body);

@@ -97,6 +97,7 @@ static void expect_error(fixture *f, const char *path, const char *body, int sta
     http_response response = http_post(f->port, path, body);
     json_t *json = json_loads(response.body, 0, NULL), *error = json_object_get(json, "error");
     if (response.status != status) fail_msg("%d, not %d: %s", response.status, status, response.body);
+    if (status == 429) assert_non_null(strstr(response.head, "429 Too Many Requests\r\n"));
     assert_string_equal(json_string_value(json_object_get(error, "code")), code);
     if (param)
         assert_string_equal(json_string_value(json_object_get(error, "param")), param);
