@@ -11,7 +11,8 @@ static void engine_cancel(void *ctx, uint64_t id) { moe_engine_cancel(ctx, id); 
 static void engine_view(void *ctx, moe_inference_view *out) {
     moe_engine_view view;
     moe_engine_get_view(ctx, &view);
-    *out = (moe_inference_view){.has_map = view.epoch > 0, .ready = view.ready, .running = view.running, .waiting = view.waiting};
+    *out = (moe_inference_view){
+        .has_map = view.epoch > 0 || view.ready, .ready = view.ready, .running = view.running, .waiting = view.waiting};
 }
 
 const moe_inference_ops *moe_inference_engine_ops(void) {

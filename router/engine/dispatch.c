@@ -167,6 +167,7 @@ static void start_call(micro_batch *b, int32_t placed, const moe_assignment *ass
     const engine_worker *w = &e->workers[worker];
     call->batch = b;
     call->active = true;
+    call->blamed = false;
     call->worker = worker;
     call->incarnation = w->incarnation;
     call->sent_ns = engine_now(e);
@@ -210,8 +211,11 @@ static void plan_and_send(micro_batch *b, int32_t count) {
     const moe_placement *p = b->map->placement;
     memset(s->rows_of_expert, 0, (size_t)e->model->num_experts * sizeof *s->rows_of_expert);
     for (int32_t i = 0; i < count; i++) s->rows_of_expert[s->assignments[i].expert]++;
-    for (int32_t w = 0; w < p->num_workers; w++) s->usable[w] = workers_usable(e, b->map, w) && !b->excluded[b->map->worker[w]];
-    moe_plan_replicas(p, b->segment.index, s->rows_of_expert, s->usable, s->chosen, s->cost);
+    for (int32_t w = 0; w < p->num_workers; w++) {
+        bool excluded = b->map->worker[w] >= 0 && b->excluded[b->map->worker[w]];
+        s->fitness[w] = excluded ? MOE_PLAN_UNFIT : (uint8_t)workers_fitness(e, b->map, w);
+    }
+    moe_plan_replicas(p, b->segment.index, s->rows_of_expert, s->fitness, s->chosen, s->cost);
     view_add_loads(e, b->segment.index, b->map, s->rows_of_expert, s->chosen);
     for (int32_t w = MOE_PLAN_NO_WORKER; w < p->num_workers; w++) {
         int32_t taken = 0;
@@ -260,7 +264,7 @@ void dispatch_begin(micro_batch *b) {
 
 bool dispatch_done(const micro_batch *b) { return b->calls_outstanding == 0 && b->num_orphans == 0; }
 
-/* Every assignment of a call could go to another usable replica. */
+/* Every assignment of a call could go to another replica that is not suspect. */
 static bool has_alternatives(const expert_call *call) {
     const micro_batch *b = call->batch;
     const moe_engine *e = b->engine;
@@ -270,7 +274,7 @@ static bool has_alternatives(const expert_call *call) {
         for (int r = 0; r < entry->num_replicas && !other; r++) {
             int32_t worker = b->map->worker[entry->replicas[r].worker];
             other = worker != call->worker && entry->replicas[r].state != MOE_REPLICA_LOADING &&
-                    workers_usable(e, b->map, entry->replicas[r].worker) && !b->excluded[worker];
+                    workers_fitness(e, b->map, entry->replicas[r].worker) == MOE_PLAN_FIT && !b->excluded[worker];
         }
         if (!other) return false;
     }
@@ -286,8 +290,11 @@ static void check_progress(expert_call *call, int64_t now) {
     int64_t limit = MOE_SUSPECT_JOB_FACTOR * w->call_ns;
     if (limit < e->config.suspect_after_ns) limit = e->config.suspect_after_ns;
     int64_t since = peer->progress_at_ns > call->sent_ns ? peer->progress_at_ns : call->sent_ns;
-    if (now - since > limit) workers_set_suspect(e, call->worker, true);
-    if (!w->suspect || !has_alternatives(call)) return;
+    if (now - since > limit && !call->blamed) {
+        call->blamed = true;
+        workers_suspect(e, call->worker);
+    }
+    if (!call->blamed || !has_alternatives(call)) return;
     moe_rpc_cancel(e->channels[w->transport].rpc, call->rpc_call);
     call_failed(call, "no progress");
 }

@@ -28,7 +28,7 @@ static moe_status scratch_init(moe_engine *e, moe_error *err) {
     s->rows_of_expert = moe_calloc(experts, sizeof *s->rows_of_expert);
     s->chosen = moe_calloc(experts, sizeof *s->chosen);
     s->cost = moe_calloc(MOE_PLACEMENT_MAX_WORKERS, sizeof *s->cost);
-    s->usable = moe_calloc(MOE_PLACEMENT_MAX_WORKERS, sizeof *s->usable);
+    s->fitness = moe_calloc(MOE_PLACEMENT_MAX_WORKERS, sizeof *s->fitness);
     s->local_row = moe_calloc(rows, sizeof *s->local_row);
     s->activations = moe_alloc_aligned(rows * (size_t)e->model->hidden, sizeof *s->activations);
     s->message_rows = moe_calloc(slots, sizeof *s->message_rows);
@@ -36,7 +36,7 @@ static moe_status scratch_init(moe_engine *e, moe_error *err) {
     s->message_weights = moe_calloc(slots, sizeof *s->message_weights);
     s->hints = moe_calloc(experts, sizeof *s->hints);
     s->hinted = moe_calloc(experts, sizeof *s->hinted);
-    if (!s->assignments || !s->sorted || !s->counts || !s->rows_of_expert || !s->chosen || !s->cost || !s->usable ||
+    if (!s->assignments || !s->sorted || !s->counts || !s->rows_of_expert || !s->chosen || !s->cost || !s->fitness ||
         !s->local_row || !s->activations || !s->message_rows || !s->message_experts || !s->message_weights || !s->hints ||
         !s->hinted)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for planning %zu rows", rows);
@@ -45,7 +45,7 @@ static moe_status scratch_init(moe_engine *e, moe_error *err) {
 
 static void scratch_free(plan_scratch *s) {
     void *const owned[] = {
-        s->assignments, s->sorted,      s->counts,       s->rows_of_expert,  s->chosen,          s->cost,  s->usable,
+        s->assignments, s->sorted,      s->counts,       s->rows_of_expert,  s->chosen,          s->cost,  s->fitness,
         s->local_row,   s->activations, s->message_rows, s->message_experts, s->message_weights, s->hints, s->hinted};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
 }

@@ -14,9 +14,10 @@
 #define MOE_ENGINE_VIEW_INTERVAL_NS (20 * MOE_NS_PER_MS)
 #define MOE_ENGINE_IDLE_NS (100 * MOE_NS_PER_MS) /* longest sleep of a step while work is outstanding */
 #define MOE_LOAD_HALF_LIFE_S 60.0
-#define MOE_SUSPECT_JOB_FACTOR 5                   /* a worker may be silent for this many times its usual call time */
-#define MOE_SUSPECT_HOLD_NS (1000 * MOE_NS_PER_MS) /* a suspect that only answers pings is tried again after this */
-#define MOE_ORPHAN_RETRY_NS (50 * MOE_NS_PER_MS)   /* between tries while an expert has no usable replica */
+#define MOE_SUSPECT_JOB_FACTOR 5               /* a worker may be silent for this many times its usual call time */
+#define MOE_SUSPECT_HOLD_NS (1 * MOE_NS_PER_S) /* a suspect is tried again after this, doubled each time it does no better: */
+#define MOE_SUSPECT_HOLD_MAX_NS (30 * MOE_NS_PER_S)
+#define MOE_ORPHAN_RETRY_NS (50 * MOE_NS_PER_MS) /* between tries while an expert has no usable replica */
 
 typedef struct micro_batch micro_batch;
 
@@ -66,7 +67,8 @@ typedef struct engine_worker {
     int32_t transport; /* index into engine->channels */
     uint64_t link;
     bool up, suspect;
-    int64_t suspected_ns; /* while suspect: since when */
+    int64_t suspected_ns; /* since when, or when it last was */
+    int64_t hold_ns;      /* how long it stays so at most */
     uint64_t incarnation; /* while up */
     moe_peer peer;        /* while up */
     int64_t call_ns;      /* exponential average of a call's time */
@@ -90,6 +92,7 @@ typedef struct expert_call {
     uint64_t rpc_call, incarnation;
     uint64_t digest; /* exclusive or of its experts' digests; 0 while one is unknown */
     int64_t sent_ns;
+    bool blamed; /* made its worker suspect: goes to other replicas as soon as they can take it */
     int32_t num_rows, num_assignments;
     moe_assignment *assignments; /* [capacity]; sorted by (expert, row) */
     int32_t *rows;               /* [capacity]; the first num_rows: rows of the micro-batch in message order */
@@ -159,7 +162,7 @@ typedef struct plan_scratch {
     int32_t *counts;                      /* [num_experts + 1] */
     int32_t *rows_of_expert, *chosen;     /* [num_experts] */
     int64_t *cost;                        /* [MOE_PLACEMENT_MAX_WORKERS] */
-    bool *usable;                         /* [MOE_PLACEMENT_MAX_WORKERS] */
+    uint8_t *fitness;                     /* [MOE_PLACEMENT_MAX_WORKERS] */
     int32_t *local_row;                   /* [max rows]: row of the message, or -1 */
     float *activations;                   /* [max rows, H]: rows of one message */
     uint32_t *message_rows, *message_experts;
@@ -249,10 +252,12 @@ void workers_on_peer_down(void *ctx, const moe_rpc_peer *peer);
 void workers_adopt(moe_engine *e, moe_placement *placement); /* takes the reference */
 placed_map *placed_map_ref(placed_map *map);
 void placed_map_unref(moe_engine *e, placed_map **map);
-bool workers_usable(const moe_engine *e, const placed_map *map, int32_t placed);
+/* Connected, in the incarnation that the map names. */
+bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed);
+moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed);
 const moe_rpc_peer *workers_peer(const moe_engine *e, int32_t worker);
-void workers_set_suspect(moe_engine *e, int32_t worker, bool suspect);
-void workers_forgive(moe_engine *e, int64_t now); /* ends suspicions of workers that advance again */
+void workers_suspect(moe_engine *e, int32_t worker);
+void workers_forgive(moe_engine *e, int64_t now); /* ends suspicions of workers that advance again, or whose time is over */
 
 /* view.c */
 void view_refresh(moe_engine *e, int64_t now);

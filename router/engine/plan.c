@@ -2,13 +2,19 @@
 
 #include <string.h>
 
-/* Number of usable READY replicas, and the cheapest of them (ties: lower worker index). */
-static int usable_replicas(const moe_placement_entry *entry, const bool *usable, const int64_t *cost, int32_t *cheapest) {
+/* Number of replicas on the fittest workers, and the cheapest of them (ties: lower worker index). */
+static int best_replicas(const moe_placement_entry *entry, const uint8_t *fitness, const int64_t *cost, int32_t *cheapest) {
     int count = 0;
+    uint8_t fittest = MOE_PLAN_UNFIT;
     *cheapest = MOE_PLAN_NO_WORKER;
     for (int r = 0; r < entry->num_replicas; r++) {
         int32_t w = entry->replicas[r].worker;
-        if (entry->replicas[r].state == MOE_REPLICA_LOADING || !usable[w]) continue;
+        if (entry->replicas[r].state == MOE_REPLICA_LOADING || fitness[w] == MOE_PLAN_UNFIT || fitness[w] < fittest) continue;
+        if (fitness[w] > fittest) {
+            fittest = fitness[w];
+            count = 0;
+            *cheapest = MOE_PLAN_NO_WORKER;
+        }
         count++;
         if (*cheapest < 0 || cost[w] < cost[*cheapest] || (cost[w] == cost[*cheapest] && w < *cheapest)) *cheapest = w;
     }
@@ -29,19 +35,19 @@ static int32_t busiest_unplaced(const int32_t *rows_of_expert, const int32_t *ch
     return best;
 }
 
-void moe_plan_replicas(const moe_placement *placement, int32_t layer, const int32_t *rows_of_expert, const bool *usable,
+void moe_plan_replicas(const moe_placement *placement, int32_t layer, const int32_t *rows_of_expert, const uint8_t *fitness,
                        int32_t *chosen, int64_t *cost) {
     int32_t worker;
     memset(cost, 0, (size_t)placement->num_workers * sizeof *cost);
     for (int32_t e = 0; e < placement->num_experts; e++) {
         chosen[e] = MOE_PLAN_NO_WORKER;
         if (rows_of_expert[e] == 0) continue;
-        int replicas = usable_replicas(moe_placement_at(placement, layer, e), usable, cost, &worker);
+        int replicas = best_replicas(moe_placement_at(placement, layer, e), fitness, cost, &worker);
         if (replicas == 1) place(e, worker, rows_of_expert[e], chosen, cost);
         if (replicas > 1) chosen[e] = UNPLACED;
     }
     for (int32_t e; (e = busiest_unplaced(rows_of_expert, chosen, placement->num_experts)) >= 0;) {
-        usable_replicas(moe_placement_at(placement, layer, e), usable, cost, &worker);
+        best_replicas(moe_placement_at(placement, layer, e), fitness, cost, &worker);
         place(e, worker, rows_of_expert[e], chosen, cost);
     }
 }

@@ -14,13 +14,18 @@ typedef struct moe_assignment {
 
 #define MOE_PLAN_NO_WORKER (-1)
 
-/* Chooses a replica for every expert that has rows. Experts with one usable replica are placed first; then replicated ones, most
- * rows first, each on the holder with the least cost so far, ties to the lower worker index: deterministic.
- *   rows_of_expert [num_experts]: rows in this layer
- *   usable [num_workers]: whether a worker may be given work now
- *   chosen [num_experts]: worker index; MOE_PLAN_NO_WORKER where there are no rows or no usable replica
- *   cost [num_workers]: scratch */
-void moe_plan_replicas(const moe_placement *placement, int32_t layer, const int32_t *rows_of_expert, const bool *usable,
+typedef enum moe_plan_fitness {
+    MOE_PLAN_UNFIT,
+    MOE_PLAN_LAST_RESORT, /* suspect: used only for experts that no fit worker holds */
+    MOE_PLAN_FIT
+} moe_plan_fitness;
+
+/* Chooses a replica for every expert that has rows. Of an expert's replicas only the fittest count. Experts with one such replica
+ * are placed first; then replicated ones, most rows first, each on the holder with the least cost so far, ties to the lower
+ * worker index: deterministic. rows_of_expert [num_experts]: rows in this layer fitness [num_workers]: moe_plan_fitness of each
+ * worker now chosen [num_experts]: worker index; MOE_PLAN_NO_WORKER where there are no rows or no usable replica cost
+ * [num_workers]: scratch */
+void moe_plan_replicas(const moe_placement *placement, int32_t layer, const int32_t *rows_of_expert, const uint8_t *fitness,
                        int32_t *chosen, int64_t *cost);
 
 /* Sorts by (expert, row), which is the order on the wire. `scratch` has room for count assignments, `counts` for

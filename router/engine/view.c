@@ -50,8 +50,8 @@ static bool all_experts_reachable(const moe_engine *e) {
     for (int64_t i = 0; i < (int64_t)p->num_layers * p->num_experts; i++) {
         bool reachable = false;
         for (int r = 0; r < p->entries[i].num_replicas && !reachable; r++)
-            reachable = p->entries[i].replicas[r].state != MOE_REPLICA_LOADING &&
-                        workers_usable(e, e->map, p->entries[i].replicas[r].worker);
+            reachable =
+                p->entries[i].replicas[r].state != MOE_REPLICA_LOADING && workers_up(e, e->map, p->entries[i].replicas[r].worker);
         if (!reachable) return false;
     }
     return true;

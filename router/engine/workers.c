@@ -54,29 +54,32 @@ const moe_rpc_peer *workers_peer(const moe_engine *e, int32_t worker) {
     return w->up ? moe_rpc_peer_of(e->channels[w->transport].rpc, w->peer) : NULL;
 }
 
-void workers_set_suspect(moe_engine *e, int32_t worker, bool suspect) {
+static bool advanced_since_suspected(const moe_engine *e, int32_t worker) {
+    const moe_rpc_peer *peer = workers_peer(e, worker);
+    return peer && peer->progress_at_ns > e->workers[worker].suspected_ns;
+}
+
+void workers_suspect(moe_engine *e, int32_t worker) {
     engine_worker *w = &e->workers[worker];
-    if (w->suspect == suspect) return;
-    w->suspect = suspect;
+    if (w->suspect) return;
+    bool no_better = w->hold_ns && !advanced_since_suspected(e, worker);
+    w->hold_ns = !no_better                                 ? MOE_SUSPECT_HOLD_NS
+                 : 2 * w->hold_ns < MOE_SUSPECT_HOLD_MAX_NS ? 2 * w->hold_ns
+                                                            : MOE_SUSPECT_HOLD_MAX_NS;
+    w->suspect = true;
     w->suspected_ns = engine_now(e);
-    if (suspect) {
-        moe_metric_add(MOE_METRIC_PEERS_SUSPECTED, 1);
-        moe_warn("worker %s at %s makes no progress; its work goes to other replicas", w->id, w->endpoint);
-    } else {
-        moe_info("worker %s at %s makes progress again", w->id, w->endpoint);
-    }
+    moe_metric_add(MOE_METRIC_PEERS_SUSPECTED, 1);
+    moe_warn("worker %s at %s makes no progress; its work goes to other replicas", w->id, w->endpoint);
     topology_changed(e);
 }
 
 void workers_forgive(moe_engine *e, int64_t now) {
     for (int32_t i = 0; i < e->num_workers; i++) {
-        const engine_worker *w = &e->workers[i];
-        if (!w->suspect) continue;
-        const moe_rpc_peer *peer = workers_peer(e, i);
-        if (!peer) continue;
-        bool advanced = peer->progress_at_ns > w->suspected_ns;
-        bool answers = peer->heard_at_ns > w->suspected_ns && now - w->suspected_ns > MOE_SUSPECT_HOLD_NS;
-        if (advanced || answers) workers_set_suspect(e, i, false);
+        engine_worker *w = &e->workers[i];
+        if (!w->suspect || (!advanced_since_suspected(e, i) && now - w->suspected_ns < w->hold_ns)) continue;
+        w->suspect = false;
+        moe_info("worker %s at %s is given work again", w->id, w->endpoint);
+        topology_changed(e);
     }
 }
 
@@ -165,8 +168,13 @@ void workers_adopt(moe_engine *e, moe_placement *placement) {
     topology_changed(e);
 }
 
-bool workers_usable(const moe_engine *e, const placed_map *map, int32_t placed) {
+bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed) {
     if (map->worker[placed] < 0) return false;
     const engine_worker *w = &e->workers[map->worker[placed]];
-    return w->up && !w->suspect && w->incarnation == map->placement->workers[placed].incarnation;
+    return w->up && w->incarnation == map->placement->workers[placed].incarnation;
+}
+
+moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed) {
+    if (!workers_up(e, map, placed)) return MOE_PLAN_UNFIT;
+    return e->workers[map->worker[placed]].suspect ? MOE_PLAN_LAST_RESORT : MOE_PLAN_FIT;
 }
