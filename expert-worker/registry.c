@@ -26,6 +26,20 @@ struct moe_registration {
     bool running, stopping;
 };
 
+moe_status moe_registry_cluster_uuid(moe_store *store, char uuid[MOE_UUID_BYTES], moe_error *err) {
+    moe_buf text = {0};
+    bool found = false;
+    moe_status status = store->ops->get(store, "meta", &text, &found, err);
+    json_t *meta = status == MOE_OK && found ? json_loadb(moe_buf_text(&text), text.size, JSON_REJECT_DUPLICATES, NULL) : NULL;
+    if (status == MOE_OK && !found)
+        status = moe_fail(err, MOE_NOT_FOUND, "no router has made this cluster yet");
+    else if (status == MOE_OK && !moe_json_get_text(meta, "uuid", uuid, MOE_UUID_BYTES))
+        status = moe_fail(err, MOE_DATA_LOSS, "the cluster's meta in the store is not readable");
+    json_decref(meta);
+    moe_buf_free(&text);
+    return status;
+}
+
 static bool write_value(const moe_registration_config *c, moe_buf *out) {
     return moe_json_write(json_pack("{s:s, s:o, s:s, s:s, s:s, s:I, s:I, s:s, s:o}", "id", c->id, "incarnation",
                                     moe_json_hex(c->incarnation), "endpoint", c->endpoint, "public_key", c->public_key, "host",

@@ -5,10 +5,14 @@
  * serves on and registers again once the store is back. One thread at a time. */
 #pragma once
 #include "common/clock.h"
+#include "common/random.h"
 #include "common/store.h"
 
 #define MOE_WORKER_LEASE_TTL_MS 3000
 #define MOE_WORKER_LEASE_RENEW_NS (500 * MOE_NS_PER_MS)
+
+/* The uuid of the cluster that uses this store, as its first router wrote it into `meta`. NOT_FOUND while none did. */
+moe_status moe_registry_cluster_uuid(moe_store *store, char uuid[MOE_UUID_BYTES], moe_error *err);
 
 typedef struct moe_registration moe_registration;
 

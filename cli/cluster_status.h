@@ -1,0 +1,24 @@
+/* What a router tells of its cluster: the controller's view and the engine's, put together for the fronts. Any thread. */
+#pragma once
+#include "router/engine/engine.h"
+#include "router/placement/controller.h"
+#include "router/status.h"
+
+typedef struct moe_cluster_reporter moe_cluster_reporter;
+
+typedef struct moe_cluster_reporter_config { /* all borrowed */
+    moe_engine *engine;
+    moe_controller *controller; /* NULL for a dense model */
+    const moe_model *model;
+    const char *served_name, *cluster_uuid;
+    bool redis_used;
+    int64_t redis_pid; /* 0: not started by `serve` */
+} moe_cluster_reporter_config;
+
+moe_status moe_cluster_reporter_new(const moe_cluster_reporter_config *config, moe_cluster_reporter **out, moe_error *err);
+void moe_cluster_reporter_free(moe_cluster_reporter **reporter); /* NULLs; idempotent */
+
+/* The newest map, from which loads by worker are told. */
+void moe_cluster_reporter_set_map(moe_cluster_reporter *reporter, moe_placement *map);
+
+const moe_cluster_view *moe_cluster_reporter_view(const moe_cluster_reporter *reporter);

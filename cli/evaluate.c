@@ -1,0 +1,190 @@
+#include "cli/evaluate.h"
+
+#include <errno.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "common/alloc.h"
+
+#define MOE_EVAL_IN_FLIGHT 64 /* texts at once; more only wait in the engine */
+#define MOE_EVAL_MAX_DOMAINS 256
+
+typedef struct domain_sum {
+    char *name;
+    double loss;
+    int64_t tokens;
+} domain_sum;
+
+typedef struct evaluation {
+    const moe_inference *inference;
+    json_t *texts; /* array of {"domain", "text"} */
+    int32_t total;
+    pthread_mutex_t lock; /* guards what follows */
+    pthread_cond_t changed;
+    int32_t in_flight, done;
+    domain_sum domains[MOE_EVAL_MAX_DOMAINS];
+    int32_t num_domains;
+    moe_status status;
+    moe_error error;
+} evaluation;
+
+typedef struct scored_text {
+    evaluation *evaluation;
+    domain_sum *domain;
+} scored_text;
+
+static void on_output(void *ctx, const moe_output *output) {
+    scored_text *text = ctx;
+    evaluation *ev = text->evaluation;
+    pthread_mutex_lock(&ev->lock);
+    for (int32_t i = 0; i < output->num_prompt_logprobs; i++) {
+        text->domain->loss -= output->prompt_logprobs[i].chosen.logprob;
+        text->domain->tokens++;
+    }
+    if (output->finish == MOE_FINISH_ERROR && ev->status == MOE_OK)
+        ev->status = moe_fail(&ev->error, output->status, "%s", output->message);
+    bool last = output->finish != MOE_FINISH_NONE;
+    if (last) {
+        ev->in_flight--;
+        ev->done++;
+        pthread_cond_signal(&ev->changed);
+    }
+    pthread_mutex_unlock(&ev->lock);
+    if (last) moe_free(text);
+}
+
+static moe_status read_texts(const char *file, int32_t limit, json_t **out, moe_error *err) {
+    FILE *f = fopen(file, "r");
+    if (!f) return moe_fail(err, MOE_NOT_FOUND, "cannot read %s: %s", file, strerror(errno));
+    *out = json_array();
+    moe_status status = MOE_OK;
+    json_error_t why;
+    for (int32_t n = 0; status == MOE_OK && (limit == 0 || n < limit); n++) {
+        json_t *line = json_loadf(f, JSON_DISABLE_EOF_CHECK, &why);
+        if (!line && feof(f)) break;
+        if (!line || !json_is_string(json_object_get(line, "text")))
+            status = moe_fail(err, MOE_INVALID_ARGUMENT, "%s, text %d: %s", file, n + 1, line ? "it has no \"text\"" : why.text);
+        else
+            json_array_append(*out, line);
+        json_decref(line);
+    }
+    fclose(f);
+    return status;
+}
+
+static domain_sum *domain_of(evaluation *ev, const char *name) {
+    for (int32_t i = 0; i < ev->num_domains; i++)
+        if (strcmp(ev->domains[i].name, name) == 0) return &ev->domains[i];
+    if (ev->num_domains == MOE_EVAL_MAX_DOMAINS) return NULL;
+    domain_sum *d = &ev->domains[ev->num_domains];
+    d->name = moe_strdup(name);
+    if (!d->name) return NULL;
+    ev->num_domains++;
+    return d;
+}
+
+/* The end-of-text token: the last of the model's eos ids that is called so, else its first eos id. */
+static int32_t end_of_text(const moe_inference *inference) {
+    int32_t id = moe_tokenizer_id_of(inference->tokenizer, "<|endoftext|>");
+    return id >= 0 ? id : inference->generation.num_eos ? inference->generation.eos_ids[0] : -1;
+}
+
+/* Waits until fewer than `below` texts are in flight. With the lock held. */
+static void await(evaluation *ev, int32_t below, void (*progress)(void *, int32_t, int32_t), void *ctx) {
+    while (ev->in_flight >= below) {
+        pthread_cond_wait(&ev->changed, &ev->lock);
+        if (progress) progress(ctx, ev->done, ev->total);
+    }
+}
+
+static moe_status submit(evaluation *ev, const moe_token_ids *ids, domain_sum *domain, moe_error *err) {
+    scored_text *text = moe_calloc(1, sizeof *text);
+    if (!text) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    *text = (scored_text){ev, domain};
+    moe_request request = {.id = "eval", .prompt = ids->ids, .prompt_tokens = ids->count};
+    moe_inference_default_sampling(ev->inference, &request.sampling);
+    request.sampling.temperature = 0;
+    request.sampling.max_tokens = 0;
+    request.sampling.prompt_logprobs = 0;
+    request.sampling.logprobs = -1;
+    ev->in_flight++;
+    pthread_mutex_unlock(&ev->lock);
+    moe_status status = ev->inference->ops->submit(ev->inference->ctx, &request, on_output, text, NULL, err);
+    pthread_mutex_lock(&ev->lock);
+    if (status == MOE_OK) return MOE_OK;
+    ev->in_flight--;
+    moe_free(text);
+    return status;
+}
+
+static moe_status score(evaluation *ev, const json_t *entry, moe_error *err) {
+    const json_t *text = json_object_get(entry, "text");
+    const char *name = json_string_value(json_object_get(entry, "domain"));
+    moe_token_ids ids;
+    moe_status status =
+        moe_tokenizer_encode(ev->inference->tokenizer, json_string_value(text), json_string_length(text), false, &ids, err);
+    if (status != MOE_OK) return status;
+    int32_t *longer = moe_realloc(ids.ids, (size_t)ids.count + 1, sizeof *longer);
+    domain_sum *domain = domain_of(ev, name ? name : "");
+    if (!longer || !domain) {
+        moe_free(longer ? longer : ids.ids);
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory, or more than %d domains", MOE_EVAL_MAX_DOMAINS);
+    }
+    ids.ids = longer;
+    if (end_of_text(ev->inference) >= 0) ids.ids[ids.count++] = end_of_text(ev->inference);
+    if (ids.count > MOE_EVAL_MAX_TOKENS) ids.count = MOE_EVAL_MAX_TOKENS;
+    if (ids.count > ev->inference->max_model_len) ids.count = ev->inference->max_model_len;
+    if (ids.count >= MOE_EVAL_MIN_TOKENS)
+        status = submit(ev, &ids, domain, err);
+    else
+        ev->done++;
+    moe_free(ids.ids);
+    return status;
+}
+
+static json_t *result(const evaluation *ev) {
+    json_t *root = json_object(), *by_domain = json_object();
+    double loss = 0;
+    int64_t tokens = 0;
+    for (int32_t i = 0; i < ev->num_domains; i++) {
+        const domain_sum *d = &ev->domains[i];
+        if (d->tokens == 0) continue;
+        loss += d->loss;
+        tokens += d->tokens;
+        json_object_set_new(by_domain, d->name,
+                            json_pack("{s:f, s:I}", "loss", d->loss / (double)d->tokens, "tokens", (json_int_t)d->tokens));
+    }
+    double mean = tokens ? loss / (double)tokens : 0;
+    json_object_set_new(root, "loss", json_real(mean));
+    json_object_set_new(root, "perplexity", json_real(exp(mean)));
+    json_object_set_new(root, "tokens", json_integer(tokens));
+    json_object_set_new(root, "texts", json_integer(ev->total));
+    json_object_set_new(root, "by_domain", by_domain);
+    return root;
+}
+
+moe_status moe_evaluate(const moe_inference *inference, const char *file, int32_t limit,
+                        void (*progress)(void *ctx, int32_t done, int32_t total), void *ctx, json_t **out, moe_error *err) {
+    evaluation ev = {.inference = inference};
+    if (!inference->tokenizer) return moe_fail(err, MOE_FAILED_PRECONDITION, "eval needs the model's tokenizer");
+    moe_status status = read_texts(file, limit, &ev.texts, err);
+    pthread_mutex_init(&ev.lock, NULL);
+    pthread_cond_init(&ev.changed, NULL);
+    ev.total = (int32_t)json_array_size(ev.texts);
+    pthread_mutex_lock(&ev.lock);
+    for (int32_t i = 0; i < ev.total && status == MOE_OK && ev.status == MOE_OK; i++) {
+        await(&ev, MOE_EVAL_IN_FLIGHT, progress, ctx);
+        status = score(&ev, json_array_get(ev.texts, (size_t)i), err);
+    }
+    await(&ev, 1, progress, ctx);
+    pthread_mutex_unlock(&ev.lock);
+    if (status == MOE_OK && ev.status != MOE_OK) status = moe_fail(err, ev.status, "%s", ev.error.message);
+    *out = status == MOE_OK ? result(&ev) : NULL;
+    for (int32_t i = 0; i < ev.num_domains; i++) moe_free(ev.domains[i].name);
+    json_decref(ev.texts);
+    pthread_cond_destroy(&ev.changed);
+    pthread_mutex_destroy(&ev.lock);
+    return status;
+}

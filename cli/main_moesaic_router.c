@@ -1,0 +1,7 @@
+/* `moesaic-router`: `moesaic router` as a program of its own, for containers and units. */
+#include "cli/commands.h"
+
+int main(int argc, char **argv) {
+    argv[0] = "router";
+    return moe_run_command(argc, argv);
+}

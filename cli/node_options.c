@@ -1,0 +1,54 @@
+#include "cli/node_options.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const char random_prefix[] = "random:";
+
+int32_t moe_threads_option(const moe_options *options) {
+    int64_t wanted = moe_option_int(options, "threads");
+    if (wanted > 0) return (int32_t)wanted;
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    return cores > 0 ? (int32_t)cores : 1;
+}
+
+void moe_engine_options(const moe_options *o, moe_router_node_config *c) {
+    c->backend = moe_option_text(o, "backend");
+    c->threads = moe_threads_option(o);
+    c->gating = (moe_gating)moe_option_choice(o, "gating");
+    c->combine = (moe_combine_mode)moe_option_choice(o, "combine");
+    c->max_num_seqs = (int32_t)moe_option_int(o, "max-num-seqs");
+    c->max_num_batched_tokens = (int32_t)moe_option_int(o, "max-num-batched-tokens");
+    c->max_model_len = (int32_t)moe_option_int(o, "max-model-len");
+    c->max_waiting = (int32_t)moe_option_int(o, "max-waiting");
+    c->micro_batches = (int32_t)moe_option_int(o, "micro-batches");
+    c->kv_cache_bytes = moe_option_int(o, "kv-cache-memory");
+    c->replica_wait_ns = moe_option_ns(o, "replica-wait");
+}
+
+moe_status moe_placement_option(const moe_options *o, moe_router_node_config *c, moe_error *err) {
+    const char *how = moe_option_text(o, "placement");
+    c->layout = MOE_PLACEMENT_BALANCED;
+    if (strcmp(how, "balanced") == 0) return MOE_OK;
+    if (strncmp(how, random_prefix, sizeof random_prefix - 1) != 0) {
+        c->layout = MOE_PLACEMENT_FILE;
+        c->layout_file = how;
+        if (access(how, R_OK) == 0) return MOE_OK;
+        return moe_fail(err, MOE_INVALID_ARGUMENT,
+                        "--placement: '%s' is neither balanced nor random:SEED nor a readable file: %s", how, strerror(errno));
+    }
+    const char *seed = how + sizeof random_prefix - 1;
+    char *end;
+    c->layout = MOE_PLACEMENT_RANDOM;
+    c->layout_seed = strtoull(seed, &end, 10);
+    if (end != seed && *end == '\0') return MOE_OK;
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "--placement: '%s' is not a seed: a whole number", seed);
+}
+
+int moe_command_failed(const moe_error *err) {
+    fprintf(stderr, "moesaic: %s\n", err->message);
+    return 1;
+}

@@ -1,0 +1,332 @@
+#include "cli/router_node.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "cli/cluster_status.h"
+#include "cli/worker_node.h"
+#include "common/alloc.h"
+#include "common/inproc/inproc.h"
+#include "common/log.h"
+#include "common/memory/memory_store.h"
+#include "common/random.h"
+#include "router/http/server.h"
+#include "router/rpc/rpc_front.h"
+
+#define MOE_SUSPECT_AFTER_NS (300 * MOE_NS_PER_MS)
+#define MOE_CALL_TIMEOUT_NS (60 * MOE_NS_PER_S)
+#define MOE_EMBEDDED_ENDPOINT "inproc:w0"
+#define MOE_WORKER_MAX_QUEUED_CALLS 1024
+#define MOE_WORKER_MAX_BATCH_ROWS 16384
+
+struct moe_router_node {
+    moe_router_node_config config;
+    char served_name[MOE_MODEL_NAME_BYTES];
+    char host[64];
+    char cluster_uuid[MOE_UUID_BYTES];
+    uint64_t incarnation;
+    moe_model *model;
+    moe_tokenizer *tokenizer;
+    moe_chat_template *chat_template;
+    moe_backend *backend;
+    moe_inproc_hub *hub; /* embedded only, as the next two */
+    moe_memory_hub *memory;
+    moe_worker_node *worker;
+    moe_transport *engine_transport, *controller_transport, *rpc_transport;
+    moe_store *store;
+    moe_controller *controller; /* NULL for a dense model: there is nothing to place */
+    moe_engine *engine;
+    moe_inference inference;
+    moe_cluster_reporter *reporter;
+    moe_http_server *http;
+    moe_rpc_front *rpc;
+};
+
+static void on_map(void *ctx, moe_placement *map) {
+    moe_router_node *n = ctx;
+    if (n->reporter) moe_cluster_reporter_set_map(n->reporter, map);
+    if (n->engine) moe_engine_set_placement(n->engine, map);
+}
+
+/* --served-model-name, else the folder's name. */
+static moe_status name_model(moe_router_node *n, moe_error *err) {
+    char path[PATH_MAX];
+    if (!realpath(n->config.model_dir, path))
+        return moe_fail(err, MOE_NOT_FOUND, "cannot find %s: %s", n->config.model_dir, strerror(errno));
+    const char *slash = strrchr(path, '/');
+    const char *name = n->config.served_name ? n->config.served_name : slash && slash[1] ? slash + 1 : path;
+    if (strlen(name) >= sizeof n->served_name)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "the model's name is too long: %s", name);
+    memcpy(n->served_name, name, strlen(name) + 1);
+    return MOE_OK;
+}
+
+static moe_status open_model(moe_router_node *n, moe_error *err) {
+    moe_status status = moe_model_open(n->config.model_dir, &n->model, err);
+    if (status == MOE_OK) status = name_model(n, err);
+    if (status != MOE_OK) return status;
+    if (!n->config.skip_tokenizer) {
+        status = moe_tokenizer_load(n->config.model_dir, &n->tokenizer, err);
+        if (status == MOE_NOT_FOUND) moe_fail_prefix(err, status, "serve token ids alone with --skip-tokenizer-init, or");
+        if (status != MOE_OK) return status;
+        status = moe_chat_template_load(n->config.model_dir, n->config.chat_template_fallback, &n->chat_template, err);
+        if (status == MOE_NOT_FOUND) moe_warn("no chat: %s", err->message);
+        if (status != MOE_OK && status != MOE_NOT_FOUND) return status;
+    }
+    return moe_backend_open(n->config.backend, n->config.threads, &n->backend, err);
+}
+
+static moe_status open_embedded(moe_router_node *n, moe_error *err) {
+    moe_transport *transport = NULL;
+    moe_store *store = NULL;
+    moe_status status = moe_inproc_hub_new(moe_clock_real(), 0, &n->hub, err);
+    if (status == MOE_OK) status = moe_memory_hub_new(moe_clock_real(), &n->memory, err);
+    if (status == MOE_OK) status = moe_inproc_open(n->hub, &n->engine_transport, err);
+    if (status == MOE_OK) status = moe_inproc_open(n->hub, &n->controller_transport, err);
+    if (status == MOE_OK) status = moe_memory_open(n->memory, &n->store, err);
+    if (status == MOE_OK) status = moe_inproc_open(n->hub, &transport, err);
+    if (status == MOE_OK) status = moe_memory_open(n->memory, &store, err);
+    if (status != MOE_OK || n->model->config.num_moe_layers == 0) {
+        if (store) store->ops->close(store);
+        if (transport) transport->ops->close(transport);
+        return status;
+    }
+    moe_worker_node_config worker = {.model = n->model,
+                                     .backend = n->backend,
+                                     .transport = transport,
+                                     .store = store,
+                                     .listen = MOE_EMBEDDED_ENDPOINT,
+                                     .public_key = "",
+                                     .id = "w0",
+                                     .cluster_uuid = n->cluster_uuid,
+                                     .max_queued_calls = MOE_WORKER_MAX_QUEUED_CALLS,
+                                     .max_batch_rows = MOE_WORKER_MAX_BATCH_ROWS};
+    return moe_worker_node_open(&worker, &n->worker, err);
+}
+
+static moe_status open_remote(moe_router_node *n, moe_error *err) {
+    moe_status status = moe_network_open(n->config.keys_dir, MOE_ROLE_ROUTER, &n->engine_transport, err);
+    if (status == MOE_OK) status = moe_network_open(n->config.keys_dir, MOE_ROLE_ROUTER, &n->controller_transport, err);
+    if (status == MOE_OK) status = moe_store_open(&n->config.store, &n->store, err);
+    return status;
+}
+
+static moe_status open_controller(moe_router_node *n, moe_error *err) {
+    const moe_router_node_config *c = &n->config;
+    if (n->model->config.num_moe_layers == 0) return MOE_OK;
+    moe_controller_config config = {.store = n->store,
+                                    .transport = n->controller_transport,
+                                    .clock = moe_clock_real(),
+                                    .cluster_uuid = n->cluster_uuid,
+                                    .id = c->id,
+                                    .endpoint = c->rpc_listen ? c->rpc_listen : "",
+                                    .host = n->host,
+                                    .incarnation = n->incarnation,
+                                    .model_digest = n->model->digest,
+                                    .pid = getpid(),
+                                    .num_moe_layers = n->model->config.num_moe_layers,
+                                    .num_experts = n->model->config.num_experts,
+                                    .replicas = c->embedded ? 1 : c->replicas,
+                                    .initial_workers = c->embedded ? 1 : c->initial_workers,
+                                    .layout = c->embedded ? MOE_PLACEMENT_BALANCED : c->layout,
+                                    .layout_seed = c->layout_seed,
+                                    .layout_file = c->layout_file,
+                                    .state_dir = c->state_dir,
+                                    .on_map = on_map,
+                                    .ctx = n};
+    moe_status status = moe_controller_new(&config, &n->controller, err);
+    if (status == MOE_OK) snprintf(n->cluster_uuid, sizeof n->cluster_uuid, "%s", moe_controller_cluster_uuid(n->controller));
+    return status;
+}
+
+static int32_t kv_blocks(const moe_router_node *n, int32_t max_model_len) {
+    int64_t each = n->backend->ops->kv_block_bytes(&n->model->config);
+    int64_t blocks = n->config.kv_cache_bytes / each;
+    int64_t most = (int64_t)n->config.max_num_seqs * ((max_model_len + MOE_KV_BLOCK_TOKENS - 1) / MOE_KV_BLOCK_TOKENS);
+    if (blocks > most) blocks = most;
+    return blocks < INT32_MAX ? (int32_t)blocks : INT32_MAX;
+}
+
+static moe_status open_engine(moe_router_node *n, moe_error *err) {
+    const moe_router_node_config *c = &n->config;
+    int32_t longest = c->max_model_len ? c->max_model_len : n->model->config.max_positions;
+    if (longest > n->model->config.max_positions)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--max-model-len %d: this model has positions for %d tokens", longest,
+                        n->model->config.max_positions);
+    moe_engine_config config = {.model = n->model,
+                                .backend = n->backend,
+                                .transports = &n->engine_transport,
+                                .num_transports = 1,
+                                .clock = moe_clock_real(),
+                                .tokenizer = n->tokenizer,
+                                .cluster_uuid = n->cluster_uuid,
+                                .id = c->id,
+                                .incarnation = n->incarnation,
+                                .gating = c->gating,
+                                .combine = c->combine,
+                                .max_num_seqs = c->max_num_seqs,
+                                .max_num_batched_tokens = c->max_num_batched_tokens,
+                                .max_model_len = longest,
+                                .max_waiting = c->max_waiting,
+                                .micro_batches = c->micro_batches,
+                                .num_kv_blocks = kv_blocks(n, longest),
+                                .replica_wait_ns = c->replica_wait_ns,
+                                .call_timeout_ns = MOE_CALL_TIMEOUT_NS,
+                                .suspect_after_ns = MOE_SUSPECT_AFTER_NS};
+    moe_status status = moe_engine_new(&config, &n->engine, err);
+    if (status != MOE_OK) return status;
+    n->inference = (moe_inference){.ops = moe_inference_engine_ops(),
+                                   .ctx = n->engine,
+                                   .model = n->served_name,
+                                   .max_model_len = longest,
+                                   .vocab = n->model->config.vocab,
+                                   .max_waiting = c->max_waiting,
+                                   .tokenizer = n->tokenizer,
+                                   .chat_template = n->chat_template,
+                                   .generation = n->model->generation};
+    return moe_engine_start(n->engine, err);
+}
+
+static moe_status open_fronts(moe_router_node *n, moe_error *err) {
+    const moe_router_node_config *c = &n->config;
+    moe_status status = MOE_OK;
+    const moe_cluster_view *view = moe_cluster_reporter_view(n->reporter);
+    if (c->rpc_listen) {
+        char bound[MOE_ENDPOINT_BYTES];
+        status = moe_network_open(c->keys_dir, MOE_ROLE_ROUTER, &n->rpc_transport, err);
+        if (status == MOE_OK) status = n->rpc_transport->ops->listen(n->rpc_transport, c->rpc_listen, bound, err);
+        moe_rpc_front_config front = {.transport = n->rpc_transport,
+                                      .clock = moe_clock_real(),
+                                      .hello = {.cluster_uuid = n->cluster_uuid,
+                                                .role = "router",
+                                                .id = c->id,
+                                                .profile = "",
+                                                .incarnation = n->incarnation,
+                                                .model_digest = n->model->digest},
+                                      .inference = &n->inference,
+                                      .cluster = view};
+        if (status == MOE_OK) status = moe_rpc_front_start(&front, &n->rpc, err);
+    }
+    if (status == MOE_OK && c->http_host) {
+        moe_http_config http = {
+            .host = c->http_host, .port = c->http_port, .api_key = c->api_key, .inference = &n->inference, .cluster = view};
+        status = moe_http_server_start(&http, &n->http, err);
+    }
+    return status;
+}
+
+/* The engine is there before the controller runs, so that no map is missed. */
+static moe_status open_all(moe_router_node *n, moe_error *err) {
+    moe_status status = open_model(n, err);
+    if (status != MOE_OK) return status;
+    if (n->config.embedded || n->model->config.num_moe_layers == 0) moe_uuid_make(n->cluster_uuid);
+    if (n->config.cluster_uuid) snprintf(n->cluster_uuid, sizeof n->cluster_uuid, "%s", n->config.cluster_uuid);
+    status = n->config.embedded ? open_embedded(n, err) : open_remote(n, err);
+    if (status == MOE_OK) status = open_controller(n, err);
+    if (status == MOE_OK) status = open_engine(n, err);
+    moe_cluster_reporter_config reporter = {.engine = n->engine,
+                                            .controller = n->controller,
+                                            .model = n->model,
+                                            .served_name = n->served_name,
+                                            .cluster_uuid = n->cluster_uuid,
+                                            .redis_used = !n->config.embedded,
+                                            .redis_pid = n->config.redis_pid};
+    if (status == MOE_OK) status = moe_cluster_reporter_new(&reporter, &n->reporter, err);
+    if (status == MOE_OK && n->controller) status = moe_controller_start(n->controller, err);
+    if (status == MOE_OK) status = open_fronts(n, err);
+    return status;
+}
+
+moe_status moe_router_node_open(const moe_router_node_config *config, moe_router_node **out, moe_error *err) {
+    moe_router_node *n = *out = moe_calloc(1, sizeof *n);
+    if (!n) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    n->config = *config;
+    n->incarnation = moe_random_identity();
+    moe_host_name(n->host, sizeof n->host);
+    moe_status status = open_all(n, err);
+    if (status != MOE_OK) moe_router_node_close(out);
+    return status;
+}
+
+static void close_transport(moe_transport *t) {
+    if (t) t->ops->close(t);
+}
+
+void moe_router_node_close(moe_router_node **node) {
+    moe_router_node *n = *node;
+    *node = NULL;
+    if (!n) return;
+    moe_http_server_stop(&n->http);
+    moe_rpc_front_stop(&n->rpc);
+    close_transport(n->rpc_transport);
+    if (n->controller) {
+        moe_controller_stop(n->controller);
+        moe_controller_resign(n->controller);
+    }
+    moe_engine_free(&n->engine);
+    moe_controller_free(&n->controller);
+    moe_cluster_reporter_free(&n->reporter);
+    moe_worker_node_close(&n->worker);
+    close_transport(n->engine_transport);
+    close_transport(n->controller_transport);
+    if (n->store) n->store->ops->close(n->store);
+    moe_memory_hub_free(&n->memory);
+    moe_inproc_hub_free(&n->hub);
+    if (n->backend) n->backend->ops->close(n->backend);
+    moe_chat_template_free(&n->chat_template);
+    moe_tokenizer_free(&n->tokenizer);
+    moe_model_close(&n->model);
+    moe_free(n);
+}
+
+void moe_router_node_drain(moe_router_node *n) {
+    if (n->http) moe_http_server_drain(n->http);
+    if (n->rpc) moe_rpc_front_drain(n->rpc);
+    moe_engine_drain(n->engine);
+}
+
+static void engine_load(moe_router_node *n, bool *ready, int32_t *requests) {
+    moe_engine_view *view = moe_calloc(1, sizeof *view);
+    *ready = false;
+    *requests = 0;
+    if (!view) return;
+    moe_engine_get_view(n->engine, view);
+    *ready = view->ready;
+    *requests = view->running + view->waiting;
+    moe_free(view);
+}
+
+bool moe_router_node_idle(moe_router_node *n) {
+    bool ready;
+    int32_t requests;
+    engine_load(n, &ready, &requests);
+    return requests == 0 && (!n->http || moe_http_server_in_flight(n->http) == 0);
+}
+
+bool moe_router_node_ready(moe_router_node *n) {
+    bool ready;
+    int32_t requests;
+    engine_load(n, &ready, &requests);
+    return ready;
+}
+
+int32_t moe_router_node_http_port(const moe_router_node *n) { return n->http ? moe_http_server_port(n->http) : 0; }
+moe_engine *moe_router_node_engine(moe_router_node *n) { return n->engine; }
+const moe_inference *moe_router_node_inference(const moe_router_node *n) { return &n->inference; }
+
+void moe_router_node_waiting_for(moe_router_node *n, char *text, size_t size) {
+    moe_controller_view *view = moe_calloc(1, sizeof *view);
+    text[0] = '\0';
+    if (!view || !n->controller) {
+        moe_free(view);
+        return;
+    }
+    moe_controller_get_view(n->controller, view);
+    snprintf(text, size, "%s", view->waiting_for[0] ? view->waiting_for : "connections to the expert workers");
+    moe_free(view);
+}

@@ -1,0 +1,51 @@
+/* A router with all that it stands on: model, tokenizer, engine, controller, fronts; with `embedded`, an expert worker in the
+ * same process too. Used by `moesaic router`, and without fronts by `moesaic eval`. */
+#pragma once
+#include "cli/implementations.h"
+#include "router/engine/engine.h"
+#include "router/inference.h"
+#include "router/placement/controller.h"
+
+typedef struct moe_router_node moe_router_node;
+
+typedef struct moe_router_node_config {
+    const char *model_dir, *backend, *served_name; /* served_name NULL: the folder's name */
+    int32_t threads;
+    bool skip_tokenizer;
+    const char *chat_template_fallback; /* NULL: none */
+
+    bool embedded;           /* the experts live in this process; store and keys_dir are not used */
+    moe_store_address store; /* where not embedded */
+    const char *keys_dir;    /* CURVE keys; NULL: ipc only */
+    const char *cluster_uuid; /* ""; that of the store's cluster, made where there is none */
+    int64_t redis_pid;       /* for status: where `serve` started it, else 0 */
+    const char *id;
+
+    moe_gating gating;
+    moe_combine_mode combine;
+    int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_waiting, micro_batches; /* max_model_len 0: the model's */
+    int64_t kv_cache_bytes;
+    int64_t replica_wait_ns;
+    int32_t replicas, initial_workers;
+    moe_placement_kind layout;
+    uint64_t layout_seed;
+    const char *layout_file, *state_dir;
+
+    const char *http_host; /* NULL: no HTTP front */
+    int32_t http_port;
+    const char *api_key;
+    const char *rpc_listen; /* endpoint; NULL: no RPC front */
+} moe_router_node_config;
+
+/* Opens and starts everything; returns while workers may still be joining. The config's strings must outlive the node. */
+moe_status moe_router_node_open(const moe_router_node_config *config, moe_router_node **out, moe_error *err);
+void moe_router_node_close(moe_router_node **node); /* NULLs; idempotent */
+
+void moe_router_node_drain(moe_router_node *node); /* no new requests */
+bool moe_router_node_idle(moe_router_node *node);  /* nothing in flight */
+bool moe_router_node_ready(moe_router_node *node);
+int32_t moe_router_node_http_port(const moe_router_node *node);
+moe_engine *moe_router_node_engine(moe_router_node *node);
+const moe_inference *moe_router_node_inference(const moe_router_node *node);
+/* Why it is not ready yet, for progress lines. */
+void moe_router_node_waiting_for(moe_router_node *node, char *text, size_t size);

@@ -1,0 +1,99 @@
+#include "cli/worker_node.h"
+
+#include <stdio.h>
+#include <unistd.h>
+
+#include "common/alloc.h"
+#include "common/log.h"
+#include "common/random.h"
+#include "expert-worker/registry.h"
+#include "expert-worker/worker.h"
+
+struct moe_worker_node {
+    moe_transport *transport;
+    moe_store *store;
+    moe_worker *worker;
+    moe_registration *registration;
+    char *id, *cluster_uuid; /* borrowed by the worker */
+};
+
+void moe_host_name(char *host, size_t size) {
+    if (gethostname(host, size) != 0) snprintf(host, size, "localhost");
+    host[size - 1] = '\0';
+}
+
+void moe_default_id(const char *prefix, char *id, size_t size) {
+    char host[32];
+    moe_host_name(host, sizeof host);
+    snprintf(id, size, "%s-%s-%d", prefix, host, (int)getpid());
+}
+
+static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe_error *err) {
+    char bound[MOE_ENDPOINT_BYTES], host[64];
+    moe_host_name(host, sizeof host);
+    n->id = moe_strdup(c->id);
+    n->cluster_uuid = moe_strdup(c->cluster_uuid);
+    if (!n->id || !n->cluster_uuid) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    moe_status status = n->transport->ops->listen(n->transport, c->listen, bound, err);
+    if (status != MOE_OK) return status;
+    moe_worker_config worker = {.model = c->model,
+                                .backend = c->backend,
+                                .transport = n->transport,
+                                .clock = moe_clock_real(),
+                                .cluster_uuid = n->cluster_uuid,
+                                .id = n->id,
+                                .incarnation = moe_random_identity(),
+                                .max_queued_calls = c->max_queued_calls,
+                                .max_batch_rows = c->max_batch_rows};
+    status = moe_worker_new(&worker, &n->worker, err);
+    if (status == MOE_OK) status = moe_worker_start(n->worker, err);
+    if (status != MOE_OK) return status;
+    moe_registration_config registration = {.store = n->store,
+                                            .clock = worker.clock,
+                                            .id = c->id,
+                                            .endpoint = c->advertise ? c->advertise : bound,
+                                            .public_key = c->public_key,
+                                            .host = host,
+                                            .profile = c->backend->ops->profile(c->backend),
+                                            .incarnation = worker.incarnation,
+                                            .model_digest = c->model->digest,
+                                            .pid = getpid(),
+                                            .capacity_experts = c->capacity_experts};
+    status = moe_registration_new(&registration, &n->registration, err);
+    if (status == MOE_OK) status = moe_registration_start(n->registration, err);
+    if (status == MOE_OK) moe_info("worker %s listens at %s", c->id, bound);
+    return status;
+}
+
+moe_status moe_worker_node_open(const moe_worker_node_config *config, moe_worker_node **out, moe_error *err) {
+    moe_worker_node *n = *out = moe_calloc(1, sizeof *n);
+    if (!n) {
+        config->transport->ops->close(config->transport);
+        config->store->ops->close(config->store);
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    }
+    n->transport = config->transport;
+    n->store = config->store;
+    moe_status status = start(n, config, err);
+    if (status != MOE_OK) moe_worker_node_close(out);
+    return status;
+}
+
+void moe_worker_node_close(moe_worker_node **node) {
+    moe_worker_node *n = *node;
+    *node = NULL;
+    if (!n) return;
+    if (n->registration) {
+        moe_error err;
+        moe_registration_stop(n->registration);
+        if (moe_registration_leave(n->registration, &err) != MOE_OK) moe_warn("leaving the registry: %s", err.message);
+        moe_registration_free(&n->registration);
+    }
+    if (n->worker) moe_worker_stop(n->worker);
+    moe_worker_free(&n->worker);
+    n->transport->ops->close(n->transport);
+    n->store->ops->close(n->store);
+    moe_free(n->id);
+    moe_free(n->cluster_uuid);
+    moe_free(n);
+}

@@ -1,0 +1,31 @@
+/* An expert worker with all that it stands on: its loop, its registration. Used by `moesaic worker` with a process of its own,
+ * and by a router that keeps the experts in its own process. */
+#pragma once
+#include "common/backend.h"
+#include "common/clock.h"
+#include "common/store.h"
+#include "common/transport.h"
+
+typedef struct moe_worker_node moe_worker_node;
+
+typedef struct moe_worker_node_config {
+    const moe_model *model;   /* borrowed */
+    moe_backend *backend;     /* borrowed */
+    moe_transport *transport; /* taken over, also when open fails: closed with the node */
+    moe_store *store;         /* likewise */
+    const char *listen;       /* endpoint to listen at */
+    const char *advertise;    /* endpoint to register; NULL: the one listened at */
+    const char *public_key;   /* CURVE, or "" */
+    const char *id, *cluster_uuid;
+    int32_t max_queued_calls, max_batch_rows;
+    int64_t capacity_experts; /* 0: no limit */
+} moe_worker_node_config;
+
+/* Listens, starts the worker's thread and the registration's. Strings are copied. */
+moe_status moe_worker_node_open(const moe_worker_node_config *config, moe_worker_node **out, moe_error *err);
+/* Leaves the registry, then stops. NULLs; idempotent. */
+void moe_worker_node_close(moe_worker_node **node);
+
+/* A name for this process where none was given: host and process id. */
+void moe_default_id(const char *prefix, char *id, size_t size);
+void moe_host_name(char *host, size_t size);
