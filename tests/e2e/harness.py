@@ -131,6 +131,45 @@ class Cluster:
         check(status == 200, f"HTTP {status}: {reply}")
         return reply["choices"][0]["token_ids"]
 
+    def rpc_generate(self, prompt_ids, max_tokens, keys="-"):
+        """Greedy token ids from InferenceService/Generate over ZeroMQ."""
+        with open(os.path.join(self.run_dir, "cluster.json"), encoding="utf-8") as f:
+            endpoint = json.load(f)["router"]
+        run = subprocess.run([os.path.join(BIN, "..", "tests", "rpc_generate"), endpoint, keys, str(max_tokens), ",".join(map(str, prompt_ids))],
+                             capture_output=True, text=True, timeout=120)
+        check(run.returncode == 0, f"Generate failed with {run.returncode}: {run.stderr}")
+        ids, _reason = run.stdout.split()
+        return [int(i) for i in ids.split(",")]
+
+    def stream_events(self, prompt_ids, max_tokens, on_event=None, **more):
+        """The data of every SSE event of a streamed completion, parsed where it is JSON. `on_event` gets the seconds since the last."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        events = []
+        try:
+            body = {"prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0, "stream": True, "return_token_ids": True, **more}
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            check(response.status == 200, f"HTTP {response.status}: {response.read() if response.status != 200 else ''}")
+            last = time.monotonic()
+            for line in response:
+                if not line.startswith(b"data: "):
+                    continue
+                now = time.monotonic()
+                if on_event:
+                    on_event(now - last)
+                last = now
+                data = line[6:].strip().decode()
+                events.append(json.loads(data) if data.startswith("{") else data)
+            return events
+        finally:
+            connection.close()
+
+    def stream_tokens(self, prompt_ids, max_tokens, on_event=None):
+        """Greedy token ids of a streamed completion that must end well."""
+        events = self.stream_events(prompt_ids, max_tokens, on_event)
+        check(events and events[-1] == "[DONE]", f"the stream ended with {events[-1:]}")
+        return [t for e in events[:-1] for c in e["choices"] for t in c.get("token_ids") or []]
+
 
 def main(tests):
     """Runs test functions in order; prints one line each; exit status 1 when any failed."""

@@ -24,6 +24,9 @@ def shape(*args, workers):
             case = golden()[0]
             expected = case[KEYS[gating][0]]
             check(cluster.complete(case["ids"], len(expected)) == expected, "the same prompt alone gives other tokens")
+            check(cluster.stream_tokens(case["ids"], len(expected)) == expected, "streamed tokens differ")
+            if workers:
+                check(cluster.rpc_generate(case["ids"], len(expected)) == expected, "Generate over RPC gives other tokens")
     test.__name__ = "golden_w%d_%s" % (workers, "_".join(a.strip("-") for a in args))
     return test
 

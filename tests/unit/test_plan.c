@@ -11,6 +11,8 @@
 
 #define EXPERTS 16
 #define WORKERS 4
+#define NONE MOE_PLAN_UNFIT
+#define FIT MOE_PLAN_FIT
 
 static moe_placement *map_of(const int replicas[EXPERTS][3]) {
     moe_placement *p = moe_placement_new(1, EXPERTS, WORKERS);
@@ -29,7 +31,7 @@ static void test_unusable_workers_get_nothing(void **state) {
     int32_t rows[EXPERTS], chosen[EXPERTS];
     int64_t cost[WORKERS];
     for (int e = 0; e < EXPERTS; e++) rows[e] = e % 3;
-    bool usable[WORKERS] = {true, false, true, true};
+    uint8_t usable[WORKERS] = {FIT, NONE, FIT, FIT};
     moe_plan_replicas(p, 0, rows, usable, chosen, cost);
     for (int e = 0; e < EXPERTS; e++) {
         if (rows[e] == 0) {
@@ -39,7 +41,7 @@ static void test_unusable_workers_get_nothing(void **state) {
         assert_true(chosen[e] == replicas[e][0] || chosen[e] == replicas[e][1]);
         assert_int_not_equal(chosen[e], 1);
     }
-    bool none[WORKERS] = {false, false, true, true};
+    uint8_t none[WORKERS] = {NONE, NONE, FIT, FIT};
     moe_plan_replicas(p, 0, rows, none, chosen, cost);
     assert_int_equal(chosen[4], MOE_PLAN_NO_WORKER); /* expert 4 lives on 0 and 1 only */
     moe_placement_unref(&p);
@@ -52,10 +54,24 @@ static void test_loading_replicas_are_not_used(void **state) {
     moe_placement *p = map_of(replicas);
     int32_t rows[EXPERTS] = {5}, chosen[EXPERTS];
     int64_t cost[WORKERS];
-    bool usable[WORKERS] = {true, true, true, true};
+    uint8_t usable[WORKERS] = {FIT, FIT, FIT, FIT};
     moe_placement_at(p, 0, 0)->replicas[0].state = MOE_REPLICA_LOADING;
     moe_plan_replicas(p, 0, rows, usable, chosen, cost);
     assert_int_equal(chosen[0], 1);
+    moe_placement_unref(&p);
+}
+
+static void test_suspects_are_a_last_resort(void **state) {
+    (void)state;
+    int replicas[EXPERTS][3];
+    for (int e = 0; e < EXPERTS; e++) replicas[e][0] = 0, replicas[e][1] = e ? 1 : 2, replicas[e][2] = -1;
+    moe_placement *p = map_of(replicas);
+    int32_t rows[EXPERTS] = {5, 7}, chosen[EXPERTS];
+    int64_t cost[WORKERS];
+    uint8_t fitness[WORKERS] = {MOE_PLAN_LAST_RESORT, FIT, NONE, FIT};
+    moe_plan_replicas(p, 0, rows, fitness, chosen, cost);
+    assert_int_equal(chosen[0], 0); /* its other replica is gone */
+    assert_int_equal(chosen[1], 1);
     moe_placement_unref(&p);
 }
 
@@ -65,7 +81,7 @@ static void test_distinct_experts_are_balanced(void **state) {
     int replicas[EXPERTS][3];
     for (int e = 0; e < EXPERTS; e++) replicas[e][0] = 0, replicas[e][1] = 1, replicas[e][2] = 2;
     moe_placement *p = map_of(replicas);
-    bool usable[WORKERS] = {true, true, true, false};
+    uint8_t usable[WORKERS] = {FIT, FIT, FIT, NONE};
     moe_random random = {7};
     for (int round = 0; round < 200; round++) {
         int32_t rows[EXPERTS], chosen[EXPERTS], again[EXPERTS], share[WORKERS] = {0};
@@ -99,6 +115,7 @@ static void test_sort_orders_by_expert_then_row(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_unusable_workers_get_nothing), cmocka_unit_test(test_loading_replicas_are_not_used),
-        cmocka_unit_test(test_distinct_experts_are_balanced), cmocka_unit_test(test_sort_orders_by_expert_then_row)};
+        cmocka_unit_test(test_suspects_are_a_last_resort), cmocka_unit_test(test_distinct_experts_are_balanced),
+        cmocka_unit_test(test_sort_orders_by_expert_then_row)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

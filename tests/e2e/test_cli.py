@@ -1,0 +1,68 @@
+"""The command line as its user meets it: status, chat, keygen, help, and a cluster over tcp with CURVE."""
+import json
+import os
+import stat
+import subprocess
+import tempfile
+
+from harness import BIN, Cluster, check, golden, main
+
+MOESAIC = os.path.join(BIN, "moesaic")
+
+
+def run(*arguments, stdin="", timeout=120):
+    return subprocess.run([MOESAIC, *arguments], input=stdin, capture_output=True, text=True, timeout=timeout)
+
+
+def status_and_chat():
+    with Cluster(workers=2) as cluster:
+        url = f"http://127.0.0.1:{cluster.port}"
+        shown = run("status", "--url", url)
+        check(shown.returncode == 0 and "w0" in shown.stdout and "w1" in shown.stdout, f"status: {shown.stdout}{shown.stderr}")
+        told = json.loads(run("status", "--url", url, "--json").stdout)
+        check(told["ready"] and told["epoch"] >= 1 and len(told["workers"]) == 2, f"status --json: {told}")
+        for key in ("id", "pid", "host", "state", "experts", "load"):
+            check(key in told["workers"][0], f"workers[] has no {key}")
+        check(sum(w["experts"] for w in told["workers"]) == 6 * 16, f"experts: {told['workers']}")
+        check(told["redis"]["up"] and told["redis"]["pid"] > 0, f"redis: {told['redis']}")
+        check(len(told["layers"]) == 6 and told["routers"], f"layers, routers: {told}")
+        answer = run("chat", "--url", url, "--temperature", "0", stdin="What is nginx?\n/exit\n")
+        check(answer.returncode == 0 and "nginx" in answer.stdout, f"chat: {answer.stdout}{answer.stderr}")
+        check(run("chat", "--url", url, "--temperature", "0", stdin="What is nginx?\n/exit\n").stdout == answer.stdout, "greedy chat differs")
+
+
+def tcp_with_keys():
+    with tempfile.TemporaryDirectory() as folder:
+        keys = os.path.join(folder, "keys")
+        made = run("keygen", keys)
+        check(made.returncode == 0, f"keygen: {made.stderr}")
+        for name in os.listdir(keys):
+            mode = stat.S_IMODE(os.stat(os.path.join(keys, name)).st_mode)
+            check(not name.endswith(".key") or mode == 0o600, f"{name} has mode {mode:o}")
+        check(run("keygen", keys).returncode != 0, "keygen overwrites keys")
+        case = golden()[2]
+        with Cluster("--listen", "tcp://127.0.0.1:0", "--keys", keys, workers=2) as cluster:
+            check(cluster.complete(case["ids"], len(case["greedy"])) == case["greedy"], "wrong tokens over tcp with CURVE")
+            endpoints = run("status", "--url", f"http://127.0.0.1:{cluster.port}", "--json").stdout
+            check("tcp://" in endpoints or "w0" in endpoints, endpoints)
+
+
+def help_and_mistakes():
+    for command in ("serve", "router", "worker", "chat", "status", "eval", "keygen"):
+        text = run(command, "--help")
+        check(text.returncode == 0 and "usage: moesaic " + command in text.stdout, f"{command} --help: {text}")
+    check("did you mean 'status'" in run("statsu").stderr, "no suggestion for a command")
+    check("did you mean '--replicas'" in run("serve", "x", "--replcias", "2").stderr, "no suggestion for an option")
+    check(run("--version").stdout.startswith("moesaic "), "no version")
+    missing = run("serve", "/nonexistent", "--workers", "1")
+    check(missing.returncode != 0 and "/nonexistent" in missing.stderr, f"missing model: {missing}")
+
+
+def readme_has_the_option_table():
+    from harness import ROOT
+    readme = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+    table = run("--options-markdown").stdout
+    check(table.strip() and table.strip() in readme, "README.md lacks the option table as `moesaic --options-markdown` prints it")
+
+
+main([status_and_chat, tcp_with_keys, help_and_mistakes, readme_has_the_option_table])

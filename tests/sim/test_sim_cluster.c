@@ -1,0 +1,257 @@
+/* The cluster on a virtual clock. Oracles: O1 tokens equal transformers' (expected.json), O2 one terminal status a request, O4
+ * the epoch never falls and every published map is complete; O5 by the sanitizer builds. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/log.h"
+#include "cpu/cpu.h"
+#include "tests/support/sim_cluster.h"
+
+#define FIXTURE SOURCE_DIR "/tests/data/checkpoints/qwen3_moe"
+#define PROMPT_TOKENS 40
+#define GREEDY_TOKENS 24
+#define REQUESTS 12
+
+typedef struct fixture {
+    moe_model *model;
+    moe_backend *backend;
+    int32_t prompt[PROMPT_TOKENS], greedy[GREEDY_TOKENS];
+} fixture;
+
+static fixture fx;
+
+static void read_ids(const json_t *root, const char *key, int32_t *out, size_t count) {
+    const json_t *ids = json_object_get(root, key);
+    assert_int_equal(json_array_size(ids), count);
+    for (size_t i = 0; i < count; i++) out[i] = (int32_t)json_integer_value(json_array_get(ids, i));
+}
+
+static int set_up(void **state) {
+    (void)state;
+    moe_error err;
+    moe_cpu_config cpu = {.threads = 0};
+    moe_log_init(MOE_LOG_ERROR, "sim");
+    json_t *expected = json_load_file(FIXTURE "/expected.json", 0, NULL);
+    assert_non_null(expected);
+    read_ids(expected, "ids", fx.prompt, PROMPT_TOKENS);
+    read_ids(expected, "greedy", fx.greedy, GREEDY_TOKENS);
+    json_decref(expected);
+    assert_int_equal(moe_model_open(FIXTURE, &fx.model, &err), MOE_OK);
+    assert_int_equal(moe_cpu_open(&cpu, &fx.backend, &err), MOE_OK);
+    return 0;
+}
+
+static int tear_down(void **state) {
+    (void)state;
+    fx.backend->ops->close(fx.backend);
+    moe_model_close(&fx.model);
+    return 0;
+}
+
+static sim_config base_config(uint64_t seed) {
+    return (sim_config){.seed = seed,
+                        .model = fx.model,
+                        .backend = fx.backend,
+                        .workers = 3,
+                        .replicas = 2,
+                        .micro_batches = 2,
+                        .max_num_batched_tokens = 64,
+                        .num_kv_blocks = 128,
+                        .gating = MOE_GATING_GATE,
+                        .combine = MOE_COMBINE_EXACT,
+                        .layout = MOE_PLACEMENT_BALANCED};
+}
+
+/* Every request ended once, and those that succeeded have the right tokens. Returns how many succeeded. */
+static int check_oracles(const sim_cluster *sim) {
+    int succeeded = 0;
+    assert_false(sim->epoch_fell);
+    assert_false(sim->map_incomplete);
+    for (int32_t i = 0; i < sim->num_requests; i++) {
+        const sim_request *r = &sim->requests[i];
+        assert_int_equal(r->terminal_events, 1);
+        assert_memory_equal(r->tokens, fx.greedy, (size_t)r->num_tokens * sizeof *r->tokens);
+        if (r->finish == MOE_FINISH_ERROR) {
+            assert_int_equal(r->status, MOE_UNAVAILABLE);
+            continue;
+        }
+        assert_int_equal(r->num_tokens, GREEDY_TOKENS);
+        succeeded++;
+    }
+    return succeeded;
+}
+
+static void submit(sim_cluster *sim, int count) {
+    moe_status refused;
+    for (int i = 0; i < count; i++) assert_true(sim_submit(sim, fx.prompt, PROMPT_TOKENS, GREEDY_TOKENS, &refused) >= 0);
+}
+
+static void test_every_shape_gives_the_same_tokens(void **state) {
+    (void)state;
+    static const struct {
+        int32_t workers, replicas, micro_batches, rows, kv_blocks;
+        moe_combine_mode combine;
+        moe_placement_kind layout;
+        moe_gating gating;
+    } shapes[] = {{1, 1, 1, 512, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_BALANCED, MOE_GATING_GATE},
+                  {2, 1, 2, 64, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_RANDOM, MOE_GATING_HINT},
+                  {3, 2, 2, 7, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_RANDOM, MOE_GATING_GATE},
+                  {3, 3, 3, 33, 17, MOE_COMBINE_EXACT, MOE_PLACEMENT_BALANCED, MOE_GATING_GATE}, /* few blocks: preemption */
+                  {4, 2, 2, 16, 40, MOE_COMBINE_PARTIAL, MOE_PLACEMENT_RANDOM, MOE_GATING_HINT}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        sim_config config = base_config(i);
+        config.workers = shapes[i].workers;
+        config.replicas = shapes[i].replicas;
+        config.micro_batches = shapes[i].micro_batches;
+        config.max_num_batched_tokens = shapes[i].rows;
+        config.num_kv_blocks = shapes[i].kv_blocks;
+        config.combine = shapes[i].combine;
+        config.layout = shapes[i].layout;
+        config.gating = shapes[i].gating;
+        sim_cluster *sim = sim_new(&config);
+        submit(sim, REQUESTS);
+        assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
+        assert_int_equal(check_oracles(sim), REQUESTS);
+        sim_free(&sim);
+    }
+}
+
+/* A worker dies at a seeded moment and comes back later; with two replicas no request may fail. */
+static void test_kills_with_two_replicas(void **state) {
+    (void)state;
+    for (uint64_t seed = 0; seed < 40; seed++) {
+        sim_config config = base_config(seed);
+        sim_cluster *sim = sim_new(&config);
+        for (int round = 0; round < 3; round++) {
+            int32_t victim = (int32_t)moe_random_below(&sim->random, 3);
+            submit(sim, 4);
+            sim_run(sim, (int64_t)moe_random_below(&sim->random, 30) * MOE_NS_PER_MS);
+            sim_kill(sim, victim);
+            sim_run(sim, (int64_t)moe_random_below(&sim->random, 4000) * MOE_NS_PER_MS);
+            submit(sim, 4);
+            sim_restart(sim, victim);
+            assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
+            assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
+        }
+        assert_int_equal(check_oracles(sim), sim->num_requests);
+        sim_free(&sim);
+    }
+}
+
+/* One replica: requests may fail with UNAVAILABLE while a worker is gone, none hangs, and all is well after it returns. */
+static void test_one_replica_fails_cleanly_and_returns(void **state) {
+    (void)state;
+    for (uint64_t seed = 0; seed < 10; seed++) {
+        sim_config config = base_config(seed);
+        config.workers = 2;
+        config.replicas = 1;
+        sim_cluster *sim = sim_new(&config);
+        submit(sim, 4);
+        sim_run(sim, (int64_t)moe_random_below(&sim->random, 10) * MOE_NS_PER_MS);
+        sim_kill(sim, 1);
+        submit(sim, 4);
+        assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+        assert_true(check_oracles(sim) <= 4); /* those submitted after the kill have no replica to go to */
+        sim_restart(sim, 1);
+        assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
+        int before = check_oracles(sim);
+        submit(sim, 4);
+        assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
+        assert_int_equal(check_oracles(sim), before + 4);
+        sim_free(&sim);
+    }
+}
+
+/* Messages are lost, doubled, delayed and reordered; a worker is cut off for a while: with two replicas all comes through. */
+static void test_bad_network(void **state) {
+    (void)state;
+    for (uint64_t seed = 0; seed < 40; seed++) {
+        sim_config config = base_config(1000 + seed);
+        sim_cluster *sim = sim_new(&config);
+        moe_inproc_faults faults = {
+            .drop = 0.002 * (double)(seed % 4), .duplicate = 0.02, .reorder = 0.05, .delay_max_ns = 2 * MOE_NS_PER_MS};
+        moe_inproc_set_faults(sim->hub, &faults);
+        submit(sim, 4);
+        sim_run(sim, 20 * MOE_NS_PER_MS);
+        moe_inproc_partition(sim->hub, "inproc:w1", true, seed % 2 == 0);
+        submit(sim, 4);
+        sim_run(sim, 1500 * MOE_NS_PER_MS);
+        moe_inproc_partition(sim->hub, "inproc:w1", false, false);
+        assert_true(sim_run_until_idle(sim, 120 * MOE_NS_PER_S));
+        assert_int_equal(check_oracles(sim), sim->num_requests);
+        sim_free(&sim);
+    }
+}
+
+static void test_store_outage_is_not_noticed(void **state) {
+    (void)state;
+    sim_config config = base_config(5);
+    sim_cluster *sim = sim_new(&config);
+    moe_memory_hub_set_down(sim->memory, true);
+    submit(sim, 4);
+    assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+    sim_kill(sim, 2);
+    submit(sim, 4);
+    assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+    moe_memory_hub_wipe(sim->memory);
+    moe_memory_hub_set_down(sim->memory, false);
+    sim_restart(sim, 2);
+    assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
+    submit(sim, 4);
+    assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+    assert_int_equal(check_oracles(sim), 12);
+    sim_free(&sim);
+}
+
+static void test_cancel_ends_a_request_at_once(void **state) {
+    (void)state;
+    sim_config config = base_config(6);
+    sim_cluster *sim = sim_new(&config);
+    submit(sim, 2);
+    sim_run(sim, 2 * MOE_NS_PER_MS);
+    moe_engine_cancel(sim->engine, sim->requests[0].id);
+    sim_run(sim, 50 * MOE_NS_PER_MS);
+    assert_int_equal(sim->requests[0].terminal_events, 1);
+    assert_int_equal(sim->requests[0].status, MOE_CANCELLED);
+    assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+    assert_int_equal(sim->requests[1].num_tokens, GREEDY_TOKENS);
+    assert_memory_equal(sim->requests[1].tokens, fx.greedy, sizeof fx.greedy);
+    sim_free(&sim);
+}
+
+/* The same seed gives the same history, event for event. */
+static void test_a_seed_replays_exactly(void **state) {
+    (void)state;
+    int64_t ended[2];
+    for (int run = 0; run < 2; run++) {
+        sim_config config = base_config(77);
+        sim_cluster *sim = sim_new(&config);
+        moe_inproc_faults faults = {.drop = 0.01, .duplicate = 0.02, .reorder = 0.05, .delay_max_ns = 3 * MOE_NS_PER_MS};
+        moe_inproc_set_faults(sim->hub, &faults);
+        submit(sim, 6);
+        assert_true(sim_run_until_idle(sim, 120 * MOE_NS_PER_S));
+        ended[run] = sim->clock.fake_now_ns;
+        check_oracles(sim);
+        sim_free(&sim);
+    }
+    assert_int_equal(ended[0], ended[1]);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_every_shape_gives_the_same_tokens),
+                                       cmocka_unit_test(test_kills_with_two_replicas),
+                                       cmocka_unit_test(test_one_replica_fails_cleanly_and_returns),
+                                       cmocka_unit_test(test_bad_network),
+                                       cmocka_unit_test(test_store_outage_is_not_noticed),
+                                       cmocka_unit_test(test_cancel_ends_a_request_at_once),
+                                       cmocka_unit_test(test_a_seed_replays_exactly)};
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}

@@ -1,0 +1,79 @@
+/* A whole cluster in one thread on a virtual clock: engine, controller, workers, store, network with seeded faults. The same seed
+ * gives the same history. */
+#pragma once
+#include "common/inproc/inproc.h"
+#include "common/memory/memory_store.h"
+#include "common/random.h"
+#include "expert-worker/registry.h"
+#include "expert-worker/worker.h"
+#include "router/engine/engine.h"
+#include "router/placement/controller.h"
+
+#define SIM_MAX_WORKERS 8
+#define SIM_MAX_REQUESTS 256
+#define SIM_MAX_TOKENS 64
+
+typedef struct sim_worker {
+    moe_transport *transport;
+    moe_store *store;
+    moe_worker *worker; /* NULL: dead */
+    moe_registration *registration;
+    char id[16], endpoint[32];
+} sim_worker;
+
+/* One request and what came of it. */
+typedef struct sim_request {
+    uint64_t id;
+    int32_t tokens[SIM_MAX_TOKENS];
+    int32_t num_tokens;
+    int32_t terminal_events; /* oracle O2: exactly one */
+    moe_finish_reason finish;
+    moe_status status;
+    char message[MOE_ERROR_MESSAGE_BYTES];
+} sim_request;
+
+typedef struct sim_config {
+    uint64_t seed;
+    const moe_model *model;
+    moe_backend *backend; /* threads 0 */
+    int32_t workers, replicas, micro_batches, max_num_batched_tokens, num_kv_blocks;
+    moe_gating gating;
+    moe_combine_mode combine;
+    moe_placement_kind layout;
+} sim_config;
+
+typedef struct sim_cluster {
+    sim_config config;
+    moe_clock clock;
+    moe_random random;
+    char uuid[MOE_UUID_BYTES];
+    moe_inproc_hub *hub;
+    moe_memory_hub *memory;
+    sim_worker workers[SIM_MAX_WORKERS];
+    moe_transport *engine_transport, *controller_transport;
+    moe_store *store;
+    moe_controller *controller;
+    moe_engine *engine;
+    uint64_t newest_epoch;
+    bool epoch_fell;     /* oracle O4: never */
+    bool map_incomplete; /* oracle O4: a published map without a READY replica for some expert */
+    sim_request requests[SIM_MAX_REQUESTS];
+    int32_t num_requests;
+} sim_cluster;
+
+/* Aborts the test on failure to build. The cluster is returned when its first map is in use. */
+sim_cluster *sim_new(const sim_config *config);
+void sim_free(sim_cluster **sim);
+
+/* Runs everything for `ns` of virtual time. */
+void sim_run(sim_cluster *sim, int64_t ns);
+/* Runs until all requests ended; false when that took more than `limit_ns` of virtual time. */
+bool sim_run_until_idle(sim_cluster *sim, int64_t limit_ns);
+/* Runs until every expert has `replicas` live READY replicas. */
+bool sim_run_until_healed(sim_cluster *sim, int64_t limit_ns);
+
+void sim_kill(sim_cluster *sim, int32_t worker);
+void sim_restart(sim_cluster *sim, int32_t worker);
+
+/* Submits a greedy request; returns its index, or -1 where the engine refused it (status in *refused). */
+int32_t sim_submit(sim_cluster *sim, const int32_t *prompt, int32_t prompt_tokens, int32_t max_tokens, moe_status *refused);
