@@ -1,8 +1,9 @@
 #include "router/inference.h"
 
+#include "common/metrics.h"
 #include "common/random.h"
 
-moe_status moe_inference_admit(const moe_inference *inference, moe_error *err) {
+static moe_status check_room(const moe_inference *inference, moe_error *err) {
     moe_inference_view view;
     inference->ops->view(inference->ctx, &view);
     if (!view.has_map)
@@ -10,6 +11,12 @@ moe_status moe_inference_admit(const moe_inference *inference, moe_error *err) {
     if (view.waiting >= inference->max_waiting)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%d requests are queued, which is the limit: try again later", view.waiting);
     return MOE_OK;
+}
+
+moe_status moe_inference_admit(const moe_inference *inference, moe_error *err) {
+    moe_status status = check_room(inference, err);
+    if (status != MOE_OK) moe_metric_add(MOE_METRIC_REQUESTS_REJECTED, 1); /* the engine counts those that it refuses itself */
+    return status;
 }
 
 void moe_inference_default_sampling(const moe_inference *inference, moe_sampling_params *out) {

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/metrics.h"
 #include "router/http/server.h"
 #include "tests/support/fake_inference.h"
 #include "tests/support/http_client.h"
@@ -16,9 +17,10 @@
 #define FINGERPRINT "\"system_fingerprint\":\"moesaic-" MOESAIC_VERSION "\""
 #define CHAT_HEAD \
     "{\"id\":\"ID\",\"object\":\"chat.completion\",\"created\":TIME,\"model\":\"demo\"," FINGERPRINT ",\"choices\":["
-#define CHUNK_HEAD                                                                                                               \
-    "data: {\"id\":\"ID\",\"object\":\"chat.completion.chunk\",\"created\":TIME,\"model\":\"demo\"," FINGERPRINT ",\"choices\":" \
-                                                                                                                 "["
+#define CHUNK_HEAD                                                                                               \
+    "data: {\"id\":\"ID\",\"object\":\"chat.completion.chunk\",\"created\":TIME,\"model\":\"demo\"," FINGERPRINT \
+    ",\"choices\":"                                                                                              \
+    "["
 #define TEXT_HEAD \
     "{\"id\":\"ID\",\"object\":\"text_completion\",\"created\":TIME,\"model\":\"demo\"," FINGERPRINT ",\"choices\":["
 #define TEXT_CHUNK_HEAD "data: " TEXT_HEAD
@@ -433,11 +435,13 @@ static void test_engine_refuses(void **state) {
 
 static void test_admission(void **state) {
     fixture *f = *state;
+    int64_t rejected = moe_metric_value(MOE_METRIC_REQUESTS_REJECTED);
     f->fake.view = (moe_inference_view){.has_map = true, .ready = true, .waiting = 100};
     expect_error(f, CHAT, "{" HI "}", 429, "rate_limit_exceeded", NULL);
     f->fake.view = (moe_inference_view){0};
     expect_error(f, CHAT, "{" HI "}", 503, "service_unavailable", NULL);
     assert_int_equal(f->fake.num_requests, 0);
+    assert_int_equal(moe_metric_value(MOE_METRIC_REQUESTS_REJECTED), rejected + 2);
     f->fake.view = (moe_inference_view){.has_map = true}; /* an expert has no replica: the engine may wait for one */
     json_decref(post_json(f, CHAT, "{" HI "}"));
 }
