@@ -11,13 +11,26 @@
 #include "cpu/kernels.h"
 #include "cpu/single.h"
 
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
+#if defined(__has_feature)
+#define HAS_FEATURE(name) __has_feature(name)
 #else
-#define UNROLL _Pragma("GCC unroll 16")
+#define HAS_FEATURE(name) 0
 #endif
+
 #define KERNEL static LANES_TARGET
 #define KERNEL_INLINE static inline __attribute__((always_inline)) LANES_TARGET
+/* TILE functions take the tile's shape and dtype as parameters: constants, once inlined and unrolled. Not so for lanes that live
+ * in memory, nor under the address sanitizer, whose checks of every access would make that minutes of compilation. */
+#if defined(LANES_IN_MEMORY) || defined(__SANITIZE_ADDRESS__) || HAS_FEATURE(address_sanitizer)
+#define TILE static __attribute__((noinline)) LANES_TARGET
+#define UNROLL
+#elif defined(__clang__)
+#define TILE KERNEL_INLINE
+#define UNROLL _Pragma("unroll")
+#else
+#define TILE KERNEL_INLINE
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 #define TILE_MAX 16 /* accumulators of the largest tile, panels × rows */
 _Static_assert(TILE_ROWS_MAX *TILE_PANELS_MAX <= TILE_MAX && 4 * TILE_PANELS_4 <= TILE_MAX, "TILE_MAX too small");
@@ -42,7 +55,7 @@ KERNEL_INLINE void store_some(float *p, lanes a, int32_t count) {
         lanes_store_first(p, a, count);
 }
 
-KERNEL_INLINE lanes load_weights(moe_dtype dtype, const uint8_t *p) {
+TILE lanes load_weights(moe_dtype dtype, const uint8_t *p) {
     if (dtype == MOE_BF16) return lanes_load_bf16((const uint16_t *)(const void *)p);
     if (dtype == MOE_F16) return lanes_load_f16((const uint16_t *)(const void *)p);
     return lanes_load((const float *)(const void *)p);
@@ -50,8 +63,8 @@ KERNEL_INLINE lanes load_weights(moe_dtype dtype, const uint8_t *p) {
 
 /* The inner loop of everything: acc[p, r] = chain over k of fma(panel[p][k, lane], x[r][k], acc[p, r]).
  * P, R and dtype are constants; panels[p] advances by k_stride elements a step. */
-KERNEL_INLINE void chain(const int P, const int R, const moe_dtype dtype, const uint8_t *const *panels, int64_t k_stride,
-                         const float *const *x, int32_t k_count, bool from_zero, lanes *acc) {
+TILE void chain(const int P, const int R, const moe_dtype dtype, const uint8_t *const *panels, int64_t k_stride,
+                const float *const *x, int32_t k_count, bool from_zero, lanes *acc) {
     const int64_t step = k_stride * (dtype == MOE_F32 ? 4 : 2);
     lanes sum[TILE_MAX];
     UNROLL for (int i = 0; i < P * R; i++) sum[i] = from_zero ? lanes_set(0) : acc[i];
@@ -102,8 +115,7 @@ KERNEL_INLINE lanes sigmoid_lanes(lanes x) {
 
 /* ---- linear ---- */
 
-KERNEL_INLINE void linear_tile(const int P, const int R, const moe_dtype dtype, const moe_cpu_linear *a, int32_t panel,
-                               int32_t row) {
+TILE void linear_tile(const int P, const int R, const moe_dtype dtype, const moe_cpu_linear *a, int32_t panel, int32_t row) {
     const int64_t panel_bytes = (int64_t)a->w->k * 16 * (dtype == MOE_F32 ? 4 : 2);
     lanes sums[MOE_FFN_BLOCKS][TILE_MAX];
     for (int32_t b = 0; b < a->num_blocks; b++) {
@@ -129,7 +141,7 @@ KERNEL_INLINE void linear_tile(const int P, const int R, const moe_dtype dtype, 
     }
 }
 
-KERNEL_INLINE void linear_rows(const int P, const int R, int32_t row, const moe_dtype dtype, const moe_cpu_linear *a) {
+TILE void linear_rows(const int P, const int R, int32_t row, const moe_dtype dtype, const moe_cpu_linear *a) {
     int32_t panel = a->n_lo / 16, end = (a->n_hi + 15) / 16;
     for (; panel + P <= end; panel += P) linear_tile(P, R, dtype, a, panel, row);
     for (; panel < end; panel++) linear_tile(1, R, dtype, a, panel, row);
@@ -179,7 +191,7 @@ KERNEL query_tile query_tile_make(const moe_cpu_attention *a, int32_t first) {
 }
 
 /* scores[q][16 (block + p) …] = q · K of P blocks, for R queries */
-KERNEL_INLINE void scores_tile(const int P, const int R, int32_t query, const query_tile *t, int32_t block) {
+TILE void scores_tile(const int P, const int R, int32_t query, const query_tile *t, int32_t block) {
     const moe_cpu_attention *a = t->a;
     const uint8_t *keys[TILE_MAX];
     const float *q[TILE_MAX];
@@ -194,7 +206,7 @@ KERNEL_INLINE void scores_tile(const int P, const int R, int32_t query, const qu
             lanes_store(t->scores[query + r] + (block + p) * 16, lanes_mul(acc[p * R + r], lanes_set(a->scale)));
 }
 
-KERNEL_INLINE void scores_rows(const int P, const int R, int32_t query, const query_tile *t) {
+TILE void scores_rows(const int P, const int R, int32_t query, const query_tile *t) {
     int32_t block = 0;
     for (; block + P <= t->num_blocks; block += P) scores_tile(P, R, query, t, block);
     for (; block < t->num_blocks; block++) scores_tile(1, R, query, t, block);
@@ -226,8 +238,7 @@ KERNEL float softmax_scores(const query_tile *t, int32_t i) {
 }
 
 /* sums[q] += weights[q][from, to) · V for dims [dim, dim + 16 P) of R queries; positions [from, to) lie in one block. */
-KERNEL_INLINE void values_tile(const int P, const int R, int32_t query, const query_tile *t, int32_t from, int32_t to,
-                               int32_t dim) {
+TILE void values_tile(const int P, const int R, int32_t query, const query_tile *t, int32_t from, int32_t to, int32_t dim) {
     const moe_cpu_kv_layer *kv = t->a->kv;
     const float *block =
         kv->values + t->a->blocks[from / 16] * kv->value_block_floats + (int64_t)t->a->kv_head * kv->padded_dim * 16;
@@ -245,8 +256,7 @@ KERNEL_INLINE void values_tile(const int P, const int R, int32_t query, const qu
     }
 }
 
-KERNEL_INLINE void values_rows(const int P, const int R, int32_t row, const query_tile *t, int32_t query, int32_t from,
-                               int32_t to) {
+TILE void values_rows(const int P, const int R, int32_t row, const query_tile *t, int32_t query, int32_t from, int32_t to) {
     int32_t dim = 0;
     for (; dim + 16 * P <= t->a->kv->padded_dim; dim += 16 * P) values_tile(P, R, query + row, t, from, to, dim);
     for (; dim < t->a->kv->padded_dim; dim += 16) values_tile(1, R, query + row, t, from, to, dim);
