@@ -6,9 +6,9 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "cli/signals.h"
 #include "common/alloc.h"
 #include "common/log.h"
 
@@ -117,7 +117,7 @@ static void stop_one(moe_child *child, int64_t deadline_ns) {
             waitpid(child->pid, &child->exit_status, 0);
             break;
         }
-        nanosleep(&(struct timespec){.tv_nsec = MOE_CHILD_POLL_NS}, NULL);
+        if (moe_signals_wait(MOE_CHILD_POLL_NS)) kill(child->pid, SIGTERM);
     }
     child->pid = 0;
 }

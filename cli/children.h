@@ -33,7 +33,8 @@ moe_status moe_children_start(moe_children *children, const char *name, const ch
  * *changed is set when a pid changed. */
 const moe_child *moe_children_tick(moe_children *children, int64_t now_ns, bool *changed);
 
-/* SIGTERM to all in reverse order of start, one after the other, each given until deadline_ns (SIGKILL then); frees the table. */
+/* SIGTERM to all in reverse order of start, one after the other, each given until deadline_ns (SIGKILL then); frees the table. A
+ * termination signal that arrives meanwhile (moe_signals_block was called) is passed on to the one that is being stopped. */
 void moe_children_stop(moe_children *children, int64_t deadline_ns);
 
 /* "exit status 1", "signal 9 (Killed)". */

@@ -160,6 +160,7 @@ static moe_status start_worker(supervisor *s, int index, moe_error *err) {
     return moe_children_start(&s->children, name, argv, s->restart != RESTART_NEVER, err);
 }
 
+/* Stopped in reverse: the router drains while its workers still answer. */
 static moe_status start_all(supervisor *s, moe_error *err) {
     char redis_pid[32];
     moe_status status = start_redis(s, err);
@@ -168,8 +169,8 @@ static moe_status start_all(supervisor *s, moe_error *err) {
     setenv("MOESAIC_SERVE_REDIS_PID", redis_pid, 1);
     setenv("MOESAIC_SERVE_CLUSTER_UUID", s->file.uuid, 1);
     status = moe_cluster_file_write(&s->file, &s->children, err);
-    if (status == MOE_OK) status = start_router(s, err);
     for (int i = 0; i < s->workers && status == MOE_OK; i++) status = start_worker(s, i, err);
+    if (status == MOE_OK) status = start_router(s, err);
     if (status == MOE_OK) status = moe_cluster_file_write(&s->file, &s->children, err);
     return status;
 }

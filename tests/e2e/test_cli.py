@@ -1,9 +1,12 @@
 """The command line as its user meets it: status, chat, keygen, help, and a cluster over tcp with CURVE."""
 import json
 import os
+import signal
 import stat
 import subprocess
 import tempfile
+import threading
+import time
 
 from harness import BIN, Cluster, check, golden, main
 
@@ -47,6 +50,35 @@ def tcp_with_keys():
             check("tcp://" in endpoints or "w0" in endpoints, endpoints)
 
 
+def sigterm_drains_and_a_second_stops():
+    case = golden()[0]
+    with Cluster(workers=2) as cluster:
+        began = threading.Event()
+        events = []
+
+        def stream():
+            events.extend(cluster.stream_events(case["ids"], 300, lambda _pause: began.set(), ignore_eos=True))
+        client = threading.Thread(target=stream)
+        client.start()
+        check(began.wait(30), "no token")
+        cluster.process.send_signal(signal.SIGTERM)
+        client.join(60)
+        check(events and events[-1] == "[DONE]", f"a request in flight did not end well: {events[-1:]}")
+        check(cluster.process.wait(30) == 0, "serve did not end well")
+    with Cluster(workers=1) as cluster:
+        client = threading.Thread(target=lambda: cluster.stream_events(case["ids"], 1900, lambda _pause: began.set(), ignore_eos=True))
+        began.clear()
+        client.start()
+        check(began.wait(30), "no token")
+        cluster.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)  # two signals in the same instant count as one
+        at = time.monotonic()
+        cluster.process.send_signal(signal.SIGTERM)
+        cluster.process.wait(30)
+        check(time.monotonic() - at < 5, "the second SIGTERM did not stop at once")
+        client.join(30)
+
+
 def help_and_mistakes():
     for command in ("serve", "router", "worker", "chat", "status", "eval", "keygen"):
         text = run(command, "--help")
@@ -65,4 +97,4 @@ def readme_has_the_option_table():
     check(table.strip() and table.strip() in readme, "README.md lacks the option table as `moesaic --options-markdown` prints it")
 
 
-main([status_and_chat, tcp_with_keys, help_and_mistakes, readme_has_the_option_table])
+main([status_and_chat, tcp_with_keys, sigterm_drains_and_a_second_stops, help_and_mistakes, readme_has_the_option_table])

@@ -1,6 +1,8 @@
 """Greedy tokens of the demo model equal those of transformers, for both gatings, in every shape of cluster."""
 import concurrent.futures
 import itertools
+import json
+import tempfile
 
 from harness import Cluster, check, golden, main
 
@@ -38,4 +40,26 @@ for number, (gating, (workers, replicas)) in enumerate(itertools.product(("gate"
     SHAPES.append(shape("--gating", gating, "--replicas", str(replicas), "--placement", placement, "--combine", combine,
                         "--micro-batches", str(1 + number % 2), workers=workers))
 
-main(SHAPES)
+def seeds_and_placement_files():
+    """Sampled tokens depend on the seed alone, not on what else runs nor on where the experts are."""
+    case = golden()[3]
+    layers = [[[("w0", "w1")[(e * 7 + l) % 5 > 1]] for e in range(16)] for l in range(6)]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"layers": layers}, file)
+        file.flush()
+        sample = {"temperature": 1.0, "top_p": 0.95, "top_k": 50}
+        alone = {}
+        with Cluster(workers=2) as cluster:
+            for seed in range(8):
+                alone[seed] = cluster.complete(case["ids"], 32, **{**sample, "seed": seed})
+            check(len({tuple(t) for t in alone.values()}) > 4, "different seeds give the same tokens")
+        with Cluster("--placement", file.name, workers=2) as cluster:
+            shares = {w["id"]: w["experts"] for w in cluster.status()["workers"]}
+            expected = sum(name == ["w0"] for layer in layers for name in layer)
+            check(shares["w0"] == expected, f"the file's placement is not in use: {shares}, expected {expected} on w0")
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                together = list(pool.map(lambda seed: cluster.complete(case["ids"], 32, **{**sample, "seed": seed}), range(8)))
+            check(together == list(alone.values()), "a seed gives other tokens in company")
+
+
+main(SHAPES + [seeds_and_placement_files])
