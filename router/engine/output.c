@@ -25,8 +25,14 @@ moe_status moe_output_processor_new(const moe_output_config *config, moe_output_
     moe_output_processor *p = *out = moe_calloc(1, sizeof *p);
     bool have = p != NULL;
     for (int32_t i = 0; have && i < config->num_stop; i++) {
-        p->stops[i] = moe_strdup(config->stop[i]);
         p->stop_bytes[i] = strlen(config->stop[i]);
+        if (p->stop_bytes[i] == 0 || p->stop_bytes[i] > MOE_MAX_STOP_STRING_BYTES) {
+            size_t bytes = p->stop_bytes[i];
+            moe_output_processor_free(out);
+            return moe_fail(err, MOE_INVALID_ARGUMENT, "a stop string has 1 to %d bytes, not %zu", MOE_MAX_STOP_STRING_BYTES,
+                            bytes);
+        }
+        p->stops[i] = moe_strdup(config->stop[i]);
         have = p->stops[i] != NULL;
     }
     if (!have) {
@@ -60,15 +66,18 @@ static bool is_stop_token(const moe_output_processor *p, int32_t token) {
            contains(s->stop_token_ids, s->num_stop_token_ids, token);
 }
 
-/* The stop string that begins earliest in the pending text (the longest of those), or -1. */
+/* The stop string that is complete first, of those that end together the longest, or -1: what one token adds at once ends the
+ * text where character by character would have. */
 static int find_stop(const moe_output_processor *p, size_t *at) {
     int found = -1;
+    size_t found_end = 0;
     for (int i = 0; i < p->config.num_stop; i++) {
         const char *hit = p->pending.size ? memmem(p->pending.data, p->pending.size, p->stops[i], p->stop_bytes[i]) : NULL;
         if (!hit) continue;
-        size_t where = (size_t)(hit - p->pending.data);
-        if (found < 0 || where < *at || (where == *at && p->stop_bytes[i] > p->stop_bytes[found])) {
+        size_t where = (size_t)(hit - p->pending.data), end = where + p->stop_bytes[i];
+        if (found < 0 || end < found_end || (end == found_end && where < *at)) {
             found = i;
+            found_end = end;
             *at = where;
         }
     }
@@ -90,6 +99,7 @@ static void drop_emitted(moe_output_processor *p) {
     if (p->ready == 0) return;
     memmove(p->pending.data, p->pending.data + p->ready, p->pending.size - p->ready);
     p->pending.size -= p->ready;
+    p->pending.data[p->pending.size] = '\0';
     p->ready = 0;
 }
 
@@ -121,7 +131,7 @@ void moe_output_processor_feed(moe_output_processor *p, int32_t token, moe_outpu
         out->finish = MOE_FINISH_LENGTH;
     }
     if (!p->config.tokenizer) return;
-    if (!stop_token) moe_detokenizer_feed(&p->detokenizer, token, &p->pending);
+    if (!stop_token || p->config.include_stop_in_output) moe_detokenizer_feed(&p->detokenizer, token, &p->pending);
     if (out->finish != MOE_FINISH_NONE) moe_detokenizer_finish(&p->detokenizer, &p->pending);
     if (p->pending.failed) {
         out->finish = MOE_FINISH_ERROR;

@@ -9,6 +9,7 @@
 
 typedef struct candidate {
     float logit;
+    float weight; /* exp((logit - max) / temperature) */
     int32_t id;
 } candidate;
 
@@ -16,7 +17,7 @@ struct moe_sampler {
     int32_t vocab;
     float *logits;         /* [vocab]: after bias and penalties */
     candidate *candidates; /* [vocab] */
-    float *weights;        /* [vocab]: unnormalised probabilities of the candidates */
+    float *weights;        /* [vocab]: of the tokens that may be drawn; 0 elsewhere */
     int32_t *counts;       /* [vocab]: occurrences in the output; all zero between calls */
     bool *seen;            /* [vocab]: occurs in prompt or output; all false between calls */
 };
@@ -80,87 +81,109 @@ static int32_t argmax(const float *logits, int32_t count) {
     return best;
 }
 
-/* Likeliest first, equal ones by ascending id: a total order, so that results do not depend on the sort. */
-static int by_logit(const void *a, const void *b) {
-    const candidate *x = a, *y = b;
-    if (x->logit != y->logit) return x->logit > y->logit ? -1 : 1;
-    return (x->id > y->id) - (x->id < y->id);
+/* Likeliest first, equal ones by ascending id: a total order, so that results do not depend on how it is found. */
+static bool comes_before(const candidate *a, const candidate *b) {
+    return a->logit != b->logit ? a->logit > b->logit : a->id < b->id;
 }
 
-/* Moves the `keep` first of the order to the front (quickselect); their order there is undefined. */
-static void select_top(candidate *c, int32_t count, int32_t keep) {
-    int32_t lo = 0, hi = count - 1;
-    while (lo < hi) {
-        candidate pivot = c[lo + (hi - lo) / 2];
-        int32_t i = lo, j = hi;
-        while (i <= j) {
-            while (by_logit(&c[i], &pivot) < 0) i++;
-            while (by_logit(&c[j], &pivot) > 0) j--;
-            if (i > j) break;
-            candidate kept = c[i];
-            c[i++] = c[j];
-            c[j--] = kept;
+static int by_logit(const void *a, const void *b) { return comes_before(a, b) ? -1 : comes_before(b, a); }
+
+static void swap(candidate *a, candidate *b) {
+    candidate kept = *a;
+    *a = *b;
+    *b = kept;
+}
+
+/* Puts c[lo … hi) around a pivot: those that come before it, the pivot, the others. Returns where the pivot is. */
+static int32_t partition(candidate *c, int32_t lo, int32_t hi) {
+    int32_t middle = lo + (hi - lo) / 2, last = hi - 1, at = lo;
+    if (comes_before(&c[middle], &c[lo])) swap(&c[middle], &c[lo]);
+    if (comes_before(&c[last], &c[lo])) swap(&c[last], &c[lo]);
+    if (comes_before(&c[middle], &c[last])) swap(&c[middle], &c[last]); /* the median of three is last */
+    for (int32_t i = lo; i < last; i++)
+        if (comes_before(&c[i], &c[last])) swap(&c[i], &c[at++]);
+    swap(&c[at], &c[last]);
+    return at;
+}
+
+/* The least number of the order's first whose sum reaches `need` > 0 (or all, where rounding keeps it from that): of their
+ * weights, or of 1 each. Moves them to the front, in no order. Quickselect: linear on average. */
+static int32_t select_first(candidate *c, int32_t count, double need, bool weighted) {
+    int32_t lo = 0, hi = count;
+    double reached = 0; /* by c[0 … lo), always below need */
+    while (hi - lo > 1) {
+        int32_t pivot = partition(c, lo, hi);
+        double before = reached;
+        for (int32_t i = lo; i < pivot && weighted; i++) before += c[i].weight;
+        if (!weighted) before += pivot - lo;
+        double with = before + (weighted ? c[pivot].weight : 1);
+        if (before < need && with >= need) return pivot + 1;
+        if (before >= need) {
+            hi = pivot;
+        } else {
+            lo = pivot + 1;
+            reached = with;
         }
-        if (keep - 1 <= j)
-            hi = j;
-        else if (keep - 1 >= i)
-            lo = i;
-        else
-            return;
     }
+    return hi;
 }
 
+/* The tokens that are not ruled out, by ascending id, or the top_k likeliest of them in no order. */
 static int32_t gather_candidates(moe_sampler *s, int32_t top_k) {
     int32_t count = 0;
     for (int32_t i = 0; i < s->vocab; i++)
-        if (s->logits[i] != -INFINITY) s->candidates[count++] = (candidate){s->logits[i], i};
-    if (top_k > 0 && top_k < count) {
-        select_top(s->candidates, count, top_k);
-        count = top_k;
-    }
-    qsort(s->candidates, (size_t)count, sizeof *s->candidates, by_logit);
-    return count;
+        if (s->logits[i] != -INFINITY) s->candidates[count++] = (candidate){.logit = s->logits[i], .id = i};
+    return top_k > 0 && top_k < count ? select_first(s->candidates, count, top_k, false) : count;
 }
 
-/* weights = exp((logit - max) / temperature); returns their sum. */
-static double weigh(moe_sampler *s, int32_t count, float temperature) {
+/* Fills in the weights; returns their sum. */
+static double weigh(moe_sampler *s, int32_t count, float max, float temperature) {
     double sum = 0;
     for (int32_t i = 0; i < count; i++) {
-        s->weights[i] = expf((s->candidates[i].logit - s->candidates[0].logit) / temperature);
-        sum += s->weights[i];
+        s->candidates[i].weight = expf((s->candidates[i].logit - max) / temperature);
+        sum += s->candidates[i].weight;
     }
     return sum;
 }
 
-/* The least prefix whose probability reaches top_p, then without what is below min_p × the likeliest. Returns its length. */
-static int32_t cut(const moe_sampler *s, int32_t count, const moe_sampling_params *p, double *sum) {
-    if (p->top_p < 1.0f) {
-        double reached = 0;
-        int32_t kept = 0;
-        while (kept < count && reached < (double)p->top_p * *sum) reached += s->weights[kept++];
-        count = kept;
-        *sum = reached;
-    }
-    if (p->min_p > 0.0f)
-        while (count > 1 && s->weights[count - 1] < p->min_p * s->weights[0]) *sum -= s->weights[--count];
-    return count;
+/* Leaves out what is below `least`; returns how many are left. */
+static int32_t drop_below(candidate *c, int32_t count, float least) {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < count; i++)
+        if (c[i].weight >= least) c[kept++] = c[i];
+    return kept;
 }
 
 /* Uniform in [0, 1) from the request's seed and the number of the output token. */
-static double draw(uint64_t seed, int32_t output_index) {
+static double uniform(uint64_t seed, int32_t output_index) {
     uint64_t bits = moe_mix64(moe_mix64(seed) ^ (uint64_t)output_index);
     return (double)(bits >> 11) * 0x1.0p-53;
 }
 
-static int32_t sample(moe_sampler *s, const moe_sample_input *in) {
+/* Walks the candidates by ascending id, whatever order selecting left them in. */
+static int32_t draw(moe_sampler *s, int32_t count, double u) {
+    memset(s->weights, 0, (size_t)s->vocab * sizeof *s->weights);
+    for (int32_t i = 0; i < count; i++) s->weights[s->candidates[i].id] = s->candidates[i].weight;
+    double sum = 0;
+    for (int32_t id = 0; id < s->vocab; id++) sum += s->weights[id];
+    double left = u * sum;
+    int32_t drawn = -1;
+    for (int32_t id = 0; id < s->vocab; id++) {
+        if (s->weights[id] == 0) continue;
+        drawn = id;
+        if (left < s->weights[id]) break;
+        left -= s->weights[id];
+    }
+    return drawn;
+}
+
+static int32_t sample(moe_sampler *s, const moe_sample_input *in, float max) {
     const moe_sampling_params *p = in->params;
     int32_t count = gather_candidates(s, p->top_k);
-    double sum = weigh(s, count, p->temperature);
-    count = cut(s, count, p, &sum);
-    double left = draw(p->seed, in->num_tokens - in->num_prompt) * sum;
-    int32_t i = 0;
-    while (i + 1 < count && left >= s->weights[i]) left -= s->weights[i++];
-    return s->candidates[i].id;
+    double sum = weigh(s, count, max, p->temperature);
+    if (p->top_p < 1.0f) count = select_first(s->candidates, count, (double)p->top_p * sum, true);
+    if (p->min_p > 0.0f) count = drop_below(s->candidates, count, p->min_p); /* the likeliest weighs 1 */
+    return draw(s, count, uniform(p->seed, in->num_tokens - in->num_prompt));
 }
 
 static moe_status check_logits(const float *logits, int32_t count, moe_error *err) {
@@ -173,38 +196,54 @@ static moe_status check_logits(const float *logits, int32_t count, moe_error *er
     return any ? MOE_OK : moe_fail(err, MOE_INTERNAL, "no token has a finite logit");
 }
 
-moe_status moe_sampler_sample(moe_sampler *s, const moe_sample_input *in, int32_t *token, moe_token_logprobs *logprobs,
-                              moe_error *err) {
+/* s->logits = the raw logits with everything applied that comes before the temperature. */
+static moe_status adjust_logits(moe_sampler *s, const moe_sample_input *in, moe_error *err) {
     const moe_sampling_params *p = in->params;
-    moe_status status = check_logits(in->logits, s->vocab, err);
-    if (status != MOE_OK) return status;
     memcpy(s->logits, in->logits, (size_t)s->vocab * sizeof *s->logits);
-    for (int32_t i = 0; i < in->num_logit_bias; i++) s->logits[in->logit_bias[i].token_id] += in->logit_bias[i].bias;
+    for (int32_t i = 0; i < in->num_logit_bias; i++) {
+        int32_t id = in->logit_bias[i].token_id;
+        if (id < 0 || id >= s->vocab) return moe_fail(err, MOE_INVALID_ARGUMENT, "logit_bias: the model has no token %d", id);
+        s->logits[id] += in->logit_bias[i].bias;
+    }
     if (in->num_tokens - in->num_prompt < p->min_tokens) {
         ban(s, in->eos_ids, in->num_eos);
         ban(s, p->stop_token_ids, p->num_stop_token_ids);
     }
     apply_penalties(s, in);
-    *token = p->temperature == 0.0f ? argmax(s->logits, s->vocab) : sample(s, in);
-    if (p->logprobs >= 0) moe_sampler_logprobs(s, in->logits, *token, p->logprobs, logprobs);
     return MOE_OK;
 }
 
-void moe_sampler_logprobs(moe_sampler *s, const float *logits, int32_t target, int32_t num_top, moe_token_logprobs *out) {
+moe_status moe_sampler_sample(moe_sampler *s, const moe_sample_input *in, int32_t *token, moe_token_logprobs *logprobs,
+                              moe_error *err) {
+    moe_status status = check_logits(in->logits, s->vocab, err);
+    if (status == MOE_OK) status = adjust_logits(s, in, err);
+    if (status != MOE_OK) return status;
+    int32_t best = argmax(s->logits, s->vocab);
+    if (!isfinite(s->logits[best]))
+        return moe_fail(err, MOE_INTERNAL, "no token is left after logit_bias, min_tokens and the penalties");
+    *token = in->params->temperature == 0.0f ? best : sample(s, in, s->logits[best]);
+    return in->params->logprobs < 0 ? MOE_OK : moe_sampler_logprobs(s, in->logits, *token, in->params->logprobs, logprobs, err);
+}
+
+moe_status moe_sampler_logprobs(moe_sampler *s, const float *logits, int32_t target, int32_t num_top, moe_token_logprobs *out,
+                                moe_error *err) {
+    moe_status status = check_logits(logits, s->vocab, err);
+    if (status != MOE_OK) return status;
     float max = logits[argmax(logits, s->vocab)];
     double sum = 0;
     int32_t rank = 1;
     for (int32_t i = 0; i < s->vocab; i++) {
         sum += exp((double)logits[i] - max);
         rank += logits[i] > logits[target] || (logits[i] == logits[target] && i < target);
-        s->candidates[i] = (candidate){logits[i], i};
+        s->candidates[i] = (candidate){.logit = logits[i], .id = i};
     }
     double log_sum = max + log(sum);
     out->chosen = (moe_logprob){target, (float)(logits[target] - log_sum), rank};
     out->num_top = num_top < s->vocab ? num_top : s->vocab;
-    if (out->num_top == 0) return;
-    select_top(s->candidates, s->vocab, out->num_top);
+    if (out->num_top == 0) return MOE_OK;
+    select_first(s->candidates, s->vocab, out->num_top, false);
     qsort(s->candidates, (size_t)out->num_top, sizeof *s->candidates, by_logit);
     for (int32_t i = 0; i < out->num_top; i++)
         out->top[i] = (moe_logprob){s->candidates[i].id, (float)(s->candidates[i].logit - log_sum), i + 1};
+    return MOE_OK;
 }

@@ -21,9 +21,12 @@ typedef struct moe_sample_input {
 
 /* Order: logit_bias, min_tokens ban, repetition penalty (prompt and output), presence and frequency penalties (output), then
  * greedy (lowest id wins ties) or temperature, top-k, top-p, min-p and a draw. *logprobs is filled where params->logprobs >= 0,
- * from the raw logits. INTERNAL where a logit is NaN or none is finite. */
+ * from the raw logits. The tokens given must be in the vocabulary. INTERNAL where a logit is NaN or infinite, or no token is
+ * left; INVALID_ARGUMENT where logit_bias names a token that does not exist. O(vocab) on average, whatever is asked for. */
 moe_status moe_sampler_sample(moe_sampler *sampler, const moe_sample_input *input, int32_t *token, moe_token_logprobs *logprobs,
                               moe_error *err);
 
-/* The log-probability and rank of `target`, and the `num_top` likeliest tokens (0 … MOE_MAX_LOGPROBS), from raw logits. */
-void moe_sampler_logprobs(moe_sampler *sampler, const float *logits, int32_t target, int32_t num_top, moe_token_logprobs *out);
+/* The log-probability and rank of `target`, and the `num_top` likeliest tokens (0 … MOE_MAX_LOGPROBS), from raw logits. Of equal
+ * ones the lower id ranks first. INTERNAL as above. */
+moe_status moe_sampler_logprobs(moe_sampler *sampler, const float *logits, int32_t target, int32_t num_top,
+                                moe_token_logprobs *out, moe_error *err);

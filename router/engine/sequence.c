@@ -13,13 +13,17 @@ static bool copy_logit_bias(sequence *seq, const moe_request *r) {
     return seq->logit_bias != NULL;
 }
 
-static bool allocate(const moe_engine *e, sequence *seq, const moe_request *r) {
+static bool allocate(sequence *seq, const moe_request *r) {
     int32_t capacity = r->prompt_tokens + seq->sampling.max_tokens;
     bool prompt_logprobs = r->sampling.prompt_logprobs >= 0 && r->prompt_tokens > 1;
     seq->name = moe_strdup(r->id ? r->id : "");
     seq->tokens = moe_calloc((size_t)capacity, sizeof *seq->tokens);
     seq->blocks = moe_calloc((size_t)moe_kv_blocks_for(capacity), sizeof *seq->blocks);
     if (prompt_logprobs) seq->prompt_logprobs = moe_calloc((size_t)r->prompt_tokens - 1, sizeof *seq->prompt_logprobs);
+    return seq->name && seq->tokens && seq->blocks && (!prompt_logprobs || seq->prompt_logprobs) && copy_logit_bias(seq, r);
+}
+
+static moe_status open_output(const moe_engine *e, sequence *seq, const moe_request *r, moe_error *err) {
     moe_output_config output = {.tokenizer = e->config.tokenizer,
                                 .sampling = &seq->sampling,
                                 .eos_ids = e->config.model->generation.eos_ids,
@@ -27,8 +31,7 @@ static bool allocate(const moe_engine *e, sequence *seq, const moe_request *r) {
                                 .stop = r->stop,
                                 .num_stop = r->num_stop,
                                 .include_stop_in_output = r->include_stop_in_output};
-    return seq->name && seq->tokens && seq->blocks && (!prompt_logprobs || seq->prompt_logprobs) && copy_logit_bias(seq, r) &&
-           moe_output_processor_new(&output, &seq->output, NULL) == MOE_OK;
+    return moe_output_processor_new(&output, &seq->output, err);
 }
 
 moe_status sequence_new(moe_engine *e, const moe_request *r, sequence **out, moe_error *err) {
@@ -37,9 +40,12 @@ moe_status sequence_new(moe_engine *e, const moe_request *r, sequence **out, moe
     seq->sampling = r->sampling;
     int32_t room = e->config.max_model_len - r->prompt_tokens;
     if (seq->sampling.max_tokens > room) seq->sampling.max_tokens = room;
-    if (!allocate(e, seq, r)) {
+    moe_status status = open_output(e, seq, r, err);
+    if (status == MOE_OK && !allocate(seq, r))
+        status = moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a request of %d tokens", r->prompt_tokens);
+    if (status != MOE_OK) {
         sequence_free(&seq);
-        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a request of %d tokens", r->prompt_tokens);
+        return status;
     }
     memcpy(seq->tokens, r->prompt, (size_t)r->prompt_tokens * sizeof *seq->tokens);
     seq->num_prompt = seq->num_tokens = r->prompt_tokens;
@@ -84,14 +90,19 @@ void sequence_close(moe_engine *e, sequence *seq, moe_status status, const char 
     sequence_free(&seq);
 }
 
-/* The first rows of `logits` belong to prompt positions, in order; returns how many. */
+/* The first rows of `logits` belong to prompt positions, in order; returns how many, or -1 where the sequence ended with an error. */
 static int32_t record_prompt_logprobs(moe_engine *e, sequence *seq, const float *logits, int32_t num_logits, bool sampled_row) {
     if (!seq->prompt_logprobs) return 0;
     int32_t rows = num_logits - (sampled_row ? 1 : 0);
     for (int32_t i = 0; i < rows; i++) {
         int32_t target = seq->tokens[seq->num_prompt_logprobs + 1];
-        moe_sampler_logprobs(e->sampler, logits + (int64_t)i * e->model->vocab, target, seq->sampling.prompt_logprobs,
-                             &seq->prompt_logprobs[seq->num_prompt_logprobs++]);
+        moe_token_logprobs *out = &seq->prompt_logprobs[seq->num_prompt_logprobs++];
+        moe_error err;
+        if (moe_sampler_logprobs(e->sampler, logits + (int64_t)i * e->model->vocab, target, seq->sampling.prompt_logprobs, out,
+                                 &err) != MOE_OK) {
+            scheduler_end(e, seq, err.code, err.message);
+            return -1;
+        }
     }
     return rows;
 }
@@ -152,6 +163,7 @@ bool sequence_advance(moe_engine *e, sequence *seq, int32_t num_rows, const floa
     seq->num_computed += num_rows;
     bool complete = seq->num_computed == seq->num_tokens, samples = complete && seq->sampling.max_tokens > 0;
     int32_t used = record_prompt_logprobs(e, seq, logits, num_logits, samples);
+    if (used < 0) return false; /* reaped */
     if (samples) return sample(e, seq, logits + (int64_t)used * e->model->vocab);
     if (!complete) return false;
     moe_output output = {.text = "", .finish = MOE_FINISH_LENGTH, .stop_token_id = -1};
