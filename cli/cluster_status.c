@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cli/cluster_file.h"
 #include "common/alloc.h"
 
 struct moe_cluster_reporter {
@@ -102,6 +103,14 @@ static double max_over_mean(const snapshot *s, int32_t layer) {
     return total > 0 ? most * s->map->num_workers / total : 1.0;
 }
 
+/* Read each time, since `serve` starts a Redis that died again. */
+static uint64_t redis_pid(const char *run_dir) {
+    moe_cluster_file file;
+    pid_t pid = 0;
+    moe_error ignored;
+    return run_dir && moe_cluster_file_read(run_dir, &file, &pid, &ignored) == MOE_OK ? (uint64_t)pid : 0;
+}
+
 static moe_status report(void *ctx, moe_cluster_status *out, moe_error *err) {
     moe_cluster_reporter *r = ctx;
     snapshot *s = take_snapshot(r);
@@ -114,7 +123,7 @@ static moe_status report(void *ctx, moe_cluster_status *out, moe_error *err) {
         out->replicas = (uint32_t)s->controller.replicas;
         out->redis_used = r->config.redis_used;
         out->redis_up = r->config.redis_used && s->controller.store_up;
-        out->redis_pid = (uint64_t)r->config.redis_pid;
+        out->redis_pid = redis_pid(r->config.run_dir);
         snprintf(out->model, sizeof out->model, "%s", r->config.served_name);
         snprintf(out->cluster_uuid, sizeof out->cluster_uuid, "%s", r->config.cluster_uuid);
         fill_workers(s, out);

@@ -12,7 +12,7 @@ typedef struct moe_cluster_reporter_config { /* all borrowed */
     const moe_model *model;
     const char *served_name, *cluster_uuid;
     bool redis_used;
-    int64_t redis_pid; /* 0: not started by `serve` */
+    const char *run_dir; /* of the `serve` that started this router: its cluster.json knows the Redis; NULL: none did */
 } moe_cluster_reporter_config;
 
 moe_status moe_cluster_reporter_new(const moe_cluster_reporter_config *config, moe_cluster_reporter **out, moe_error *err);

@@ -106,6 +106,7 @@ static const moe_option_row rows[] = {
 
     {"shutdown-timeout", DURATION, NODES, "Operation", "30s", 0, 86400, NULL, "TIME",
      "how long SIGTERM waits for requests in flight"},
+    {"metrics-compat", CHOICE, FRONTS, "Operation", "none", 0, 0, "none|vllm", NULL, "vllm: /metrics also has vLLM's names"},
     {"log-level", CHOICE, ALL, "Operation", "info", 0, 0, "debug|info|warn|error", NULL, "least severity logged"},
     {"config", TEXT, ALL, "Operation", NULL, 0, 0, NULL, "FILE", "YAML file of options, one `name: value` a line"},
 

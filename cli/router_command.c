@@ -1,6 +1,7 @@
 /* `moesaic router`: one router of a cluster, until a signal ends it. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "cli/commands.h"
 #include "cli/node_options.h"
@@ -26,10 +27,10 @@ static moe_status read_options(const moe_options *o, char *id, size_t id_size, m
     c->http_host = moe_option_text(o, "host");
     c->http_port = (int32_t)moe_option_int(o, "port");
     c->api_key = moe_option_text(o, "api-key");
+    c->vllm_metrics = strcmp(moe_option_text(o, "metrics-compat"), "vllm") == 0;
     c->rpc_listen = moe_option_text(o, "listen");
-    const char *redis_pid = getenv("MOESAIC_SERVE_REDIS_PID"); /* told by `serve` to its own router */
+    c->run_dir = getenv("MOESAIC_SERVE_RUN_DIR"); /* told by `serve` to its own router, as is the uuid */
     c->cluster_uuid = getenv("MOESAIC_SERVE_CLUSTER_UUID");
-    c->redis_pid = redis_pid ? strtoll(redis_pid, NULL, 10) : 0;
     if (moe_option_text(o, "id"))
         snprintf(id, id_size, "%s", moe_option_text(o, "id"));
     else

@@ -213,8 +213,12 @@ static moe_status open_fronts(moe_router_node *n, moe_error *err) {
         if (status == MOE_OK) status = moe_rpc_front_start(&front, &n->rpc, err);
     }
     if (status == MOE_OK && c->http_host) {
-        moe_http_config http = {
-            .host = c->http_host, .port = c->http_port, .api_key = c->api_key, .inference = &n->inference, .cluster = view};
+        moe_http_config http = {.host = c->http_host,
+                                .port = c->http_port,
+                                .api_key = c->api_key,
+                                .vllm_metrics = c->vllm_metrics,
+                                .inference = &n->inference,
+                                .cluster = view};
         status = moe_http_server_start(&http, &n->http, err);
     }
     return status;
@@ -235,7 +239,7 @@ static moe_status open_all(moe_router_node *n, moe_error *err) {
                                             .served_name = n->served_name,
                                             .cluster_uuid = n->cluster_uuid,
                                             .redis_used = !n->config.embedded,
-                                            .redis_pid = n->config.redis_pid};
+                                            .run_dir = n->config.run_dir};
     if (status == MOE_OK) status = moe_cluster_reporter_new(&reporter, &n->reporter, err);
     if (status == MOE_OK && n->controller) status = moe_controller_start(n->controller, err);
     if (status == MOE_OK) status = open_fronts(n, err);

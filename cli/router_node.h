@@ -14,11 +14,11 @@ typedef struct moe_router_node_config {
     bool skip_tokenizer;
     const char *chat_template_fallback; /* NULL: none */
 
-    bool embedded;           /* the experts live in this process; store and keys_dir are not used */
-    moe_store_address store; /* where not embedded */
-    const char *keys_dir;    /* CURVE keys; NULL: ipc only */
+    bool embedded;            /* the experts live in this process; store and keys_dir are not used */
+    moe_store_address store;  /* where not embedded */
+    const char *keys_dir;     /* CURVE keys; NULL: ipc only */
     const char *cluster_uuid; /* ""; that of the store's cluster, made where there is none */
-    int64_t redis_pid;       /* for status: where `serve` started it, else 0 */
+    const char *run_dir;      /* of the `serve` that started this router, else NULL */
     const char *id;
 
     moe_gating gating;
@@ -34,6 +34,7 @@ typedef struct moe_router_node_config {
     const char *http_host; /* NULL: no HTTP front */
     int32_t http_port;
     const char *api_key;
+    bool vllm_metrics;
     const char *rpc_listen; /* endpoint; NULL: no RPC front */
 } moe_router_node_config;
 

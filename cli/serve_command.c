@@ -162,11 +162,9 @@ static moe_status start_worker(supervisor *s, int index, moe_error *err) {
 
 /* Stopped in reverse: the router drains while its workers still answer. */
 static moe_status start_all(supervisor *s, moe_error *err) {
-    char redis_pid[32];
     moe_status status = start_redis(s, err);
     if (status != MOE_OK) return status;
-    snprintf(redis_pid, sizeof redis_pid, "%d", (int)s->children.items[0].pid);
-    setenv("MOESAIC_SERVE_REDIS_PID", redis_pid, 1);
+    setenv("MOESAIC_SERVE_RUN_DIR", s->file.run_dir, 1);
     setenv("MOESAIC_SERVE_CLUSTER_UUID", s->file.uuid, 1);
     status = moe_cluster_file_write(&s->file, &s->children, err);
     for (int i = 0; i < s->workers && status == MOE_OK; i++) status = start_worker(s, i, err);

@@ -67,17 +67,49 @@ static void render_histogram(moe_buf *out, const metric_row *row, metric_cell *c
     moe_buf_printf(out, "%s_count%s%s%s %lld\n", row->name, open, row->labels, close, count);
 }
 
-void moe_metrics_render(moe_buf *out) {
+static void render_heading(moe_buf *out, const metric_row *row) {
     static const char *const types[] = {"counter", "gauge", "histogram", "histogram"};
-    for (int i = 0; i < MOE_METRIC_COUNT; i++) {
-        const metric_row *row = &rows[i];
-        if (i == 0 || strcmp(row->name, rows[i - 1].name) != 0)
-            moe_buf_printf(out, "# HELP %s %s\n# TYPE %s %s\n", row->name, row->help, row->name, types[row->kind]);
-        if (row->kind >= MOE_HISTOGRAM_S) {
-            render_histogram(out, row, &cells[i]);
-            continue;
-        }
-        const char *open = row->labels[0] ? "{" : "", *close = row->labels[0] ? "}" : "";
-        moe_buf_printf(out, "%s%s%s%s %lld\n", row->name, open, row->labels, close, (long long)moe_metric_value((moe_metric)i));
+    moe_buf_printf(out, "# HELP %s %s\n# TYPE %s %s\n", row->name, row->help, row->name, types[row->kind]);
+}
+
+static void render_values(moe_buf *out, const metric_row *row, moe_metric metric) {
+    if (row->kind >= MOE_HISTOGRAM_S) {
+        render_histogram(out, row, &cells[metric]);
+        return;
     }
+    const char *open = row->labels[0] ? "{" : "", *close = row->labels[0] ? "}" : "";
+    moe_buf_printf(out, "%s%s%s%s %lld\n", row->name, open, row->labels, close, (long long)moe_metric_value(metric));
+}
+
+void moe_metrics_render(moe_buf *out) {
+    for (int i = 0; i < MOE_METRIC_COUNT; i++) {
+        if (i == 0 || strcmp(rows[i].name, rows[i - 1].name) != 0) render_heading(out, &rows[i]);
+        render_values(out, &rows[i], (moe_metric)i);
+    }
+}
+
+void moe_metrics_render_vllm(const char *model, moe_buf *out) {
+    static const struct {
+        moe_metric metric;
+        const char *name;
+    } aliases[] = {
+#define MOE_METRIC_ALIAS(id, name) {MOE_METRIC_##id, name},
+        MOE_METRICS_VLLM(MOE_METRIC_ALIAS)
+#undef MOE_METRIC_ALIAS
+    };
+    moe_buf label = {0};
+    moe_buf_append_text(&label, "model_name=\"");
+    for (const char *p = model; *p; p++) { /* the format's three escapes */
+        if (*p == '\\' || *p == '"') moe_buf_append(&label, "\\", 1);
+        moe_buf_append(&label, *p == '\n' ? "\\n" : p, *p == '\n' ? 2 : 1);
+    }
+    moe_buf_append_text(&label, "\"");
+    for (size_t i = 0; i < sizeof aliases / sizeof *aliases; i++) {
+        metric_row row = rows[aliases[i].metric];
+        row.name = aliases[i].name;
+        row.labels = moe_buf_text(&label);
+        render_heading(out, &row);
+        render_values(out, &row, aliases[i].metric);
+    }
+    moe_buf_free(&label);
 }

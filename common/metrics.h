@@ -9,52 +9,68 @@
 
 typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* seconds */, MOE_HISTOGRAM_COUNT } moe_metric_kind;
 
-#define MOE_METRICS(X)                                                                                                             \
-    X(REQUESTS_OK, COUNTER, "moesaic_requests_total", "status=\"ok\"", "Requests that ended, by outcome")                          \
-    X(REQUESTS_CANCELLED, COUNTER, "moesaic_requests_total", "status=\"cancelled\"", "")                                           \
-    X(REQUESTS_REJECTED, COUNTER, "moesaic_requests_total", "status=\"rejected\"", "")                                             \
-    X(REQUESTS_FAILED, COUNTER, "moesaic_requests_total", "status=\"failed\"", "")                                                 \
-    X(REQUESTS_RUNNING, GAUGE, "moesaic_requests_running", "", "Requests that hold KV blocks")                                     \
-    X(REQUESTS_WAITING, GAUGE, "moesaic_requests_waiting", "", "Requests queued for KV blocks")                                    \
-    X(PREEMPTIONS, COUNTER, "moesaic_preemptions_total", "", "Sequences preempted for want of KV blocks and recomputed")           \
-    X(PROMPT_TOKENS, COUNTER, "moesaic_prompt_tokens_total", "", "Prompt tokens prefilled")                                        \
-    X(GENERATED_TOKENS, COUNTER, "moesaic_generation_tokens_total", "", "Tokens sampled")                                          \
-    X(KV_BLOCKS_USED, GAUGE, "moesaic_kv_blocks_used", "", "KV blocks in use")                                                     \
-    X(KV_BLOCKS_TOTAL, GAUGE, "moesaic_kv_blocks", "", "KV blocks in all")                                                         \
-    X(TIME_TO_FIRST_TOKEN, HISTOGRAM_S, "moesaic_time_to_first_token_seconds", "", "From admission to the first token")            \
-    X(INTER_TOKEN, HISTOGRAM_S, "moesaic_inter_token_seconds", "", "Between one token of a request and its next")                  \
-    X(REQUEST_SECONDS, HISTOGRAM_S, "moesaic_request_seconds", "", "From admission to the end of a request")                       \
-    X(MICRO_BATCHES, GAUGE, "moesaic_micro_batches_in_flight", "", "Micro-batches in flight")                                      \
-    X(STEP_TOKENS, HISTOGRAM_COUNT, "moesaic_step_tokens", "", "Tokens (rows) of a micro-batch")                                   \
-    X(STAGE_ATTENTION, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"attention\"", "Time of one layer of one micro-batch, by stage") \
-    X(STAGE_PLAN, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"plan\"", "")                                                      \
-    X(STAGE_WAIT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"wait\"", "")                                                      \
-    X(STAGE_SAMPLE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"sample\"", "")                                                  \
-    X(EXPERT_CALLS, COUNTER, "moesaic_expert_calls_total", "", "Forward calls sent to expert workers")                             \
-    X(EXPERT_CALL_BYTES_SENT, COUNTER, "moesaic_expert_call_bytes_total", "direction=\"sent\"", "Payload bytes of Forward calls")  \
-    X(EXPERT_CALL_BYTES_RECEIVED, COUNTER, "moesaic_expert_call_bytes_total", "direction=\"received\"", "")                        \
-    X(EXPERT_RETRIES, COUNTER, "moesaic_expert_retries_total", "", "Forward calls sent again to another replica")                  \
-    X(STALE_REPLIES, COUNTER, "moesaic_stale_replies_total", "", "Replies that came too late, twice, or from an old incarnation")  \
-    X(BAD_MESSAGES, COUNTER, "moesaic_bad_messages_total", "", "Messages from peers that the validator refused")                   \
-    X(REPLIES_DROPPED, COUNTER, "moesaic_rpc_replies_dropped_total", "", "Replies that found their peer gone or its queue full")     \
-    X(PEERS_SUSPECTED, COUNTER, "moesaic_peers_suspected_total", "", "Times a worker was suspected after missed progress")         \
-    X(EPOCH, GAUGE, "moesaic_placement_epoch", "", "Epoch of the placement map in use")                                            \
-    X(WORKERS_UP, GAUGE, "moesaic_workers_up", "", "Expert workers connected")                                                     \
-    X(REDIS_UP, GAUGE, "moesaic_redis_up", "", "1 while the placement store answers")                                              \
-    X(HINT_EXPERTS, COUNTER, "moesaic_hint_experts_total", "", "True experts of tokens for which a hint was made")                 \
-    X(HINT_EXPERTS_FOUND, COUNTER, "moesaic_hint_experts_found_total", "", "Of those, experts that the hint had named")            \
-    X(WORKER_ROWS, COUNTER, "moesaic_worker_rows_total", "", "Expert rows computed (one token at one expert)")                     \
-    X(WORKER_BATCH_ROWS, HISTOGRAM_COUNT, "moesaic_worker_batch_rows", "", "Expert rows of one batch")                             \
-    X(WORKER_BATCH_EXPERTS, HISTOGRAM_COUNT, "moesaic_worker_batch_experts", "", "Distinct experts of one batch")                  \
-    X(WORKER_QUEUE, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"queue\"", "Time of one Forward call in a worker, by stage")    \
-    X(WORKER_COMPUTE, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"compute\"", "")                                              \
+#define MOE_METRICS(X)                                                                                                           \
+    X(REQUESTS_OK, COUNTER, "moesaic_requests_total", "status=\"ok\"", "Requests that ended, by outcome")                        \
+    X(REQUESTS_CANCELLED, COUNTER, "moesaic_requests_total", "status=\"cancelled\"", "")                                         \
+    X(REQUESTS_REJECTED, COUNTER, "moesaic_requests_total", "status=\"rejected\"", "")                                           \
+    X(REQUESTS_FAILED, COUNTER, "moesaic_requests_total", "status=\"failed\"", "")                                               \
+    X(REQUESTS_RUNNING, GAUGE, "moesaic_requests_running", "", "Requests that hold KV blocks")                                   \
+    X(REQUESTS_WAITING, GAUGE, "moesaic_requests_waiting", "", "Requests queued for KV blocks")                                  \
+    X(PREEMPTIONS, COUNTER, "moesaic_preemptions_total", "", "Sequences preempted for want of KV blocks and recomputed")         \
+    X(PROMPT_TOKENS, COUNTER, "moesaic_prompt_tokens_total", "", "Prompt tokens prefilled")                                      \
+    X(GENERATED_TOKENS, COUNTER, "moesaic_generation_tokens_total", "", "Tokens sampled")                                        \
+    X(KV_BLOCKS_USED, GAUGE, "moesaic_kv_blocks_used", "", "KV blocks in use")                                                   \
+    X(KV_BLOCKS_TOTAL, GAUGE, "moesaic_kv_blocks", "", "KV blocks in all")                                                       \
+    X(TIME_TO_FIRST_TOKEN, HISTOGRAM_S, "moesaic_time_to_first_token_seconds", "", "From admission to the first token")          \
+    X(INTER_TOKEN, HISTOGRAM_S, "moesaic_inter_token_seconds", "", "Between one token of a request and its next")                \
+    X(REQUEST_SECONDS, HISTOGRAM_S, "moesaic_request_seconds", "", "From admission to the end of a request")                     \
+    X(MICRO_BATCHES, GAUGE, "moesaic_micro_batches_in_flight", "", "Micro-batches in flight")                                    \
+    X(STEP_TOKENS, HISTOGRAM_COUNT, "moesaic_step_tokens", "", "Tokens (rows) of a micro-batch")                                 \
+    X(STAGE_ATTENTION, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"attention\"",                                              \
+      "Time of one layer of one micro-batch, by stage")                                                                          \
+    X(STAGE_PLAN, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"plan\"", "")                                                    \
+    X(STAGE_WAIT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"wait\"", "")                                                    \
+    X(STAGE_SAMPLE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"sample\"", "")                                                \
+    X(EXPERT_CALLS, COUNTER, "moesaic_expert_calls_total", "", "Forward calls sent to expert workers")                           \
+    X(EXPERT_CALL_BYTES_SENT, COUNTER, "moesaic_expert_call_bytes_total", "direction=\"sent\"",                                  \
+      "Payload bytes of Forward calls")                                                                                          \
+    X(EXPERT_CALL_BYTES_RECEIVED, COUNTER, "moesaic_expert_call_bytes_total", "direction=\"received\"", "")                      \
+    X(EXPERT_RETRIES, COUNTER, "moesaic_expert_retries_total", "", "Forward calls sent again to another replica")                \
+    X(STALE_REPLIES, COUNTER, "moesaic_stale_replies_total", "",                                                                 \
+      "Replies that came too late, twice, or from an old incarnation")                                                           \
+    X(BAD_MESSAGES, COUNTER, "moesaic_bad_messages_total", "", "Messages from peers that the validator refused")                 \
+    X(REPLIES_DROPPED, COUNTER, "moesaic_rpc_replies_dropped_total", "", "Replies that found their peer gone or its queue full") \
+    X(PEERS_SUSPECTED, COUNTER, "moesaic_peers_suspected_total", "", "Times a worker was suspected after missed progress")       \
+    X(EPOCH, GAUGE, "moesaic_placement_epoch", "", "Epoch of the placement map in use")                                          \
+    X(WORKERS_UP, GAUGE, "moesaic_workers_up", "", "Expert workers connected")                                                   \
+    X(REDIS_UP, GAUGE, "moesaic_redis_up", "", "1 while the placement store answers")                                            \
+    X(HINT_EXPERTS, COUNTER, "moesaic_hint_experts_total", "", "True experts of tokens for which a hint was made")               \
+    X(HINT_EXPERTS_FOUND, COUNTER, "moesaic_hint_experts_found_total", "", "Of those, experts that the hint had named")          \
+    X(WORKER_ROWS, COUNTER, "moesaic_worker_rows_total", "", "Expert rows computed (one token at one expert)")                   \
+    X(WORKER_BATCH_ROWS, HISTOGRAM_COUNT, "moesaic_worker_batch_rows", "", "Expert rows of one batch")                           \
+    X(WORKER_BATCH_EXPERTS, HISTOGRAM_COUNT, "moesaic_worker_batch_experts", "", "Distinct experts of one batch")                \
+    X(WORKER_QUEUE, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"queue\"", "Time of one Forward call in a worker, by stage")  \
+    X(WORKER_COMPUTE, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"compute\"", "")                                            \
     X(WORKER_EXPIRED, COUNTER, "moesaic_worker_expired_total", "", "Calls dropped because their deadline had passed")
+
+/* The same numbers under vLLM's names: identifier, vLLM's name. vLLM labels them with the model's name. */
+#define MOE_METRICS_VLLM(X)                                    \
+    X(REQUESTS_RUNNING, "vllm:num_requests_running")           \
+    X(REQUESTS_WAITING, "vllm:num_requests_waiting")           \
+    X(PREEMPTIONS, "vllm:num_preemptions_total")               \
+    X(PROMPT_TOKENS, "vllm:prompt_tokens_total")               \
+    X(GENERATED_TOKENS, "vllm:generation_tokens_total")        \
+    X(REQUESTS_OK, "vllm:request_success_total")               \
+    X(TIME_TO_FIRST_TOKEN, "vllm:time_to_first_token_seconds") \
+    X(INTER_TOKEN, "vllm:inter_token_latency_seconds")         \
+    X(REQUEST_SECONDS, "vllm:e2e_request_latency_seconds")     \
+    X(STEP_TOKENS, "vllm:iteration_tokens_total")
 
 typedef enum moe_metric {
 #define MOE_METRIC_ID(id, kind, name, labels, help) MOE_METRIC_##id,
     MOE_METRICS(MOE_METRIC_ID)
 #undef MOE_METRIC_ID
-    MOE_METRIC_COUNT
+        MOE_METRIC_COUNT
 } moe_metric;
 
 void moe_metric_add(moe_metric metric, int64_t amount);      /* counters and gauges */
@@ -65,3 +81,6 @@ int64_t moe_metric_value(moe_metric metric);                 /* counter or gauge
 
 /* Appends all metrics in Prometheus's text exposition format 0.0.4. */
 void moe_metrics_render(moe_buf *out);
+
+/* Appends those that vLLM has too, once more under vLLM's names (--metrics-compat=vllm), so that its dashboards work. */
+void moe_metrics_render_vllm(const char *model, moe_buf *out);

@@ -25,6 +25,7 @@ void moe_inference_default_sampling(const moe_inference *inference, moe_sampling
         .temperature = generation->do_sample ? generation->temperature : 0.0f,
         .top_p = generation->top_p,
         .top_k = generation->top_k,
+        .min_p = generation->min_p,
         .repetition_penalty = generation->repetition_penalty,
         .seed = moe_random_identity(),
         .max_tokens = inference->max_model_len,

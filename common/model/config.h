@@ -48,6 +48,7 @@ typedef struct moe_model_config {
 typedef struct moe_generation_config {
     bool do_sample;           /* false: greedy */
     float temperature, top_p; /* 1.0 where absent */
+    float min_p;              /* 0: off */
     int32_t top_k;            /* 0: off */
     float repetition_penalty; /* 1.0 where absent */
     int32_t eos_ids[MOE_MAX_EOS];

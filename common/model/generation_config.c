@@ -26,6 +26,7 @@ static void read_sampling(moe_fields *f, moe_generation_config *g) {
     g->do_sample = moe_fields_bool(f, "do_sample", false);
     g->temperature = (float)moe_fields_number(f, "temperature", 0, 100, 1);
     g->top_p = (float)moe_fields_number(f, "top_p", 1e-6, 1, 1);
+    g->min_p = (float)moe_fields_number(f, "min_p", 0, 1, 0);
     g->top_k = (int32_t)moe_fields_integer(f, "top_k", 0, INT32_MAX, 0);
     g->repetition_penalty = (float)moe_fields_number(f, "repetition_penalty", 1e-3, 1e3, 1);
 }

@@ -90,7 +90,8 @@ void sequence_close(moe_engine *e, sequence *seq, moe_status status, const char 
     sequence_free(&seq);
 }
 
-/* The first rows of `logits` belong to prompt positions, in order; returns how many, or -1 where the sequence ended with an error. */
+/* The first rows of `logits` belong to prompt positions, in order; returns how many, or -1 where the sequence ended with an
+ * error. */
 static int32_t record_prompt_logprobs(moe_engine *e, sequence *seq, const float *logits, int32_t num_logits, bool sampled_row) {
     if (!seq->prompt_logprobs) return 0;
     int32_t rows = num_logits - (sampled_row ? 1 : 0);
@@ -116,7 +117,8 @@ static void emit(moe_engine *e, sequence *seq, moe_output *output) {
         output->prompt_logprobs = seq->prompt_logprobs;
         output->num_prompt_logprobs = seq->num_prompt_logprobs;
     }
-    if (output->finish != MOE_FINISH_NONE) count_outcome(e, seq, MOE_METRIC_REQUESTS_OK);
+    if (output->finish != MOE_FINISH_NONE)
+        count_outcome(e, seq, output->finish == MOE_FINISH_ERROR ? MOE_METRIC_REQUESTS_FAILED : MOE_METRIC_REQUESTS_OK);
     seq->on_output(seq->ctx, output);
 }
 

@@ -34,6 +34,7 @@ void moe_http_handle_metrics(moe_http_exchange *exchange, const char *rest) {
     (void)rest;
     moe_buf text = {0};
     moe_metrics_render(&text);
+    if (exchange->server->vllm_metrics) moe_metrics_render_vllm(exchange->server->inference->model, &text);
     reply_text(exchange, "text/plain; version=0.0.4; charset=utf-8", &text);
     moe_buf_free(&text);
 }

@@ -136,6 +136,7 @@ static moe_status start_thread(moe_http_server *server, moe_error *err) {
 
 static moe_status start(moe_http_server *server, const moe_http_config *config, moe_error *err) {
     server->inference = config->inference;
+    server->vllm_metrics = config->vllm_metrics;
     server->cluster = config->cluster;
     server->started_s = moe_wall_clock_s();
     server->wake_fd = -1;

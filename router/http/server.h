@@ -9,6 +9,7 @@ typedef struct moe_http_config {
     const char *host;    /* address to listen at */
     int port;            /* 0: any free one */
     const char *api_key; /* NULL or "": open; else required as a Bearer token, but for health and metrics */
+    bool vllm_metrics;   /* /metrics also has vLLM's names */
     const moe_inference *inference;
     const moe_cluster_view *cluster; /* NULL: /cluster/status and /debug/experts are not served */
 } moe_http_config;                   /* strings copied; the rest borrowed for the server's life */

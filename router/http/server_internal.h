@@ -14,6 +14,7 @@ struct moe_http_server {
     const moe_inference *inference;
     const moe_cluster_view *cluster; /* may be NULL */
     char *api_key;                   /* owned; NULL: open */
+    bool vllm_metrics;
     int port;
     int64_t started_s; /* wall clock, for `created` of models */
     struct event_base *base;

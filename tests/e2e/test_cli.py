@@ -79,6 +79,16 @@ def sigterm_drains_and_a_second_stops():
         client.join(30)
 
 
+def metrics_under_both_names():
+    with Cluster("--metrics-compat", "vllm", workers=1) as cluster:
+        cluster.complete(golden()[0]["ids"], 5)
+        cluster.wait_for(lambda: cluster.metric("moesaic_requests_total") == 1, "the request to be counted")
+        check(cluster.metric("moesaic_generation_tokens_total") == 5, "generated tokens")
+        check(cluster.metric("vllm:generation_tokens_total") == 5, "generated tokens under vLLM's name")
+        check('vllm:time_to_first_token_seconds_count{model_name="demo"} 1' in cluster.get("/metrics")[1].decode(), "vLLM's label")
+        check(cluster.metric("moesaic_expert_calls_total") >= 6 * 5, "expert calls")
+
+
 def help_and_mistakes():
     for command in ("serve", "router", "worker", "chat", "status", "eval", "keygen"):
         text = run(command, "--help")
@@ -97,4 +107,4 @@ def readme_has_the_option_table():
     check(table.strip() and table.strip() in readme, "README.md lacks the option table as `moesaic --options-markdown` prints it")
 
 
-main([status_and_chat, tcp_with_keys, sigterm_drains_and_a_second_stops, help_and_mistakes, readme_has_the_option_table])
+main([status_and_chat, tcp_with_keys, sigterm_drains_and_a_second_stops, metrics_under_both_names, help_and_mistakes, readme_has_the_option_table])
