@@ -29,6 +29,9 @@ static moe_status check_config(const moe_controller_config *config, moe_error *e
         return moe_fail(err, MOE_INVALID_ARGUMENT,
                         "the router's id, endpoint or host, or the cluster's uuid, is empty or too long");
     }
+    if (config->layout == MOE_PLACEMENT_FILE && !config->layout_file) {
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "a placement file is needed");
+    }
     if (config->num_moe_layers < 1 || config->num_moe_layers > MOE_VIEW_MAX_LAYERS || config->num_experts < 1) {
         return moe_fail(err, MOE_INVALID_ARGUMENT, "a model with 1 to %d MoE layers is needed", MOE_VIEW_MAX_LAYERS);
     }
@@ -84,6 +87,7 @@ static moe_status on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *err
         return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s has another revision of the model", peer->id);
     }
     moe_controller_learn(c, peer->epoch, peer->fence);
+    c->next_leases_ns = 0; /* it may have registered just now: a restarted worker's share waits for it */
     return MOE_OK;
 }
 
@@ -180,7 +184,8 @@ static void *run(void *arg) {
     moe_error err = {0};
     while (!c->stopping) {
         moe_status status = moe_controller_step(c, INT64_MAX, &err);
-        if (!status) continue;
+        if (status == MOE_RESOURCE_EXHAUSTED) moe_warn("the placement controller: %s; it goes on", err.message);
+        if (!status || status == MOE_RESOURCE_EXHAUSTED) continue;
         moe_error_log("the placement controller stops: its transport failed: %s", err.message);
         break;
     }

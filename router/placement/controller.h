@@ -47,7 +47,7 @@ void moe_controller_free(moe_controller **controller); /* stops; leases are left
 const char *moe_controller_cluster_uuid(const moe_controller *controller); /* any thread; lives as long as the controller */
 
 /* Does what is due, then waits for messages of the control connections at most until deadline_ns (0: not at all). Blocks in
- * store calls for their time-outs. Fails only where the transport does. */
+ * store calls for their time-outs. Fails only where the transport does; after RESOURCE_EXHAUSTED it can go on. */
 moe_status moe_controller_step(moe_controller *controller, int64_t deadline_ns, moe_error *err);
 
 /* Clean shutdown: gives the leader and router leases back, so that another router leads at once. Not while the thread runs. */

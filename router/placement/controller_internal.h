@@ -17,6 +17,7 @@
 #define MOE_POLL_META_NS (100 * MOE_NS_PER_MS)
 #define MOE_POLL_LEASES_NS (200 * MOE_NS_PER_MS)
 #define MOE_RENEW_NS (500 * MOE_NS_PER_MS)
+#define MOE_RECONNECT_NS (3 * MOE_NS_PER_S) /* a connection without an accepted hello for so long is made anew */
 #define MOE_BOOTSTRAP_QUIET_NS (2 * MOE_NS_PER_S)
 /* A first map waits so long after the store began to answer: routers that know a map, and saw the store fail, have by then tried
  * it again (they back off for up to a second) and told what they know. */
@@ -56,6 +57,7 @@ typedef struct moe_member { /* a worker that is registered or in the map */
     bool seen;                    /* by the listing under way */
     uint64_t refused_incarnation; /* gets no work; 0: none */
     uint64_t link;                /* the control connection; 0 for none */
+    int64_t linked_ns;            /* when it was made, or its hello last seen accepted */
 } moe_member;
 
 typedef struct moe_load_job { /* one worker loading a share */

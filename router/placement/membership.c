@@ -76,8 +76,10 @@ static void update_member(moe_controller *c, moe_member *m, const moe_member *le
                  (unsigned long long)lease->identity.incarnation, lease->identity.endpoint);
     }
     uint64_t link = m->link, refused_incarnation = m->refused_incarnation;
+    int64_t linked_ns = m->linked_ns;
     *m = *lease;
     m->link = link;
+    m->linked_ns = linked_ns;
     m->refused_incarnation = refused_incarnation;
     m->registered = m->seen = true;
     if (m->model_digest != c->config.model_digest) {
@@ -115,9 +117,19 @@ void moe_controller_list_workers(moe_controller *c) {
 static void connect_member(moe_controller *c, moe_member *m) {
     moe_error err = {0};
     moe_status status = moe_rpc_connect(c->rpc, m->identity.endpoint, &m->link, &err);
+    m->linked_ns = moe_controller_now(c);
     if (status == MOE_OK) return;
     m->link = 0;
     if (status != MOE_RESOURCE_EXHAUSTED) moe_member_refuse(m, m->identity.incarnation, err.message);
+}
+
+/* A hello may have been refused for a reason that has passed, such as want of memory. */
+static void watch_link(moe_controller *c, moe_member *m) {
+    if (moe_rpc_peer_of_link(c->rpc, m->link)) {
+        m->linked_ns = moe_controller_now(c);
+    } else if (moe_controller_now(c) - m->linked_ns >= MOE_RECONNECT_NS) {
+        disconnect(c, m);
+    }
 }
 
 void moe_controller_sync_members(moe_controller *c) {
@@ -130,6 +142,7 @@ void moe_controller_sync_members(moe_controller *c) {
     }
     for (int32_t i = c->num_members - 1; i >= 0; i--) {
         moe_member *m = &c->members[i];
+        if (m->link) watch_link(c, m);
         bool wanted = m->registered || (c->map && moe_placement_find_worker(c->map, m->identity.id) >= 0);
         if (!wanted) {
             remove_member(c, i);

@@ -29,6 +29,7 @@ typedef struct fixture {
     /* redis */
     char dir[64], socket[96], password_file[96];
     bool password;
+    const char *username; /* NULL: the default user */
     pid_t server;
 } fixture;
 
@@ -42,7 +43,8 @@ static void start_server(fixture *f) {
         dup2(null, 1);
         dup2(null, 2);
         execlp("redis-server", "redis-server", "--port", "0", "--unixsocket", f->socket, "--save", "", "--appendonly", "no",
-               "--dir", f->dir, f->password ? "--requirepass" : NULL, "secret", NULL);
+               "--dir", f->dir, "--user", "moe", "on", ">secret", "~moe:*", "+@all", f->password ? "--requirepass" : NULL,
+               "secret", NULL);
         _exit(127);
     }
 }
@@ -60,6 +62,7 @@ static moe_store *open_redis(fixture *f) {
     snprintf(address, sizeof address, "unix:%s", f->socket);
     moe_redis_config config = {.address = address,
                                .cluster = "te*st?",
+                               .username = f->username,
                                .password_file = f->password ? f->password_file : NULL,
                                .timeout_ms = TIMEOUT_MS};
     moe_store *store = NULL;
@@ -398,6 +401,22 @@ static void test_redis_password(void **state) {
     wrong->ops->close(wrong);
 }
 
+/* An ACL user whose keys begin with "moe:" may do all that a store does. */
+static void test_redis_user(void **state) {
+    fixture *f = *state;
+    f->username = "moe";
+    moe_store *user = open_redis(f);
+    assert_int_equal(put(user, "k", "v", 60000), MOE_OK);
+    assert_int_equal(take(user, "leader", "v", 60000), MOE_OK);
+    assert_int_equal(cas1(user, "meta", NULL, "v"), MOE_OK);
+    assert_int_equal(list(user, "").count, 3);
+    user->ops->close(user);
+    f->username = "nobody";
+    user = open_redis(f);
+    assert_int_equal(put(user, "k", "v", 60000), MOE_UNAUTHENTICATED);
+    user->ops->close(user);
+}
+
 static void test_redis_wrong_type(void **state) {
     fixture *f = *state;
     char value[64];
@@ -492,6 +511,7 @@ int main(void) {
         BOTH(test_contention),
         REDIS(test_redis_hung),
         cmocka_unit_test_setup_teardown(test_redis_password, setup_redis_password, teardown),
+        cmocka_unit_test_setup_teardown(test_redis_user, setup_redis_password, teardown),
         REDIS(test_redis_wrong_type),
         cmocka_unit_test(test_redis_bad_configuration),
         REDIS(test_redis_hostile_replies),

@@ -46,7 +46,7 @@ static void on_map(void *ctx, moe_placement *map) {
 
 static void start_worker(int i) {
     worker *w = &sim.workers[i];
-    char id[8], endpoint[32], bound[MOE_ENDPOINT_BYTES];
+    char id[16], endpoint[32], bound[MOE_ENDPOINT_BYTES];
     moe_error err;
     snprintf(id, sizeof id, "w%d", i);
     snprintf(endpoint, sizeof endpoint, "inproc:w%d", i);

@@ -254,16 +254,19 @@ void pc_worker_crash(pc_cluster *c, int32_t i) {
 
 /* ---- time ---- */
 
+/* Running out of memory is survived; only the tests that bring it about see it. */
+static void check_step(moe_status status) { assert_true(status == MOE_OK || status == MOE_RESOURCE_EXHAUSTED); }
+
 void pc_step(pc_cluster *c) {
     moe_error err;
     c->clock.fake_now_ns += PC_STEP_NS;
     for (int32_t w = 0; w < PC_MAX_WORKERS; w++) {
         if (!c->workers[w].alive) continue;
         moe_registration_step(c->workers[w].registration, &err);
-        OK(moe_rpc_step(c->workers[w].rpc, 0, &err));
+        check_step(moe_rpc_step(c->workers[w].rpc, 0, &err));
     }
     for (int32_t r = 0; r < PC_MAX_ROUTERS; r++) {
-        if (c->routers[r].controller) OK(moe_controller_step(c->routers[r].controller, 0, &err));
+        if (c->routers[r].controller) check_step(moe_controller_step(c->routers[r].controller, 0, &err));
     }
 }
 

@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "common/alloc.h"
 #include "common/buf.h"
 #include "common/random.h"
 #include "tests/support/placement_cluster.h"
@@ -660,6 +661,37 @@ static void test_random_faults(void **state) {
     }
 }
 
+/* Every allocation of a bootstrap, a takeover and a lost store fails once; the cluster gets over each. */
+static void test_out_of_memory(void **state) {
+    (void)state;
+    int64_t failed = 0;
+    for (int64_t n = 1, more = 1; more; n += 1 + n / 16) {
+        pc_open(&cluster, 1, 2);
+        pc_router_start(&cluster, 0);
+        pc_worker_start(&cluster, 0);
+        pc_worker_start(&cluster, 1);
+        int64_t before = moe_alloc_count();
+        moe_alloc_fail_after(n);
+        pc_run_ms(&cluster, 4000);
+        moe_alloc_fail_after(0);
+        more = moe_alloc_count() - before >= n;
+        failed += more;
+        pc_run_until(&cluster, pc_settled, 10000);
+        before = moe_alloc_count();
+        pc_worker_crash(&cluster, 0);
+        pc_worker_start(&cluster, 0);
+        moe_memory_hub_wipe(cluster.store_hub);
+        moe_alloc_fail_after(n);
+        pc_run_ms(&cluster, 4000);
+        moe_alloc_fail_after(0);
+        more = more || moe_alloc_count() - before >= n;
+        pc_run_until(&cluster, pc_settled, 10000);
+        assert_true(cluster.routers[0].epoch >= 2);
+        pc_close(&cluster);
+    }
+    assert_true(failed > 50);
+}
+
 /* ---- registration ---- */
 
 static void test_registration(void **state) {
@@ -737,6 +769,7 @@ int main(void) {
         cmocka_unit_test(test_uuid_from_meta),
         cmocka_unit_test(test_map_from_disk),
         cmocka_unit_test(test_random_faults),
+        cmocka_unit_test(test_out_of_memory),
         cmocka_unit_test(test_registration),
         cmocka_unit_test(test_threads),
     };
