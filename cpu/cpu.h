@@ -1,4 +1,5 @@
-/* The CPU backends. `cpu-ref` is the oracle: plain scalar C, slow and obvious. `cpu` is SIMD by run-time dispatch with threads. */
+/* The CPU backends. `cpu-ref` is the oracle: plain scalar C, slow and obvious. `cpu` is SIMD by run-time dispatch with threads.
+ * Several threads may submit to one backend; jobs run one after another. close ends what was submitted. */
 #pragma once
 #include "common/backend.h"
 
