@@ -41,14 +41,19 @@ static moe_status load_all(const moe_cpu_kernels *kernels, const moe_model *mode
     if (!base->layers || !base->inverse_frequency)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the base layers");
     moe_cpu_inverse_frequency(model->config.rope_theta, model->config.head_dim, base->inverse_frequency);
+    if (num_layers > 0) moe_model_layer_will_need(model, &model->layers[0]);
     for (int32_t i = 0; i < num_layers; i++) {
         if (progress) progress(ctx, (double)i / (num_layers + 1));
+        if (i + 1 < num_layers) moe_model_layer_will_need(model, &model->layers[i + 1]);
         moe_status status = load_layer(kernels, &model->layers[i], &base->layers[i], err);
+        moe_model_layer_release(model, &model->layers[i]);
         if (status != MOE_OK) return moe_fail_prefix(err, status, "layer %d", i);
     }
     if (progress) progress(ctx, (double)num_layers / (num_layers + 1));
+    moe_model_tensor_will_need(model, &model->lm_head);
     moe_status status = moe_cpu_vector_read(&model->final_norm, 1, &base->final_norm, err);
     if (status == MOE_OK) status = moe_cpu_matrix_pack_one(kernels, &model->lm_head, &base->lm_head, err);
+    moe_model_tensor_release(model, &model->lm_head);
     if (status == MOE_OK && progress) progress(ctx, 1.0);
     return status;
 }

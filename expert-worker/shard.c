@@ -35,10 +35,11 @@ moe_status moe_shard_load(moe_shard *shard, int32_t layer, int32_t expert, moe_e
     }
     const moe_ffn_weights *weights = moe_model_expert(shard->model, layer, expert);
     moe_held_expert loaded = {.handle = NULL};
+    moe_model_expert_will_need(shard->model, weights);
     moe_status status = moe_expert_digest(weights, &loaded.digest, err);
     if (status == MOE_OK)
         status = shard->backend->ops->expert_load(shard->backend, weights, 0, MOE_FFN_BLOCKS, &loaded.handle, err);
-    moe_ffn_weights_release_pages(weights);
+    moe_model_expert_release(shard->model, weights);
     if (status != MOE_OK) return status;
     loaded.bytes = shard->backend->ops->expert_bytes(loaded.handle);
     *held = loaded;

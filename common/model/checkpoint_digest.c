@@ -1,11 +1,13 @@
-/* Identities of a model revision and of an expert, and giving back the pages that were read. */
+/* Identities of a model revision and of an expert. */
 #include "common/model/checkpoint_digest.h"
 
+#include <ctype.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
+#include "common/alloc.h"
 #include "common/digest.h"
+
+#define DIGITS "0123456789"
 
 static void add_header(moe_sha256 *sha, const moe_safetensor *t) {
     const char *dtype = moe_dtype_name(t->dtype);
@@ -22,18 +24,61 @@ static uint64_t finish(moe_sha256 *sha) {
     return moe_sha256_short(digest);
 }
 
-moe_status moe_checkpoint_digest(const moe_safetensors *checkpoint, uint64_t *out, moe_error *err) {
-    moe_sha256 *sha = moe_sha256_new();
-    if (!sha) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the model's digest");
-    moe_safetensors_expect_scattered(checkpoint, true);
+/* Whether two names are alike but for the numbers in them. */
+static bool same_kind(const char *a, const char *b) {
+    while (*a && *b) {
+        if (isdigit((unsigned char)*a) && isdigit((unsigned char)*b)) {
+            a += strspn(a, DIGITS);
+            b += strspn(b, DIGITS);
+        } else if (*a++ != *b++) {
+            return false;
+        }
+    }
+    return *a == *b;
+}
+
+/* Marks the first and the last tensor of each kind. A kind has at most a few dozen members in a family, so `last`, the newest
+ * tensor of each kind so far, is searched from end to end. */
+static void choose_samples(const moe_safetensors *checkpoint, bool *sampled, int64_t *last) {
+    int64_t num_kinds = 0;
+    for (int64_t i = 0; i < moe_safetensors_count(checkpoint); i++) {
+        const char *name = moe_safetensors_at(checkpoint, i)->name;
+        int64_t kind = 0;
+        while (kind < num_kinds && !same_kind(moe_safetensors_at(checkpoint, last[kind])->name, name)) kind++;
+        sampled[i] = kind == num_kinds;
+        if (kind == num_kinds) num_kinds++;
+        last[kind] = i;
+    }
+    for (int64_t kind = 0; kind < num_kinds; kind++) sampled[last[kind]] = true;
+}
+
+static void add_sample(moe_sha256 *sha, const moe_safetensors *checkpoint, const moe_safetensor *t) {
+    size_t bytes = t->bytes < MOE_DIGEST_SAMPLE_BYTES ? t->bytes : MOE_DIGEST_SAMPLE_BYTES;
+    moe_sha256_update(sha, t->data, bytes);
+    moe_safetensors_release(checkpoint, t->data, bytes);
+}
+
+static uint64_t hash_all(moe_sha256 *sha, const moe_safetensors *checkpoint, const bool *sampled) {
     for (int64_t i = 0; i < moe_safetensors_count(checkpoint); i++) {
         const moe_safetensor *t = moe_safetensors_at(checkpoint, i);
         add_header(sha, t);
-        moe_sha256_update(sha, t->data, t->bytes < MOE_DIGEST_SAMPLE_BYTES ? t->bytes : MOE_DIGEST_SAMPLE_BYTES);
+        if (sampled[i]) add_sample(sha, checkpoint, t);
     }
-    moe_safetensors_expect_scattered(checkpoint, false);
-    *out = finish(sha);
-    return MOE_OK;
+    return finish(sha);
+}
+
+moe_status moe_checkpoint_digest(const moe_safetensors *checkpoint, uint64_t *out, moe_error *err) {
+    size_t count = (size_t)moe_safetensors_count(checkpoint);
+    bool *sampled = moe_calloc(count, sizeof *sampled);
+    int64_t *last = moe_calloc(count, sizeof *last);
+    moe_sha256 *sha = sampled && last ? moe_sha256_new() : NULL;
+    if (sha) {
+        choose_samples(checkpoint, sampled, last);
+        *out = hash_all(sha, checkpoint, sampled);
+    }
+    moe_free(sampled);
+    moe_free(last);
+    return sha ? MOE_OK : moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the model's digest");
 }
 
 moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_error *err) {
@@ -44,18 +89,4 @@ moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_e
     moe_sha256_update(sha, expert->down.data, moe_tensor_bytes(&expert->down));
     *out = finish(sha);
     return MOE_OK;
-}
-
-/* Whole pages only: those at the ends are shared with the neighbours. */
-static void release(const moe_tensor *t) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    uintptr_t begin = ((uintptr_t)t->data + page - 1) / page * page;
-    uintptr_t end = ((uintptr_t)t->data + moe_tensor_bytes(t)) / page * page;
-    if (moe_tensor_present(t) && begin < end) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
-}
-
-void moe_ffn_weights_release_pages(const moe_ffn_weights *weights) {
-    release(&weights->gate);
-    release(&weights->up);
-    release(&weights->down);
 }

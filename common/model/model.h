@@ -47,14 +47,21 @@ static inline const moe_ffn_weights *moe_model_expert(const moe_model *m, int32_
     return &m->experts[(int64_t)moe_index * m->config.num_experts + expert];
 }
 
-/* The identity of a model revision: SHA-256 over the sorted tensor names, dtypes and shapes and the first
- * MOE_DIGEST_SAMPLE_BYTES of each tensor, first 8 bytes. Sampled so that no process reads a whole checkpoint for it;
- * whole contents of experts are covered by moe_expert_digest. Computed at open. */
-#define MOE_DIGEST_SAMPLE_BYTES 4096
+/* The identity of a model revision: SHA-256 over the sorted tensor names, dtypes and shapes, and the first
+ * MOE_DIGEST_SAMPLE_BYTES of the first and the last tensor of each kind; first 8 bytes. Tensors whose names differ in numbers
+ * alone (layer, expert) are of one kind. Sampled so that no process reads what it does not need; whole contents of experts are
+ * covered by moe_expert_digest. Computed at open. */
+#define MOE_DIGEST_SAMPLE_BYTES 1024
 
 /* SHA-256 over the canonical bytes of one expert (gate, up, down as stored), first 8 bytes. Reads all of them. */
 moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_error *err);
 
-/* Tells the kernel that this process no longer needs the pages of these weights (they were packed elsewhere); a later read
- * maps them again. Only for weights of an opened model: the bytes of private memory would be lost. */
-void moe_ffn_weights_release_pages(const moe_ffn_weights *weights);
+/* What will be read next, so that the disk works meanwhile, and what is no longer needed because it was packed elsewhere (a
+ * later read maps it again). Nothing else of the checkpoint is read. Tensors that are absent or not in the checkpoint's map are
+ * passed over. Any thread; none waits. */
+void moe_model_tensor_will_need(const moe_model *model, const moe_tensor *tensor);
+void moe_model_tensor_release(const moe_model *model, const moe_tensor *tensor);
+void moe_model_expert_will_need(const moe_model *model, const moe_ffn_weights *expert);
+void moe_model_expert_release(const moe_model *model, const moe_ffn_weights *expert);
+void moe_model_layer_will_need(const moe_model *model, const moe_layer_weights *layer); /* all but its experts */
+void moe_model_layer_release(const moe_model *model, const moe_layer_weights *layer);

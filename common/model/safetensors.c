@@ -16,6 +16,9 @@
 
 #define SINGLE_FILE "model.safetensors"
 #define INDEX_FILE "model.safetensors.index.json"
+#define READ_PIECE_BYTES ((uintptr_t)128 << 10)
+/* Linux maps cached neighbours of a touched page, in aligned windows of this size; a multiple of every page size. */
+#define FAULT_AROUND_BYTES ((uintptr_t)64 << 10)
 
 typedef struct shard_map {
     void *address;
@@ -40,7 +43,39 @@ static moe_status map_descriptor(int fd, const char *path, shard_map *map, moe_e
     void *address = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (address == MAP_FAILED) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: cannot map: %s", path, strerror(errno));
     *map = (shard_map){.address = address, .bytes = (size_t)st.st_size};
+    (void)madvise(address, map->bytes, MADV_RANDOM); /* no read-ahead: see moe_safetensors_will_need */
     return MOE_OK;
+}
+
+/* The part of [data, data + bytes) that lies in the map, widened to whole multiples of `unit`; false where there is none. */
+static bool map_range(const shard_map *map, const void *data, size_t bytes, uintptr_t unit, uintptr_t *begin, uintptr_t *end) {
+    uintptr_t first = (uintptr_t)map->address, last = first + map->bytes, at = (uintptr_t)data;
+    if (at < first || at >= last || bytes == 0) return false;
+    *begin = at / unit * unit;
+    *end = bytes < last - at ? (at + bytes + unit - 1) / unit * unit : last;
+    if (*begin < first) *begin = first;
+    if (*end > last) *end = last;
+    return true;
+}
+
+/* Piece by piece: Linux reads no more for one call than the device's read-ahead, which is 128 KiB at least by default. */
+static void read_range(const shard_map *map, const void *data, size_t bytes) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin, end;
+    if (!map_range(map, data, bytes, page, &begin, &end)) return;
+    for (uintptr_t at = begin; at < end; at += READ_PIECE_BYTES)
+        (void)madvise((void *)at, end - at < READ_PIECE_BYTES ? end - at : READ_PIECE_BYTES, MADV_WILLNEED);
+}
+
+static void release_range(const shard_map *map, const void *data, size_t bytes) {
+    uintptr_t begin, end;
+    if (map_range(map, data, bytes, FAULT_AROUND_BYTES, &begin, &end)) (void)madvise((void *)begin, end - begin, MADV_DONTNEED);
+}
+
+/* The length of the header is not checked yet: it is only read ahead. */
+static void read_header(const shard_map *map) {
+    uint64_t length = 0;
+    memcpy(&length, map->address, map->bytes < sizeof length ? map->bytes : sizeof length);
+    read_range(map, map->address, length < MOE_SAFETENSORS_MAX_HEADER_BYTES ? (size_t)length + sizeof length : 0);
 }
 
 /* Maps one file into the next free slot and appends its tensors. */
@@ -54,7 +89,10 @@ static moe_status open_file(moe_safetensors *c, const char *dir, const char *fil
     close(fd);
     if (status != MOE_OK) return status;
     shard_map *map = &c->maps[c->num_maps++];
-    return moe_safetensors_parse(map->address, map->bytes, path, &c->tensors, err);
+    read_header(map);
+    status = moe_safetensors_parse(map->address, map->bytes, path, &c->tensors, err);
+    release_range(map, map->address, MOE_SAFETENSORS_MAX_HEADER_BYTES);
+    return status;
 }
 
 static moe_status open_single(moe_safetensors *c, const char *dir, moe_error *err) {
@@ -193,12 +231,14 @@ moe_safetensor *moe_safetensors_find(moe_safetensors *c, const char *name) {
     return t;
 }
 
-void moe_safetensors_expect_scattered(const moe_safetensors *c, bool scattered) {
-    /* Advice only: a kernel that refuses it still reads correctly. */
-    for (size_t i = 0; i < c->num_maps; i++)
-        (void)madvise(c->maps[i].address, c->maps[i].bytes, scattered ? MADV_RANDOM : MADV_NORMAL);
-}
-
 int64_t moe_safetensors_count(const moe_safetensors *c) { return c->tensors.count; }
 
 const moe_safetensor *moe_safetensors_at(const moe_safetensors *c, int64_t index) { return &c->tensors.items[index]; }
+
+void moe_safetensors_will_need(const moe_safetensors *c, const void *data, size_t bytes) {
+    for (size_t i = 0; i < c->num_maps; i++) read_range(&c->maps[i], data, bytes);
+}
+
+void moe_safetensors_release(const moe_safetensors *c, const void *data, size_t bytes) {
+    for (size_t i = 0; i < c->num_maps; i++) release_range(&c->maps[i], data, bytes);
+}

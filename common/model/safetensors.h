@@ -37,9 +37,11 @@ void moe_safetensors_close(moe_safetensors **checkpoint); /* NULLs the pointer; 
 /* The tensor of that name, marked used; NULL if there is none. One thread at a time. */
 moe_safetensor *moe_safetensors_find(moe_safetensors *checkpoint, const char *name);
 
-/* Tells the kernel how tensor bytes will be read next: small scattered pieces (no read-ahead), or whole tensors, as after open.
- */
-void moe_safetensors_expect_scattered(const moe_safetensors *checkpoint, bool scattered);
+/* A map is read page by page, without the kernel's read-ahead, which would fetch neighbours that belong to other processes.
+ * will_need starts reading the `bytes` bytes at `data`, exactly those, and does not wait; release gives their pages back: a
+ * later read maps them again. Both are advice, and do nothing for memory that is not a map of this checkpoint. Any thread. */
+void moe_safetensors_will_need(const moe_safetensors *checkpoint, const void *data, size_t bytes);
+void moe_safetensors_release(const moe_safetensors *checkpoint, const void *data, size_t bytes);
 
 /* All tensors, sorted by name. */
 int64_t moe_safetensors_count(const moe_safetensors *checkpoint);
