@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <jansson.h>
 #include <signal.h>
 #include <stdio.h>
@@ -99,3 +100,11 @@ moe_status moe_run_dir_make(const char *wanted, char *dir, moe_error *err) {
     if (owner) return moe_fail(err, MOE_ALREADY_EXISTS, "the run folder %s is in use by a cluster (pid %d)", dir, (int)owner);
     return MOE_OK;
 }
+
+static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at) {
+    (void)st, (void)kind, (void)at;
+    remove(path);
+    return 0;
+}
+
+void moe_run_dir_remove(const char *dir) { nftw(dir, remove_entry, 8, FTW_DEPTH | FTW_PHYS | FTW_MOUNT); }

@@ -28,3 +28,6 @@ moe_status moe_cluster_file_read(const char *dir, moe_cluster_file *out, pid_t *
 /* Makes the run folder: `wanted`, or with NULL a fresh one below $XDG_RUNTIME_DIR or /tmp. Mode 0700, owned by us, and not in use
  * by a living cluster; refused otherwise. `dir` (PATH_MAX) receives its absolute path. */
 moe_status moe_run_dir_make(const char *wanted, char *dir, moe_error *err);
+
+/* Removes a run folder that moe_run_dir_make made afresh, with all that is in it. What cannot be removed stays. */
+void moe_run_dir_remove(const char *dir);

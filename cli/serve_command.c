@@ -219,6 +219,7 @@ static int serve_cluster(supervisor *s, moe_error *err) {
     }
     int64_t wait = moe_option_ns(s->options, "shutdown-timeout") + STOP_MARGIN_NS;
     moe_children_stop(&s->children, moe_now_ns(moe_clock_real()) + wait);
+    if (!moe_option_text(s->options, "run-dir") && s->file.run_dir[0]) moe_run_dir_remove(s->file.run_dir);
     return exit_status;
 }
 
