@@ -146,7 +146,9 @@ void placed_map_unref(moe_engine *e, placed_map **map) {
 
 void workers_adopt(moe_engine *e, moe_placement *placement) {
     const moe_placement *old = e->map ? e->map->placement : NULL;
-    bool newer = !old || placement->epoch > old->epoch || (placement->epoch == old->epoch && placement->fence > old->fence);
+    /* The same epoch and fence again: the controller let a worker rejoin on its own while the store was down. */
+    bool newer = !old || placement->epoch > old->epoch ||
+                 (placement->epoch == old->epoch && placement->fence >= old->fence && placement != old);
     placed_map *map = newer ? moe_calloc(1, sizeof *map) : NULL;
     if (map) map->worker = moe_calloc((size_t)placement->num_workers, sizeof *map->worker);
     if (!map || !map->worker) {
