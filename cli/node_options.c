@@ -15,6 +15,12 @@ int32_t moe_threads_option(const moe_options *options) {
     return cores > 0 ? (int32_t)cores : 1;
 }
 
+int32_t moe_threads_share(const moe_options *options, int32_t processes) {
+    int32_t threads = moe_threads_option(options);
+    if (moe_option_int(options, "threads") > 0) return threads;
+    return threads / processes > 0 ? threads / processes : 1;
+}
+
 void moe_engine_options(const moe_options *o, moe_router_node_config *c) {
     c->backend = moe_option_text(o, "backend");
     c->threads = moe_threads_option(o);

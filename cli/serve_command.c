@@ -8,26 +8,21 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "cli/cluster_file.h"
 #include "cli/commands.h"
-#include "cli/implementations.h"
+#include "cli/local_cluster.h"
 #include "cli/node_options.h"
 #include "cli/option_table.h"
 #include "cli/signals.h"
 #include "common/log.h"
-#include "common/zmq/zmq_transport.h"
 
 #define TICK_NS (20 * MOE_NS_PER_MS)
-#define REDIS_START_TIMEOUT_NS (10 * MOE_NS_PER_S)
 #define STOP_MARGIN_NS (5 * MOE_NS_PER_S) /* beyond --shutdown-timeout, for the processes after the router */
 
 typedef enum restart_policy { RESTART_NEVER, RESTART_WORKERS, RESTART_ALL } restart_policy;
 
 typedef struct supervisor {
     const moe_options *options;
-    moe_cluster_file file;
-    moe_children children;
-    char self[PATH_MAX]; /* the moesaic program */
+    moe_local_cluster cluster;
     int workers, threads_each;
     restart_policy restart;
 } supervisor;
@@ -49,127 +44,54 @@ static moe_status check_options(const moe_options *o, int workers, moe_error *er
     return MOE_OK;
 }
 
-/* ---- run folder, keys, cluster.json ---- */
-
-static moe_status absolute_path(const char *path, char out[PATH_MAX], moe_error *err) {
-    return realpath(path, out) ? MOE_OK : moe_fail(err, MOE_NOT_FOUND, "cannot find %s: %s", path, strerror(errno));
-}
-
-static moe_status prepare_keys(supervisor *s, moe_error *err) {
-    const char *listen = moe_option_text(s->options, "listen"), *keys = moe_option_text(s->options, "keys");
-    snprintf(s->file.listen, sizeof s->file.listen, "%s", listen ? listen : "ipc");
-    if (listen && strncmp(listen, "tcp:", 4) != 0)
-        return moe_fail(err, MOE_INVALID_ARGUMENT,
-                        "--listen %s: serve takes tcp://host:0 here; without it workers get ipc sockets in the run folder",
-                        listen);
-    if (keys) return absolute_path(keys, s->file.keys, err);
-    if (!listen) return MOE_OK;
-    snprintf(s->file.keys, sizeof s->file.keys, "%.4080s/keys", s->file.run_dir);
-    if (access(s->file.keys, F_OK) == 0) return MOE_OK;
-    return moe_curve_keys_write(s->file.keys, err);
-}
-
 static moe_status prepare(supervisor *s, moe_error *err) {
     const moe_options *o = s->options;
-    ssize_t length = readlink("/proc/self/exe", s->self, sizeof s->self - 1);
-    if (length < 0) return moe_fail(err, MOE_INTERNAL, "cannot read /proc/self/exe: %s", strerror(errno));
-    s->self[length] = '\0';
-    moe_status status = absolute_path(moe_options_positional(o), s->file.model, err);
-    if (status == MOE_OK) status = moe_run_dir_make(moe_option_text(o, "run-dir"), s->file.run_dir, err);
-    if (status == MOE_OK) status = prepare_keys(s, err);
-    if (status != MOE_OK) return status;
-    moe_uuid_make(s->file.uuid);
-    snprintf(s->file.redis, sizeof s->file.redis, "unix:%.4000s/redis.sock", s->file.run_dir);
-    snprintf(s->file.router, sizeof s->file.router, "ipc://%.4000s/router.sock", s->file.run_dir);
-    snprintf(s->file.url, sizeof s->file.url, "http://%s:%s", moe_option_text(o, "host"), moe_option_text(o, "port"));
-    return MOE_OK;
+    moe_local_cluster_config config = {.model_dir = moe_options_positional(o),
+                                       .run_dir = moe_option_text(o, "run-dir"),
+                                       .listen = moe_option_text(o, "listen"),
+                                       .keys = moe_option_text(o, "keys")};
+    moe_status status = moe_local_cluster_prepare(&config, &s->cluster, err);
+    snprintf(s->cluster.file.url, sizeof s->cluster.file.url, "http://%s:%s", moe_option_text(o, "host"),
+             moe_option_text(o, "port"));
+    return status;
 }
 
 /* ---- children ---- */
 
-static moe_status start_redis(supervisor *s, moe_error *err) {
-    const char *socket = s->file.redis + strlen("unix:");
-    const char *argv[] = {"/usr/bin/redis-server",
-                          "--port",
-                          "0",
-                          "--unixsocket",
-                          socket,
-                          "--unixsocketperm",
-                          "600",
-                          "--save",
-                          "",
-                          "--appendonly",
-                          "no",
-                          "--dir",
-                          s->file.run_dir,
-                          "--daemonize",
-                          "no",
-                          "--loglevel",
-                          "warning",
-                          "--logfile",
-                          "redis.log",
-                          NULL};
-    if (access(argv[0], X_OK) != 0)
-        return moe_fail(err, MOE_NOT_FOUND, "%s is missing: install the package redis-server", argv[0]);
-    unlink(socket);
-    moe_status status = moe_children_start(&s->children, "redis", argv, s->restart == RESTART_ALL, err);
-    int64_t until = moe_now_ns(moe_clock_real()) + REDIS_START_TIMEOUT_NS;
-    while (status == MOE_OK && access(socket, F_OK) != 0) {
-        bool changed;
-        if (moe_children_tick(&s->children, moe_now_ns(moe_clock_real()), &changed) || moe_now_ns(moe_clock_real()) > until)
-            return moe_fail(err, MOE_UNAVAILABLE, "Redis did not start; see %s/redis.log", s->file.run_dir);
-        if (moe_signals_wait(TICK_NS)) return moe_fail(err, MOE_CANCELLED, "interrupted");
-    }
-    return status;
-}
-
-/* What every child is told on its own; the rest of what was given to serve is passed on as it is. */
+/* What the router is told on its own; the rest of what was given to serve is passed on as it is. */
 static const char *const own_options[] = {"listen", "keys", "threads", "port", "host", NULL};
 
 static moe_status start_router(supervisor *s, moe_error *err) {
     char store[PATH_MAX + 16], listen[PATH_MAX + 16], keys[PATH_MAX + 16], workers[48], threads[48], port[48], host[300];
     const char *argv[MOE_CHILD_MAX_ARGS];
     int n = 0;
-    snprintf(store, sizeof store, "--store=%s", s->file.redis);
-    snprintf(listen, sizeof listen, "--listen=%s", s->file.router);
-    snprintf(keys, sizeof keys, "--keys=%s", s->file.keys);
+    snprintf(store, sizeof store, "--store=%s", s->cluster.file.redis);
+    snprintf(listen, sizeof listen, "--listen=%s", s->cluster.file.router);
+    snprintf(keys, sizeof keys, "--keys=%s", s->cluster.file.keys);
     snprintf(workers, sizeof workers, "--initial-workers=%d", s->workers);
     snprintf(threads, sizeof threads, "--threads=%d", s->threads_each);
     snprintf(port, sizeof port, "--port=%s", moe_option_text(s->options, "port"));
     snprintf(host, sizeof host, "--host=%s", moe_option_text(s->options, "host"));
-    const char *own[] = {s->self, "router", s->file.model, "--id=r0", store, listen, workers, threads, port, host};
+    const char *own[] = {
+        s->cluster.self, "router", s->cluster.file.model, "--id=r0", store, listen, workers, threads, port, host};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) argv[n++] = own[i];
-    if (s->file.keys[0]) argv[n++] = keys;
+    if (s->cluster.file.keys[0]) argv[n++] = keys;
     n += moe_options_pass_on(s->options, MOE_COMMAND_ROUTER, own_options, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);
     argv[n] = NULL;
-    return moe_children_start(&s->children, "router", argv, s->restart == RESTART_ALL, err);
-}
-
-static moe_status start_worker(supervisor *s, int index, moe_error *err) {
-    char name[16], id[32], cluster[PATH_MAX + 16], threads[48];
-    const char *argv[MOE_CHILD_MAX_ARGS];
-    int n = 0;
-    snprintf(name, sizeof name, "w%d", index);
-    snprintf(id, sizeof id, "--id=%s", name);
-    snprintf(cluster, sizeof cluster, "--cluster=%s", s->file.run_dir);
-    snprintf(threads, sizeof threads, "--threads=%d", s->threads_each);
-    const char *own[] = {s->self, "worker", s->file.model, id, cluster, threads};
-    for (size_t i = 0; i < sizeof own / sizeof *own; i++) argv[n++] = own[i];
-    n += moe_options_pass_on(s->options, MOE_COMMAND_WORKER, own_options, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);
-    argv[n] = NULL;
-    return moe_children_start(&s->children, name, argv, s->restart != RESTART_NEVER, err);
+    return moe_children_start(&s->cluster.children, "router", argv, s->restart == RESTART_ALL, err);
 }
 
 /* Stopped in reverse: the router drains while its workers still answer. */
 static moe_status start_all(supervisor *s, moe_error *err) {
-    moe_status status = start_redis(s, err);
+    moe_status status = moe_local_cluster_start_redis(&s->cluster, s->restart == RESTART_ALL, err);
     if (status != MOE_OK) return status;
-    setenv("MOESAIC_SERVE_RUN_DIR", s->file.run_dir, 1);
-    setenv("MOESAIC_SERVE_CLUSTER_UUID", s->file.uuid, 1);
-    status = moe_cluster_file_write(&s->file, &s->children, err);
-    for (int i = 0; i < s->workers && status == MOE_OK; i++) status = start_worker(s, i, err);
+    setenv("MOESAIC_SERVE_RUN_DIR", s->cluster.file.run_dir, 1);
+    setenv("MOESAIC_SERVE_CLUSTER_UUID", s->cluster.file.uuid, 1);
+    status = moe_cluster_file_write(&s->cluster.file, &s->cluster.children, err);
+    for (int i = 0; i < s->workers && status == MOE_OK; i++)
+        status = moe_local_cluster_start_worker(&s->cluster, s->options, i, s->threads_each, s->restart != RESTART_NEVER, err);
     if (status == MOE_OK) status = start_router(s, err);
-    if (status == MOE_OK) status = moe_cluster_file_write(&s->file, &s->children, err);
+    if (status == MOE_OK) status = moe_cluster_file_write(&s->cluster.file, &s->cluster.children, err);
     return status;
 }
 
@@ -185,8 +107,8 @@ static bool is_fatal(const moe_child *gone) {
 
 /* A router that ends quickly with an exit status of its own has said why on standard error; starting it again would not help. */
 static bool never_started(const supervisor *s) {
-    for (int i = 0; i < s->children.count; i++) {
-        const moe_child *c = &s->children.items[i];
+    for (int i = 0; i < s->cluster.children.count; i++) {
+        const moe_child *c = &s->cluster.children.items[i];
         if (c->pid == 0 && c->restart && strcmp(c->name, "router") == 0 && c->exit_status != 0 && !WIFSIGNALED(c->exit_status) &&
             c->backoff_ns <= 2 * MOE_CHILD_BACKOFF_FIRST_NS)
             return true;
@@ -199,9 +121,10 @@ static int supervise(supervisor *s) {
     for (;;) {
         if (moe_signals_wait(TICK_NS)) return 0;
         bool changed = false;
-        const moe_child *gone = moe_children_tick(&s->children, moe_now_ns(moe_clock_real()), &changed);
+        const moe_child *gone = moe_children_tick(&s->cluster.children, moe_now_ns(moe_clock_real()), &changed);
         if ((gone && is_fatal(gone)) || never_started(s)) return 1;
-        if (changed && moe_cluster_file_write(&s->file, &s->children, &err) != MOE_OK) moe_warn("%s", err.message);
+        if (changed && moe_cluster_file_write(&s->cluster.file, &s->cluster.children, &err) != MOE_OK)
+            moe_warn("%s", err.message);
     }
 }
 
@@ -210,28 +133,28 @@ static int serve_cluster(supervisor *s, moe_error *err) {
     moe_status status = prepare(s, err);
     if (status == MOE_OK) status = start_all(s, err);
     if (status == MOE_OK) {
-        printf("serving %s on %s; run folder %s\nadd a worker: %s worker --cluster %s\n", s->file.model, s->file.url,
-               s->file.run_dir, s->self, s->file.run_dir);
+        printf("serving %s on %s; run folder %s\nadd a worker: %s worker --cluster %s\n", s->cluster.file.model,
+               s->cluster.file.url, s->cluster.file.run_dir, s->cluster.self, s->cluster.file.run_dir);
         fflush(stdout);
         exit_status = supervise(s);
     } else if (status != MOE_CANCELLED) {
         exit_status = moe_command_failed(err);
     }
     int64_t wait = moe_option_ns(s->options, "shutdown-timeout") + STOP_MARGIN_NS;
-    moe_children_stop(&s->children, moe_now_ns(moe_clock_real()) + wait);
-    if (!moe_option_text(s->options, "run-dir") && s->file.run_dir[0]) moe_run_dir_remove(s->file.run_dir);
+    moe_children_stop(&s->cluster.children, moe_now_ns(moe_clock_real()) + wait);
+    if (!moe_option_text(s->options, "run-dir") && s->cluster.file.run_dir[0]) moe_run_dir_remove(s->cluster.file.run_dir);
     return exit_status;
 }
 
 /* --workers 0: this process becomes the router. */
 static int become_router(const supervisor *s, moe_error *err) {
-    const char *argv[MOE_CHILD_MAX_ARGS] = {s->self, "router", moe_options_positional(s->options), "--id=r0"};
+    const char *argv[MOE_CHILD_MAX_ARGS] = {s->cluster.self, "router", moe_options_positional(s->options), "--id=r0"};
     static const char *const none[] = {"listen", "keys", NULL};
     int n = 4;
     n += moe_options_pass_on(s->options, MOE_COMMAND_ROUTER, none, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);
     argv[n] = NULL;
-    execv(s->self, (char *const *)argv);
-    moe_fail(err, MOE_INTERNAL, "cannot start %s: %s", s->self, strerror(errno));
+    execv(s->cluster.self, (char *const *)argv);
+    moe_fail(err, MOE_INTERNAL, "cannot start %s: %s", s->cluster.self, strerror(errno));
     return moe_command_failed(err);
 }
 
@@ -242,11 +165,10 @@ int moe_command_serve(const moe_options *o) {
     s.workers = (int)moe_option_int(o, "workers");
     s.restart = (restart_policy)moe_option_choice(o, "restart");
     if (check_options(o, s.workers, &err) != MOE_OK) return moe_command_failed(&err);
-    int32_t cores = moe_threads_option(o);
-    s.threads_each = moe_option_given(o, "threads") ? cores : cores / (s.workers + 1) > 0 ? cores / (s.workers + 1) : 1;
+    s.threads_each = moe_threads_share(o, s.workers + 1);
     if (s.workers == 0) {
-        ssize_t length = readlink("/proc/self/exe", s.self, sizeof s.self - 1);
-        s.self[length > 0 ? length : 0] = '\0';
+        ssize_t length = readlink("/proc/self/exe", s.cluster.self, sizeof s.cluster.self - 1);
+        s.cluster.self[length > 0 ? length : 0] = '\0';
         return become_router(&s, &err);
     }
     moe_signals_block();
