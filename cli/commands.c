@@ -12,7 +12,7 @@ static const command_function functions[MOE_COMMAND_COUNT] = {
     [MOE_COMMAND_SERVE] = moe_command_serve,   [MOE_COMMAND_ROUTER] = moe_command_router,
     [MOE_COMMAND_WORKER] = moe_command_worker, [MOE_COMMAND_CHAT] = moe_command_chat,
     [MOE_COMMAND_STATUS] = moe_command_status, [MOE_COMMAND_EVAL] = moe_command_eval,
-    [MOE_COMMAND_KEYGEN] = moe_command_keygen,
+    [MOE_COMMAND_KEYGEN] = moe_command_keygen, [MOE_COMMAND_BENCH] = moe_command_bench,
 };
 
 static int print(void (*render)(const moe_option_table *, moe_buf *)) {

@@ -13,9 +13,10 @@ enum {
     STATUS = 1 << MOE_COMMAND_STATUS,
     EVAL = 1 << MOE_COMMAND_EVAL,
     KEYGEN = 1 << MOE_COMMAND_KEYGEN,
+    BENCH = 1 << MOE_COMMAND_BENCH,
     NODES = SERVE | ROUTER | WORKER,
     FRONTS = SERVE | ROUTER,
-    ENGINES = SERVE | ROUTER | EVAL,
+    ENGINES = SERVE | ROUTER | EVAL | BENCH,
     ALL = (1 << MOE_COMMAND_COUNT) - 1
 };
 
@@ -27,6 +28,7 @@ static const moe_command commands[MOE_COMMAND_COUNT] = {
     {"status", NULL, "Show a cluster's workers, experts and loads"},
     {"eval", "MODEL", "Loss and perplexity of a model over texts, by domain, as JSON"},
     {"keygen", "DIR", "Make the key files that authenticate routers, workers and operators over tcp"},
+    {"bench", "MODEL", "Speed of decode and prefill, with experts in process and in workers over ipc and tcp"},
 };
 
 #define INT MOE_OPTION_INT
@@ -39,7 +41,7 @@ static const moe_command commands[MOE_COMMAND_COUNT] = {
 
 static const moe_option_row rows[] = {
     /* name, type, commands, group, default, min, max, choices, value, help */
-    {"workers", INT, SERVE, "Cluster", "2", 0, 60, NULL, "N",
+    {"workers", INT, SERVE | BENCH, "Cluster", "2", 0, 60, NULL, "N",
      "expert workers to start; 0 keeps the experts in the router's process and needs no Redis"},
     {"replicas", INT, FRONTS, "Cluster", "1", 1, 8, NULL, "R", "workers that hold each expert"},
     {"initial-workers", INT, ROUTER, "Cluster", "0", 0, 256, NULL, "N",
@@ -78,7 +80,7 @@ static const moe_option_row rows[] = {
 
     {"served-model-name", TEXT, FRONTS, "Model", NULL, 0, 0, NULL, "NAME", "name in the API; default: the model folder's"},
     {"max-model-len", INT, ENGINES, "Model", "0", 0, 1 << 24, NULL, "N", "tokens of prompt and output; 0: what the model allows"},
-    {"skip-tokenizer-init", BOOL, FRONTS, "Model", "false", 0, 0, NULL, NULL,
+    {"skip-tokenizer-init", BOOL, FRONTS | BENCH, "Model", "false", 0, 0, NULL, NULL,
      "serve token ids alone, for checkpoints without a tokenizer"},
     {"chat-template-fallback", CHOICE, FRONTS, "Model", NULL, 0, 0, "chatml|llama2|llama3|mistral", NULL,
      "chat template where the model has none"},
@@ -87,13 +89,13 @@ static const moe_option_row rows[] = {
      "who chooses experts: each layer's gate; the gate, with a prediction sent ahead; or the pre-gate, one layer ahead"},
     {"combine", CHOICE, ENGINES, "Experts", "exact", 0, 0, "exact|partial", NULL,
      "what workers return: a row per token and expert, or one weighted sum per token"},
-    {"max-queued-calls", INT, SERVE | WORKER, "Experts", "1024", 1, 65536, NULL, "N",
+    {"max-queued-calls", INT, SERVE | WORKER | BENCH, "Experts", "1024", 1, 65536, NULL, "N",
      "calls that a worker queues before it refuses"},
-    {"max-batch-rows", INT, SERVE | WORKER, "Experts", "16384", 1, 1 << 20, NULL, "N",
+    {"max-batch-rows", INT, SERVE | WORKER | BENCH, "Experts", "16384", 1, 1 << 20, NULL, "N",
      "expert rows that a worker computes in one batch"},
 
-    {"backend", CHOICE, NODES | EVAL, "Performance", "cpu", 0, 0, "cpu|cpu-ref", NULL, "what computes"},
-    {"threads", INT, NODES | EVAL, "Performance", "0", 0, 1024, NULL, "N",
+    {"backend", CHOICE, NODES | EVAL | BENCH, "Performance", "cpu", 0, 0, "cpu|cpu-ref", NULL, "what computes"},
+    {"threads", INT, NODES | EVAL | BENCH, "Performance", "0", 0, 1024, NULL, "N",
      "compute threads of a process; 0: the machine's cores, shared out by serve"},
     {"max-num-seqs", INT, ENGINES, "Performance", "64", 1, 4096, NULL, "N", "sequences computed at once"},
     {"max-num-batched-tokens", INT, ENGINES, "Performance", "512", 1, 65536, NULL, "N",
@@ -120,6 +122,15 @@ static const moe_option_row rows[] = {
 
     {"data", TEXT, EVAL, "Evaluation", NULL, 0, 0, NULL, "FILE", "texts, one {\"domain\", \"text\"} a line (required)"},
     {"limit", INT, EVAL, "Evaluation", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
+
+    {"experts", TEXT, BENCH, "Benchmark", "inproc,ipc,tcp", 0, 0, NULL, "LIST",
+     "where the experts are, measured side by side: in the engine's process, in workers over ipc, in workers over tcp with CURVE"},
+    {"concurrency", TEXT, BENCH, "Benchmark", "1,8,32", 0, 0, NULL, "LIST", "requests decoded at once, one measurement each"},
+    {"prompt-tokens", INT, BENCH, "Benchmark", "32", 1, 1 << 20, NULL, "N", "tokens of a prompt before its decode"},
+    {"output-tokens", INT, BENCH, "Benchmark", "128", 2, 1 << 20, NULL, "N", "tokens decoded of each request"},
+    {"prefill-tokens", INT, BENCH, "Benchmark", "512", 1, 1 << 20, NULL, "N", "tokens of the prompt whose prefill is measured"},
+    {"runs", INT, BENCH, "Benchmark", "5", 1, 101, NULL, "N", "rounds over all measurements, after one that warms up"},
+    {"csv", TEXT, BENCH, "Benchmark", NULL, 0, 0, NULL, "FILE", "write every measurement here, one a line"},
 };
 
 const moe_option_table *moe_option_table_get(void) {

@@ -11,6 +11,7 @@ typedef enum moe_command_id {
     MOE_COMMAND_STATUS,
     MOE_COMMAND_EVAL,
     MOE_COMMAND_KEYGEN,
+    MOE_COMMAND_BENCH,
     MOE_COMMAND_COUNT
 } moe_command_id;
 

@@ -31,6 +31,7 @@ typedef struct moe_job {
     _Atomic uint64_t progress;         /* ticks while the job advances; for hang detection */
     moe_status status;                 /* valid once done was called */
     int64_t compute_ns;                /* time from start to end of the computation */
+    int64_t combine_ns, logits_ns;     /* of a segment: how much of it went to these */
     char message[128];                 /* when status is not OK */
 } moe_job;
 

@@ -48,6 +48,7 @@ static void observe(moe_metric metric, int64_t value) {
 
 void moe_metric_observe_ns(moe_metric metric, int64_t ns) { observe(metric, ns); }
 void moe_metric_observe_count(moe_metric metric, int64_t n) { observe(metric, n); }
+int64_t moe_metric_sum(moe_metric metric) { return atomic_load_explicit(&cells[metric].sum, memory_order_relaxed); }
 int64_t moe_metric_value(moe_metric metric) { return atomic_load_explicit(&cells[metric].value, memory_order_relaxed); }
 
 static void render_histogram(moe_buf *out, const metric_row *row, metric_cell *cell) {

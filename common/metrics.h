@@ -28,8 +28,12 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(STEP_TOKENS, HISTOGRAM_COUNT, "moesaic_step_tokens", "", "Tokens (rows) of a micro-batch")                                 \
     X(STAGE_ATTENTION, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"attention\"",                                              \
       "Time of one layer of one micro-batch, by stage")                                                                          \
+    X(STAGE_HANDOFF, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"handoff\"", "")                                              \
     X(STAGE_PLAN, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"plan\"", "")                                                    \
     X(STAGE_WAIT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"wait\"", "")                                                    \
+    X(STAGE_EXPERT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"expert\"", "")                                                \
+    X(STAGE_COMBINE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"combine\"", "")                                              \
+    X(STAGE_LOGITS, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"logits\"", "")                                                \
     X(STAGE_SAMPLE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"sample\"", "")                                                \
     X(EXPERT_CALLS, COUNTER, "moesaic_expert_calls_total", "", "Forward calls sent to expert workers")                           \
     X(EXPERT_CALL_BYTES_SENT, COUNTER, "moesaic_expert_call_bytes_total", "direction=\"sent\"",                                  \
@@ -78,6 +82,7 @@ void moe_metric_set(moe_metric metric, int64_t value);       /* gauges */
 void moe_metric_observe_ns(moe_metric metric, int64_t ns);   /* histograms of seconds */
 void moe_metric_observe_count(moe_metric metric, int64_t n); /* histograms of counts */
 int64_t moe_metric_value(moe_metric metric);                 /* counter or gauge value; a histogram's count */
+int64_t moe_metric_sum(moe_metric metric);                   /* of a histogram's observations: ns or counts */
 
 /* Appends all metrics in Prometheus's text exposition format 0.0.4. */
 void moe_metrics_render(moe_buf *out);

@@ -34,7 +34,7 @@ static void finish(moe_job *job, moe_status status, const char *message) {
 static void run(moe_cpu_runner *runner, const item *i) {
     moe_error err = {.code = MOE_OK};
     int64_t start_ns = moe_now_ns(moe_clock_real());
-    moe_cpu_run context = {.pool = runner->pool, .progress = &i->job->progress};
+    moe_cpu_run context = {.pool = runner->pool, .progress = &i->job->progress, .job = i->job};
     moe_status status = i->work(&context, i->backend, i->base, i->request, &err);
     i->job->compute_ns = moe_now_ns(moe_clock_real()) - start_ns;
     finish(i->job, status, err.message);

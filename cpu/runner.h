@@ -9,6 +9,7 @@ typedef struct moe_cpu_runner moe_cpu_runner;
 typedef struct moe_cpu_run {
     moe_cpu_pool *pool;
     _Atomic uint64_t *progress;
+    moe_job *job;
 } moe_cpu_run;
 
 typedef moe_status (*moe_cpu_work)(const moe_cpu_run *run, void *backend, const void *base, const void *request, moe_error *err);

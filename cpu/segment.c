@@ -1,6 +1,7 @@
 #include "cpu/segment.h"
 
 #include "common/alloc.h"
+#include "common/clock.h"
 #include "cpu/gate.h"
 
 #define TASK_OUTPUTS 128  /* of a linear task: its weights stay in the second-level cache while the task's rows pass */
@@ -285,11 +286,15 @@ moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, const moe_cpu_run
     if (status != MOE_OK) return status;
     int32_t previous = segment->index == 0 ? -1 : c->moe_layers[segment->index - 1];
     int32_t last = segment->index == c->num_moe_layers ? c->num_layers - 1 : c->moe_layers[segment->index];
+    int64_t start_ns = moe_now_ns(moe_clock_real());
     if (segment->index == 0)
         for_each_row(&s, embed_row);
     else
         combine(&s, previous);
+    run->job->combine_ns = segment->index == 0 ? 0 : moe_now_ns(moe_clock_real()) - start_ns;
     for (int32_t layer = previous + 1; layer <= last; layer++) run_layer(&s, layer);
+    start_ns = moe_now_ns(moe_clock_real());
     if (segment->index == c->num_moe_layers) logits(&s);
+    run->job->logits_ns = moe_now_ns(moe_clock_real()) - start_ns;
     return MOE_OK;
 }

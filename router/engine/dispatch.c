@@ -84,6 +84,8 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     int64_t took = engine_now(e) - call->sent_ns;
     w->call_ns = w->call_ns ? (7 * w->call_ns + took) / 8 : took;
     moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED, (int64_t)out_rows * e->model->hidden * (int64_t)sizeof(float));
+    int64_t compute_ns = result.compute_ns < (uint64_t)took ? (int64_t)result.compute_ns : took;
+    if (compute_ns > b->expert_ns) b->expert_ns = compute_ns;
     place_results(call, result.out);
     release_call(call);
 }
@@ -243,6 +245,7 @@ void dispatch_begin(micro_batch *b) {
     bool exact = e->config.combine == MOE_COMBINE_EXACT;
     memset(b->excluded, 0, sizeof b->excluded);
     b->attempts = 0;
+    b->expert_ns = 0;
     b->num_orphans = 0;
     b->last_failure[0] = '\0';
     for (int32_t t = 0; t < b->num_rows; t++) {

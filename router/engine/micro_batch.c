@@ -169,9 +169,22 @@ static bool all_ended(const micro_batch *b) {
     return true;
 }
 
+/* Attention is what the compute threads spent but for combine and logits; hand-off is the time beside: waiting for these threads,
+ * and for the engine to see that they are done. */
+static void observe_segment(const micro_batch *b) {
+    const moe_job *job = &b->job;
+    int64_t attention_ns = job->compute_ns - job->combine_ns - job->logits_ns;
+    moe_metric_observe_ns(MOE_METRIC_STAGE_HANDOFF, engine_now(b->engine) - b->stage_began_ns - job->compute_ns);
+    if (b->segment.index > 0) moe_metric_observe_ns(MOE_METRIC_STAGE_COMBINE, job->combine_ns);
+    if (b->segment.index < b->engine->model->num_moe_layers)
+        moe_metric_observe_ns(MOE_METRIC_STAGE_ATTENTION, attention_ns);
+    else
+        moe_metric_observe_ns(MOE_METRIC_STAGE_LOGITS, attention_ns + job->logits_ns);
+}
+
 static void segment_finished(micro_batch *b) {
     moe_engine *e = b->engine;
-    moe_metric_observe_ns(MOE_METRIC_STAGE_ATTENTION, engine_now(e) - b->stage_began_ns);
+    observe_segment(b);
     if (b->job.status != MOE_OK)
         for (int32_t i = 0; i < b->num_seqs; i++) scheduler_end(e, b->seqs[i].seq, b->job.status, b->job.message);
     if (all_ended(b)) {
@@ -205,6 +218,7 @@ bool micro_batch_advance(micro_batch *b) {
             dispatch_tick(b, engine_now(e));
             if (!dispatch_done(b)) return false;
             moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, engine_now(e) - b->stage_began_ns);
+            moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, b->expert_ns);
             if (all_ended(b)) return true; /* the next turn ends it */
             submit_segment(b, b->segment.index + 1);
             return true;

@@ -90,7 +90,7 @@ def metrics_under_both_names():
 
 
 def help_and_mistakes():
-    for command in ("serve", "router", "worker", "chat", "status", "eval", "keygen"):
+    for command in ("serve", "router", "worker", "chat", "status", "eval", "keygen", "bench"):
         text = run(command, "--help")
         check(text.returncode == 0 and "usage: moesaic " + command in text.stdout, f"{command} --help: {text}")
     check("did you mean 'status'" in run("statsu").stderr, "no suggestion for a command")

@@ -1,0 +1,109 @@
+#include "cli/bench.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "cli/signals.h"
+#include "common/alloc.h"
+#include "common/clock.h"
+#include "common/random.h"
+
+#define END_POLL_NS (20 * MOE_NS_PER_MS) /* how often the end of a measurement is looked for; it does not enter the result */
+
+const char *const moe_bench_stage_names[MOE_BENCH_STAGES] = {"attention", "handoff", "plan",   "wait",
+                                                             "expert",    "combine", "logits", "sample"};
+
+static const moe_metric stage_metrics[MOE_BENCH_STAGES] = {
+    MOE_METRIC_STAGE_ATTENTION, MOE_METRIC_STAGE_HANDOFF, MOE_METRIC_STAGE_PLAN,   MOE_METRIC_STAGE_WAIT,
+    MOE_METRIC_STAGE_EXPERT,    MOE_METRIC_STAGE_COMBINE, MOE_METRIC_STAGE_LOGITS, MOE_METRIC_STAGE_SAMPLE};
+
+typedef struct reading {
+    int64_t at_ns, tokens, sum_ns[MOE_BENCH_STAGES], count[MOE_BENCH_STAGES];
+} reading;
+
+/* All but `ended` belongs to the engine's thread between the first submission and the last end. */
+typedef struct measurement {
+    const moe_bench_case *c;
+    reading first, last;
+    int32_t requests, started, done; /* requests: that were submitted */
+    int64_t tokens;
+    moe_status status;
+    moe_error error;
+    _Atomic int32_t ended;
+} measurement;
+
+static void take_reading(const measurement *m, reading *out) {
+    out->at_ns = moe_now_ns(moe_clock_real());
+    out->tokens = m->tokens;
+    for (int s = 0; s < MOE_BENCH_STAGES; s++) {
+        out->sum_ns[s] = moe_metric_sum(stage_metrics[s]);
+        out->count[s] = moe_metric_value(stage_metrics[s]);
+    }
+}
+
+static void on_output(void *ctx, const moe_output *output) {
+    measurement *m = ctx;
+    bool first = output->num_tokens > 0 && output->completion_tokens == output->num_tokens;
+    m->tokens += output->num_tokens;
+    m->started += first;
+    if (first && m->started == m->c->requests && m->c->output_tokens > 1) take_reading(m, &m->first);
+    if (output->finish == MOE_FINISH_NONE) return;
+    if (output->finish == MOE_FINISH_ERROR && m->status == MOE_OK)
+        m->status = moe_fail(&m->error, output->status, "%s", output->message);
+    if (++m->done == m->c->requests) take_reading(m, &m->last);
+    atomic_fetch_add(&m->ended, 1);
+}
+
+static moe_status submit(measurement *m, const moe_inference *inference, int32_t *prompt, uint64_t *id, moe_error *err) {
+    moe_random random = {moe_mix64(m->c->seed * MOE_BENCH_MAX_REQUESTS + (uint64_t)m->requests)};
+    for (int32_t i = 0; i < m->c->prompt_tokens; i++) prompt[i] = (int32_t)moe_random_below(&random, (uint64_t)inference->vocab);
+    moe_request request = {.id = "bench", .prompt = prompt, .prompt_tokens = m->c->prompt_tokens};
+    moe_inference_default_sampling(inference, &request.sampling);
+    request.sampling.temperature = 0;
+    request.sampling.repetition_penalty = 1;
+    request.sampling.max_tokens = m->c->output_tokens;
+    request.sampling.ignore_eos = true;
+    request.sampling.logprobs = request.sampling.prompt_logprobs = -1;
+    return inference->ops->submit(inference->ctx, &request, on_output, m, id, err);
+}
+
+/* Until every submitted request has ended, because their last events write into the measurement. */
+static bool await_end(measurement *m, const moe_inference *inference, const uint64_t *ids) {
+    bool interrupted = false;
+    while (atomic_load(&m->ended) < m->requests) {
+        if (!moe_signals_wait(END_POLL_NS)) continue;
+        for (int32_t i = 0; i < m->requests; i++) inference->ops->cancel(inference->ctx, ids[i]);
+        interrupted = true;
+    }
+    return interrupted;
+}
+
+static void subtract(const measurement *m, moe_bench_sample *out) {
+    bool prefill = m->c->output_tokens == 1;
+    out->tokens = prefill ? (int64_t)m->c->requests * m->c->prompt_tokens : m->last.tokens - m->first.tokens;
+    out->time_ns = m->last.at_ns - m->first.at_ns;
+    for (int s = 0; s < MOE_BENCH_STAGES; s++) {
+        int64_t count = m->last.count[s] - m->first.count[s];
+        out->stage_ns[s] = count > 0 ? (double)(m->last.sum_ns[s] - m->first.sum_ns[s]) / (double)count : 0;
+    }
+}
+
+moe_status moe_bench_run(const moe_inference *inference, const moe_bench_case *c, moe_bench_sample *out, moe_error *err) {
+    measurement m = {.c = c};
+    MOE_ASSERT(c->requests >= 1 && c->requests <= MOE_BENCH_MAX_REQUESTS);
+    uint64_t ids[MOE_BENCH_MAX_REQUESTS];
+    int32_t *prompt = moe_calloc((size_t)c->prompt_tokens, sizeof *prompt);
+    if (!prompt) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    take_reading(&m, &m.first);
+    moe_status status = MOE_OK;
+    while (m.requests < c->requests && status == MOE_OK) {
+        status = submit(&m, inference, prompt, &ids[m.requests], err);
+        if (status == MOE_OK) m.requests++;
+    }
+    bool interrupted = await_end(&m, inference, ids);
+    moe_free(prompt);
+    if (interrupted) return moe_fail(err, MOE_CANCELLED, "interrupted");
+    if (status == MOE_OK && m.status != MOE_OK) status = moe_fail(err, m.status, "%s", m.error.message);
+    if (status == MOE_OK) subtract(&m, out);
+    return status;
+}

@@ -1,0 +1,39 @@
+/* One measurement of the engine, without HTTP: what `moesaic bench` repeats. */
+#pragma once
+#include "common/metrics.h"
+#include "router/inference.h"
+
+#define MOE_BENCH_MAX_REQUESTS 1024
+
+typedef enum moe_bench_stage {
+    MOE_BENCH_ATTENTION,
+    MOE_BENCH_HANDOFF,
+    MOE_BENCH_PLAN,
+    MOE_BENCH_WAIT,
+    MOE_BENCH_EXPERT,
+    MOE_BENCH_COMBINE,
+    MOE_BENCH_LOGITS,
+    MOE_BENCH_SAMPLE,
+    MOE_BENCH_STAGES
+} moe_bench_stage;
+
+extern const char *const moe_bench_stage_names[MOE_BENCH_STAGES];
+
+/* With output_tokens of 1 the prefill is measured: from submission to the first token. Otherwise the decode: from the moment at
+ * which every request has its first token to the last token of all. */
+typedef struct moe_bench_case {
+    int32_t requests; /* at once; 1 … MOE_BENCH_MAX_REQUESTS */
+    int32_t prompt_tokens, output_tokens;
+    uint64_t seed; /* of the prompts' token ids */
+} moe_bench_case;
+
+typedef struct moe_bench_sample {
+    int64_t tokens; /* prefilled or decoded in that time */
+    int64_t time_ns;
+    double stage_ns[MOE_BENCH_STAGES]; /* mean of one layer of one micro-batch; logits and sample: of one micro-batch */
+} moe_bench_sample;
+
+/* Greedy, eos ignored. Blocks until all requests have ended; one measurement at a time in a process, because stage times are
+ * differences of its metrics. CANCELLED: a termination signal came (moe_signals_block was called); otherwise the first error of a
+ * request. */
+moe_status moe_bench_run(const moe_inference *inference, const moe_bench_case *c, moe_bench_sample *out, moe_error *err);
