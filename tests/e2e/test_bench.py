@@ -1,0 +1,62 @@
+"""`moesaic bench` on the demo model, tiny: sane figures for each place of the experts, in the table and in the CSV."""
+import csv
+import glob
+import os
+import subprocess
+import tempfile
+
+from harness import BIN, DEMO, check, main
+
+MOESAIC = os.path.join(BIN, "moesaic")
+REQUESTS, PROMPT, OUTPUT, PREFILL, RUNS = (1, 3), 8, 6, 40, 2
+
+
+def bench(folder, *arguments):
+    env = dict(os.environ, XDG_RUNTIME_DIR=folder)
+    return subprocess.run([MOESAIC, "bench", DEMO, *arguments], capture_output=True, text=True, timeout=300, env=env)
+
+
+def check_row(row, phase):
+    requests = int(row["requests"])
+    expected = PREFILL if phase == "prefill" else requests * (OUTPUT - 1)
+    # tokens that came while the last request still waited for its first are not counted
+    check(0 < int(row["tokens"]) <= expected and (requests > 1 or int(row["tokens"]) == expected), f"tokens: {row}")
+    speed, seconds = float(row["tokens_per_second"]), float(row["seconds"])
+    check(seconds > 0 and abs(speed * seconds / int(row["tokens"]) - 1) < 0.01, f"speed and time differ: {row}")
+    check(abs(float(row["ms_per_token"]) * speed / 1000 / requests - 1) < 0.01, f"speed and ms differ: {row}")
+    stages = {name[:-3]: float(us) for name, us in row.items() if name.endswith("_us")}
+    check(all(0 <= us < 10e6 for us in stages.values()), f"stages: {row}")
+    check(0 < stages["expert"] <= stages["wait"] and stages["attention"] > 0 and stages["plan"] > 0, f"stages: {row}")
+    check(phase == "prefill" or sum(stages.values()) < seconds * 1e6, f"one layer takes longer than all: {row}")
+
+
+def table_and_csv():
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "bench.csv")
+        run = bench(folder, "--runs", str(RUNS), "--concurrency", ",".join(map(str, REQUESTS)), "--prompt-tokens", str(PROMPT),
+                    "--output-tokens", str(OUTPUT), "--prefill-tokens", str(PREFILL), "--csv", path)
+        check(run.returncode == 0, f"bench ended with {run.returncode}: {run.stderr[-2000:]}")
+        with open(path, encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f))
+        for experts, workers in (("inproc", 0), ("ipc", 2), ("tcp", 2)):
+            mine = [r for r in rows if r["experts"] == experts]
+            check(len(mine) == RUNS * (len(REQUESTS) + 1), f"{len(mine)} rows of {experts}")
+            for row in mine:
+                check(int(row["workers"]) == workers and int(row["threads"]) >= 1, f"processes: {row}")
+                check_row(row, row["phase"])
+            for what in [f"decode x{n}" for n in REQUESTS] + [f"prefill {PREFILL}"]:
+                lines = [line for line in run.stdout.splitlines() if line.startswith(what) and line[len(what):].split()[0] == experts]
+                check(len(lines) == 1, f"{what} {experts}: {run.stdout}")
+        check(len(rows) == 3 * RUNS * (len(REQUESTS) + 1), f"{len(rows)} rows")
+        check(not glob.glob(os.path.join(folder, "moesaic-*")), "a run folder is left")
+
+
+def mistakes_are_told():
+    with tempfile.TemporaryDirectory() as folder:
+        for arguments, word in ((("--experts", "shm"), "shm"), (("--concurrency", "1,x"), "x"), (("--concurrency", "0"), "0"),
+                                (("--workers", "0"), "--experts inproc")):
+            run = bench(folder, *arguments)
+            check(run.returncode != 0 and word in run.stderr, f"{arguments}: {run.returncode} {run.stderr}")
+
+
+main([table_and_csv, mistakes_are_told])
