@@ -14,7 +14,7 @@ def install():
     os.makedirs(BUILT, exist_ok=True)
     for name in ("package.json", "package-lock.json", ".npmrc", "openai_client.mjs"):
         shutil.copy(os.path.join(SOURCE, name), BUILT)
-    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"], cwd=BUILT, check=True)
+    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"], cwd=BUILT, check=True)
 
 
 def run_client(cluster, *key):

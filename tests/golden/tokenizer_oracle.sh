@@ -8,7 +8,7 @@ oracle=$root/build/tokenizer-oracle
 mkdir -p "$oracle"
 cp "$root"/tests/golden/tokenizer/package.json "$root"/tests/golden/tokenizer/package-lock.json \
    "$root"/tests/golden/tokenizer/.npmrc "$oracle"/
-(cd "$oracle" && npm ci --ignore-scripts --no-audit --no-fund --silent)
+(cd "$oracle" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error)
 ninja -C "$build" tokenize_lines >/dev/null
 export ORACLE_MODULES="$oracle/node_modules"
 node "$root/tests/golden/tokenizer/compare.mjs" "$root" "$build/tests/tokenize_lines"
