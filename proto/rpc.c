@@ -87,6 +87,12 @@ void moe_rpc_free(moe_rpc **rpc_pointer) {
     *rpc_pointer = NULL;
 }
 
+void moe_rpc_set_known(moe_rpc *rpc, uint64_t epoch, uint64_t fence) {
+    moe_rpc_hello *hello = &rpc->config.hello;
+    if (epoch > hello->epoch) hello->epoch = epoch;
+    if (fence > hello->fence) hello->fence = fence;
+}
+
 moe_status moe_rpc_connect(moe_rpc *rpc, const char *endpoint, uint64_t *link, moe_error *err) {
     return rpc->config.transport->ops->connect(rpc->config.transport, endpoint, link, err);
 }

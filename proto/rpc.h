@@ -96,6 +96,10 @@ moe_status moe_rpc_new(const moe_rpc_config *config, moe_rpc **out, moe_error *e
  * inside a callback. */
 void moe_rpc_free(moe_rpc **rpc);
 
+/* The newest epoch and fence that this process knows, for the hellos from now on: how a leader after a loss of the store learns
+ * what had been published. Never lowered. */
+void moe_rpc_set_known(moe_rpc *rpc, uint64_t epoch, uint64_t fence);
+
 /* Connections, as in moe_transport; the hello is sent by itself. */
 moe_status moe_rpc_connect(moe_rpc *rpc, const char *endpoint, uint64_t *link, moe_error *err);
 void moe_rpc_disconnect(moe_rpc *rpc, uint64_t link); /* outstanding calls to it end with UNAVAILABLE; no on_peer_down */

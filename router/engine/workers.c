@@ -167,6 +167,7 @@ void workers_adopt(moe_engine *e, moe_placement *placement) {
     placed_map_unref(e, &previous);
     moe_info("placement map of epoch %llu: %d workers", (unsigned long long)placement->epoch, placement->num_workers);
     moe_metric_set(MOE_METRIC_EPOCH, (int64_t)placement->epoch);
+    for (int32_t i = 0; i < e->config.num_transports; i++) moe_rpc_set_known(e->channels[i].rpc, placement->epoch, placement->fence);
     topology_changed(e);
 }
 

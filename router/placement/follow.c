@@ -27,6 +27,7 @@ void moe_controller_store_answered(moe_controller *c, moe_status status, const m
 void moe_controller_learn(moe_controller *c, uint64_t epoch, uint64_t fence) {
     if (epoch > c->highest_epoch && epoch <= MOE_MAX_EPOCH) c->highest_epoch = epoch;
     if (fence > c->highest_fence && fence <= MOE_MAX_EPOCH) c->highest_fence = fence;
+    if (c->rpc) moe_rpc_set_known(c->rpc, c->highest_epoch, c->highest_fence);
 }
 
 void moe_controller_serve(moe_controller *c, moe_placement *map) {

@@ -194,7 +194,7 @@ static void test_lost_fence(void **state) {
     stop_router();
     moe_memory_hub_wipe(sim.store_hub);
     start_router(1);
-    run_until_epoch(1); /* nobody knows the epoch any more; the workers tell their fence */
+    run_until_epoch(2); /* the workers tell the epoch of their last Load and their fence: epoch 2 again, under a higher fence */
     assert_int_equal(sim.map->fence, 3);
     close_sim();
 }

@@ -211,6 +211,28 @@ static void test_store_outage_is_not_noticed(void **state) {
     sim_free(&sim);
 }
 
+/* The store loses everything and the only router dies: the workers' hellos tell the new one what had been published. */
+static void test_epoch_survives_store_and_router(void **state) {
+    (void)state;
+    sim_config config = base_config(8);
+    sim_cluster *sim = sim_new(&config);
+    sim_kill(sim, 0);
+    sim_restart(sim, 0);
+    assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
+    submit(sim, 2);
+    assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+    uint64_t before = sim->newest_epoch;
+    assert_true(before >= 2);
+    moe_memory_hub_wipe(sim->memory);
+    sim_restart_router(sim);
+    assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
+    assert_true(sim->newest_epoch > before);
+    submit(sim, 2);
+    assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+    assert_int_equal(check_oracles(sim), 4);
+    sim_free(&sim);
+}
+
 static void test_cancel_ends_a_request_at_once(void **state) {
     (void)state;
     sim_config config = base_config(6);
@@ -246,12 +268,10 @@ static void test_a_seed_replays_exactly(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_every_shape_gives_the_same_tokens),
-                                       cmocka_unit_test(test_kills_with_two_replicas),
-                                       cmocka_unit_test(test_one_replica_fails_cleanly_and_returns),
-                                       cmocka_unit_test(test_bad_network),
-                                       cmocka_unit_test(test_store_outage_is_not_noticed),
-                                       cmocka_unit_test(test_cancel_ends_a_request_at_once),
-                                       cmocka_unit_test(test_a_seed_replays_exactly)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_shape_gives_the_same_tokens),     cmocka_unit_test(test_kills_with_two_replicas),
+        cmocka_unit_test(test_one_replica_fails_cleanly_and_returns), cmocka_unit_test(test_bad_network),
+        cmocka_unit_test(test_store_outage_is_not_noticed),           cmocka_unit_test(test_epoch_survives_store_and_router),
+        cmocka_unit_test(test_cancel_ends_a_request_at_once),         cmocka_unit_test(test_a_seed_replays_exactly)};
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -128,6 +128,19 @@ static void start_router(sim_cluster *s) {
     must(moe_controller_new(&controller, &s->controller, &err), &err);
 }
 
+static void stop_router(sim_cluster *s) {
+    moe_engine_free(&s->engine);
+    moe_controller_free(&s->controller);
+    s->engine_transport->ops->close(s->engine_transport);
+    s->controller_transport->ops->close(s->controller_transport);
+    s->store->ops->close(s->store);
+}
+
+void sim_restart_router(sim_cluster *s) {
+    stop_router(s);
+    start_router(s);
+}
+
 /* ---- time ---- */
 
 static void step_all(sim_cluster *s) {
@@ -207,12 +220,8 @@ sim_cluster *sim_new(const sim_config *config) {
 void sim_free(sim_cluster **sim) {
     sim_cluster *s = *sim;
     *sim = NULL;
-    moe_engine_free(&s->engine);
-    moe_controller_free(&s->controller);
+    stop_router(s);
     for (int32_t i = 0; i < s->config.workers; i++) sim_kill(s, i);
-    s->engine_transport->ops->close(s->engine_transport);
-    s->controller_transport->ops->close(s->controller_transport);
-    s->store->ops->close(s->store);
     moe_memory_hub_free(&s->memory);
     moe_inproc_hub_free(&s->hub);
     moe_free(s);

@@ -72,6 +72,9 @@ bool sim_run_until_idle(sim_cluster *sim, int64_t limit_ns);
 /* Runs until every expert has `replicas` live READY replicas. */
 bool sim_run_until_healed(sim_cluster *sim, int64_t limit_ns);
 
+/* The router dies with all it knows, and a new one starts. No request may be live. */
+void sim_restart_router(sim_cluster *sim);
+
 void sim_kill(sim_cluster *sim, int32_t worker);
 void sim_restart(sim_cluster *sim, int32_t worker);
 
