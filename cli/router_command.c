@@ -31,6 +31,7 @@ static moe_status read_options(const moe_options *o, char *id, size_t id_size, m
     c->rpc_listen = moe_option_text(o, "listen");
     c->run_dir = getenv("MOESAIC_SERVE_RUN_DIR"); /* told by `serve` to its own router, as is the uuid */
     c->cluster_uuid = getenv("MOESAIC_SERVE_CLUSTER_UUID");
+    c->new_cluster = getenv("MOESAIC_SERVE_NEW_CLUSTER") != NULL; /* the first router of a new store, not one started again */
     if (moe_option_text(o, "id"))
         snprintf(id, id_size, "%s", moe_option_text(o, "id"));
     else

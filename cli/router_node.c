@@ -43,14 +43,35 @@ struct moe_router_node {
     moe_engine *engine;
     moe_inference inference;
     moe_cluster_reporter *reporter;
+    pthread_mutex_t map_mutex;
+    moe_placement *map; /* newest; guarded by map_mutex, as the next */
+    bool takes_maps;    /* the engine and the reporter are there */
     moe_http_server *http;
     moe_rpc_front *rpc;
 };
 
+/* With map_mutex held. */
+static void deliver_map(moe_router_node *n) {
+    if (!n->map || !n->takes_maps) return;
+    moe_cluster_reporter_set_map(n->reporter, n->map);
+    moe_engine_set_placement(n->engine, n->map);
+}
+
 static void on_map(void *ctx, moe_placement *map) {
     moe_router_node *n = ctx;
-    if (n->reporter) moe_cluster_reporter_set_map(n->reporter, map);
-    if (n->engine) moe_engine_set_placement(n->engine, map);
+    moe_placement_ref(map);
+    pthread_mutex_lock(&n->map_mutex);
+    moe_placement_unref(&n->map);
+    n->map = map;
+    deliver_map(n);
+    pthread_mutex_unlock(&n->map_mutex);
+}
+
+static void take_maps(moe_router_node *n) {
+    pthread_mutex_lock(&n->map_mutex);
+    n->takes_maps = true;
+    deliver_map(n);
+    pthread_mutex_unlock(&n->map_mutex);
 }
 
 /* --served-model-name, else the folder's name. */
@@ -133,6 +154,7 @@ static moe_status open_controller(moe_router_node *n, moe_error *err) {
                                     .num_experts = n->model->config.num_experts,
                                     .replicas = c->embedded ? 1 : c->replicas,
                                     .initial_workers = c->embedded ? 1 : c->initial_workers,
+                                    .new_cluster = c->embedded || c->new_cluster,
                                     .layout = c->embedded ? MOE_PLACEMENT_BALANCED : c->layout,
                                     .layout_seed = c->layout_seed,
                                     .layout_file = c->layout_file,
@@ -224,7 +246,7 @@ static moe_status open_fronts(moe_router_node *n, moe_error *err) {
     return status;
 }
 
-/* The engine is there before the controller runs, so that no map is missed. */
+/* The controller runs first, so that workers load their experts while this process packs the base weights. */
 static moe_status open_all(moe_router_node *n, moe_error *err) {
     moe_status status = open_model(n, err);
     if (status != MOE_OK) return status;
@@ -232,6 +254,7 @@ static moe_status open_all(moe_router_node *n, moe_error *err) {
     if (n->config.cluster_uuid) snprintf(n->cluster_uuid, sizeof n->cluster_uuid, "%s", n->config.cluster_uuid);
     status = n->config.embedded ? open_embedded(n, err) : open_remote(n, err);
     if (status == MOE_OK) status = open_controller(n, err);
+    if (status == MOE_OK && n->controller) status = moe_controller_start(n->controller, err);
     if (status == MOE_OK) status = open_engine(n, err);
     moe_cluster_reporter_config reporter = {.engine = n->engine,
                                             .controller = n->controller,
@@ -241,7 +264,7 @@ static moe_status open_all(moe_router_node *n, moe_error *err) {
                                             .redis_used = !n->config.embedded,
                                             .run_dir = n->config.run_dir};
     if (status == MOE_OK) status = moe_cluster_reporter_new(&reporter, &n->reporter, err);
-    if (status == MOE_OK && n->controller) status = moe_controller_start(n->controller, err);
+    if (status == MOE_OK) take_maps(n);
     if (status == MOE_OK) status = open_fronts(n, err);
     return status;
 }
@@ -249,6 +272,7 @@ static moe_status open_all(moe_router_node *n, moe_error *err) {
 moe_status moe_router_node_open(const moe_router_node_config *config, moe_router_node **out, moe_error *err) {
     moe_router_node *n = *out = moe_calloc(1, sizeof *n);
     if (!n) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    pthread_mutex_init(&n->map_mutex, NULL);
     n->config = *config;
     n->incarnation = moe_random_identity();
     moe_host_name(n->host, sizeof n->host);
@@ -285,6 +309,8 @@ void moe_router_node_close(moe_router_node **node) {
     moe_chat_template_free(&n->chat_template);
     moe_tokenizer_free(&n->tokenizer);
     moe_model_close(&n->model);
+    moe_placement_unref(&n->map);
+    pthread_mutex_destroy(&n->map_mutex);
     moe_free(n);
 }
 

@@ -27,6 +27,7 @@ typedef struct moe_router_node_config {
     int64_t kv_cache_bytes;
     int64_t replica_wait_ns;
     int32_t replicas, initial_workers;
+    bool new_cluster; /* as in moe_controller_config */
     moe_placement_kind layout;
     uint64_t layout_seed;
     const char *layout_file, *state_dir;

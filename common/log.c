@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #define MOE_LOG_LINE_BYTES 2048
+#define CLEAR_LINE "\r\033[K" /* a progress line may be there, of this process or of another of the cluster */
 
 static _Atomic int log_level = MOE_LOG_INFO;
 static const char *_Atomic log_component = "moesaic";
@@ -27,8 +28,10 @@ void moe_log(moe_log_level level, const char *format, ...) {
     clock_gettime(CLOCK_REALTIME, &now);
     gmtime_r(&now.tv_sec, &utc);
     char line[MOE_LOG_LINE_BYTES];
-    size_t used = strftime(line, sizeof line, "%Y-%m-%dT%H:%M:%S", &utc);
-    used += (size_t)snprintf(line + used, sizeof line - used, ".%03ldZ %s %s: ", now.tv_nsec / 1000000, names[level], log_component);
+    size_t used = isatty(STDERR_FILENO) ? (size_t)snprintf(line, sizeof line, CLEAR_LINE) : 0;
+    used += strftime(line + used, sizeof line - used, "%Y-%m-%dT%H:%M:%S", &utc);
+    used +=
+        (size_t)snprintf(line + used, sizeof line - used, ".%03ldZ %s %s: ", now.tv_nsec / 1000000, names[level], log_component);
     va_list args;
     va_start(args, format);
     int wrote = vsnprintf(line + used, sizeof line - used - 1, format, args);

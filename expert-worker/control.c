@@ -1,5 +1,7 @@
 #include "expert-worker/control.h"
 
+#include <stdio.h>
+
 #include "common/alloc.h"
 #include "expert-worker/loaded_list.h"
 
@@ -12,13 +14,15 @@ typedef struct moe_control_op {
     moe_rpc_call *call;
     size_t count, next; /* next: experts done */
     uint32_t dropped;   /* Drop: experts that were held */
+    uint32_t following; /* Load: experts of the share that later calls will ask for */
     expert_ref experts[];
 } control_op;
 
-void moe_control_init(moe_control *c, moe_shard *shard, const moe_clock *clock, uint64_t incarnation) {
+void moe_control_init(moe_control *c, moe_shard *shard, const moe_clock *clock, uint64_t incarnation, const char *worker_id) {
     *c = (moe_control){.shard = shard, .clock = clock, .incarnation = incarnation};
     TAILQ_INIT(&c->loads);
     TAILQ_INIT(&c->drops);
+    snprintf(c->label, sizeof c->label, "worker %.64s loads", worker_id);
 }
 
 static void end_op(moe_control *c, struct moe_control_list *list, control_op *op) {
@@ -95,10 +99,12 @@ void moe_control_on_load(moe_control *c, moe_rpc_call *call, const Moesaic__V1__
     Moesaic__V1__LoadResponse refusal = MOESAIC__V1__LOAD_RESPONSE__INIT;
     refusal.incarnation = c->incarnation;
     refusal.fence = c->fence;
-    if (status == MOE_OK)
-        begin_op(c, &c->loads, call, request->experts, request->n_experts);
-    else
+    if (status == MOE_OK) {
+        control_op *op = begin_op(c, &c->loads, call, request->experts, request->n_experts);
+        if (op) op->following = request->following;
+    } else {
         moe_rpc_fail(call, status, err.message, &refusal.base);
+    }
 }
 
 /* Answers a Drop whose experts are all free. An expert that a later Load wants again counts as done. */
@@ -149,6 +155,24 @@ static bool still_held(const moe_control *c, const control_op *op) {
     return true;
 }
 
+static int64_t expert_bytes(const moe_control *c, const expert_ref *e) {
+    const moe_ffn_weights *w = moe_model_expert(c->shard->model, e->layer, e->expert);
+    return (int64_t)(moe_tensor_bytes(&w->gate) + moe_tensor_bytes(&w->up) + moe_tensor_bytes(&w->down));
+}
+
+/* A share whose controller dies between two calls has no end; what another one asks for next is counted on. */
+static void show_progress(moe_control *c, const control_op *op) {
+    if (!c->progress.running) {
+        moe_progress_begin(&c->progress, c->label, "experts", c->clock);
+        c->share_loaded = c->share_bytes = 0;
+    }
+    c->share_loaded++;
+    c->share_bytes += expert_bytes(c, &op->experts[op->next]);
+    int64_t left = (int64_t)(op->count - op->next) - 1 + op->following;
+    moe_progress_update(&c->progress, c->share_loaded, c->share_loaded + left, c->share_bytes);
+    if (left == 0) moe_progress_end(&c->progress);
+}
+
 static void end_load(moe_control *c, control_op *op) {
     if (still_held(c, op))
         answer_load(c, op);
@@ -160,12 +184,11 @@ static void end_load(moe_control *c, control_op *op) {
 static void fail_load(moe_control *c, control_op *op, const moe_error *why) {
     moe_error err;
     const expert_ref *e = &op->experts[op->next];
-    const moe_ffn_weights *w = moe_model_expert(c->shard->model, e->layer, e->expert);
-    size_t bytes = moe_tensor_bytes(&w->gate) + moe_tensor_bytes(&w->up) + moe_tensor_bytes(&w->down);
+    moe_progress_end(&c->progress);
     moe_fail(&err, why->code,
-             "expert %d of MoE layer %d (%zu bytes in the checkpoint) was not loaded: %.200s; %zu of %zu experts of this "
+             "expert %d of MoE layer %d (%lld bytes in the checkpoint) was not loaded: %.200s; %zu of %zu experts of this "
              "call are loaded and stay, %lld bytes are in use",
-             e->expert, e->layer, bytes, why->message, op->next, op->count, (long long)c->shard->bytes);
+             e->expert, e->layer, (long long)expert_bytes(c, e), why->message, op->next, op->count, (long long)c->shard->bytes);
     moe_rpc_fail(op->call, err.code, err.message, NULL);
     end_op(c, &c->loads, op);
 }
@@ -181,10 +204,13 @@ static void advance_load(moe_control *c) {
     }
     if (op->next < op->count) {
         const expert_ref *e = &op->experts[op->next];
+        if (op->next + 1 < op->count) /* the disk works while this one is hashed and packed */
+            moe_model_expert_will_need(c->shard->model, moe_model_expert(c->shard->model, e[1].layer, e[1].expert));
         if (moe_shard_load(c->shard, e->layer, e->expert, &err) != MOE_OK) {
             fail_load(c, op, &err);
             return;
         }
+        show_progress(c, op);
         c->loaded++;
         op->next++;
     }

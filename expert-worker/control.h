@@ -2,6 +2,7 @@
 #pragma once
 #include <sys/queue.h>
 
+#include "common/progress.h"
 #include "expert-worker/shard.h"
 #include "proto/rpc.h"
 
@@ -19,9 +20,15 @@ typedef struct moe_control {
     struct moe_control_list loads, drops;
     int32_t num_calls;
     uint64_t loaded; /* experts that Load calls got, for the progress counter */
+
+    /* of the share being loaded, which may take several calls */
+    moe_progress progress;
+    char label[96]; /* "worker w0 loads" */
+    int64_t share_loaded, share_bytes;
 } moe_control;
 
-void moe_control_init(moe_control *control, moe_shard *shard, const moe_clock *clock, uint64_t incarnation);
+void moe_control_init(moe_control *control, moe_shard *shard, const moe_clock *clock, uint64_t incarnation,
+                      const char *worker_id);
 void moe_control_close(moe_control *control); /* answers what is left with UNAVAILABLE */
 
 /* Handlers. Each answers now or in a later turn. */

@@ -57,7 +57,7 @@ moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe
     moe_worker *w = moe_calloc(1, sizeof *w);
     if (!w) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the worker");
     w->config = *config;
-    moe_control_init(&w->control, &w->shard, config->clock, config->incarnation);
+    moe_control_init(&w->control, &w->shard, config->clock, config->incarnation, config->id);
     moe_status status = make_parts(w, err);
     if (status != MOE_OK) {
         moe_free(w);

@@ -56,6 +56,8 @@ static inline const moe_ffn_weights *moe_model_expert(const moe_model *m, int32_
 /* SHA-256 over the canonical bytes of one expert (gate, up, down as stored), first 8 bytes. Reads all of them. */
 moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_error *err);
 
+int64_t moe_model_base_bytes(const moe_model *model); /* of all tensors but the experts', as stored; a tied embedding once */
+
 /* What will be read next, so that the disk works meanwhile, and what is no longer needed because it was packed elsewhere (a
  * later read maps it again). Nothing else of the checkpoint is read. Tensors that are absent or not in the checkpoint's map are
  * passed over. Any thread; none waits. */

@@ -1,9 +1,11 @@
 /* Making, running and freeing an engine. */
+#include <math.h>
 #include <string.h>
 
 #include "common/alloc.h"
 #include "common/log.h"
 #include "common/metrics.h"
+#include "common/progress.h"
 #include "router/engine/internal.h"
 
 static moe_status check_config(const moe_engine_config *c, moe_error *err) {
@@ -80,6 +82,24 @@ static int32_t logit_rows_for(const moe_engine *e) {
     return rows < e->config.max_num_batched_tokens ? (int32_t)rows : e->config.max_num_batched_tokens;
 }
 
+typedef struct packing {
+    moe_progress progress;
+    int64_t layers, bytes;
+} packing;
+
+static void show_packing(void *ctx, double fraction) {
+    packing *p = ctx;
+    moe_progress_update(&p->progress, llround(fraction * (double)p->layers), p->layers, (int64_t)((double)p->bytes * fraction));
+}
+
+static moe_status load_base(moe_engine *e, moe_error *err) {
+    packing p = {.layers = e->model->num_layers, .bytes = moe_model_base_bytes(e->config.model)};
+    moe_progress_begin(&p.progress, "packing base weights", "layers", e->config.clock);
+    moe_status status = e->config.backend->ops->base_load(e->config.backend, e->config.model, show_packing, &p, &e->base, err);
+    moe_progress_end(&p.progress);
+    return status;
+}
+
 static moe_status engine_init(moe_engine *e, moe_error *err) {
     moe_backend *backend = e->config.backend;
     e->max_logit_rows = logit_rows_for(e);
@@ -92,7 +112,7 @@ static moe_status engine_init(moe_engine *e, moe_error *err) {
     if (!e->loads || !e->worker_loads || !e->batches || !e->running.items || !e->waiting.items)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     e->running.capacity = e->waiting.capacity = (int32_t)live;
-    moe_status status = backend->ops->base_load(backend, e->config.model, NULL, NULL, &e->base, err);
+    moe_status status = load_base(e, err);
     if (status == MOE_OK) status = backend->ops->kv_create(backend, e->base, e->config.num_kv_blocks, &e->kv, err);
     if (status == MOE_OK) status = moe_kv_blocks_init(&e->blocks, e->config.num_kv_blocks, err);
     if (status == MOE_OK) status = moe_sampler_new(e->model->vocab, &e->sampler, err);

@@ -125,7 +125,7 @@ static void finish_plan(moe_controller *c) {
     for (int32_t i = 0; i < c->jobs.count; i++) {
         if (!moe_load_job_done(c->jobs.items[i])) return;
     }
-    if (moe_controller_now(c) < c->contact_ns + MOE_BOOTSTRAP_LISTEN_NS) return;
+    if (!c->config.new_cluster && moe_controller_now(c) < c->contact_ns + MOE_BOOTSTRAP_LISTEN_NS) return;
     for (int32_t i = 0; i < c->jobs.count; i++) {
         if (moe_job_agrees(c->jobs.items[i], c->plan)) continue;
         const moe_load_job *job = c->jobs.items[i];

@@ -31,6 +31,7 @@ typedef struct moe_controller_config {
     int32_t num_moe_layers, num_experts;
     int32_t replicas;        /* wanted of every expert, 1 to MOE_PLACEMENT_MAX_REPLICAS */
     int32_t initial_workers; /* epoch 1 waits for so many; 0: for room for all replicas, and 2 s without a join */
+    bool new_cluster;        /* nobody can know a map of it yet: the first is published without listening for one */
     moe_placement_kind layout;
     uint64_t layout_seed;
     const char *layout_file;                       /* NULL unless layout is FILE */

@@ -10,7 +10,10 @@ void moe_controller_store_answered(moe_controller *c, moe_status status, const m
     bool up = status == MOE_OK || status == MOE_ABORTED;
     if (c->store_known && up == c->store_up) return;
     if (up) {
-        if (c->store_known) moe_info("the placement store answers again");
+        if (c->store_known) {
+            moe_info("the placement store answers again");
+            c->config.new_cluster = false; /* others may have published meanwhile */
+        }
         c->contact_ns = moe_controller_now(c);
         c->next_leases_ns = 0;
         c->next_renew_ns = 0;
@@ -128,6 +131,7 @@ static void examine_map(moe_controller *c) {
 static void meta_gone(moe_controller *c) {
     if (c->meta_found) {
         moe_warn("the placement store came back empty");
+        c->config.new_cluster = false;
         c->contact_ns = moe_controller_now(c);
         c->next_renew_ns = 0;
     }

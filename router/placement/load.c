@@ -124,6 +124,7 @@ static void start_chunk(moe_load_job *job, moe_peer peer) {
         id->expert = (uint32_t)(job->experts[i] % c->config.num_experts);
         pointers[request.n_experts++] = id;
     }
+    request.following = (uint32_t)(job->num_experts - job->num_loaded) - (uint32_t)request.n_experts;
     moe_error err = {0};
     int64_t deadline = moe_controller_now(c) + MOE_LOAD_TIMEOUT_NS;
     moe_status status =

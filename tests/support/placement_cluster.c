@@ -113,6 +113,7 @@ void pc_router_config(pc_cluster *c, int32_t r, moe_controller_config *out) {
                                    .num_experts = PC_EXPERTS,
                                    .replicas = c->replicas,
                                    .initial_workers = c->initial_workers,
+                                   .new_cluster = c->new_cluster,
                                    .layout = MOE_PLACEMENT_BALANCED,
                                    .state_dir = c->state_dirs[r],
                                    .on_map = on_map,

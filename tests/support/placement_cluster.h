@@ -59,6 +59,7 @@ struct pc_cluster {
     moe_inproc_hub *hub;
     moe_store *store; /* the test's own client */
     int32_t replicas, initial_workers;
+    bool new_cluster; /* told to routers that start from now on */
     bool may_lose_history;
     const char *uuid;
     const char *state_dirs[PC_MAX_ROUTERS]; /* NULL: none */

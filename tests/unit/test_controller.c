@@ -405,6 +405,27 @@ static void test_store_wiped(void **state) {
     pc_close(&cluster);
 }
 
+/* A router that was told that the cluster is new publishes as soon as the experts are loaded; one that was not, or saw the store
+ * lose data, first listens whether another router knows a map. */
+static void test_new_cluster_does_not_listen(void **state) {
+    (void)state;
+    for (int row = 0; row < 3; row++) {
+        pc_open(&cluster, 1, 2);
+        cluster.new_cluster = row > 0;
+        pc_router_start(&cluster, 0);
+        pc_worker_start(&cluster, 0);
+        pc_run_ms(&cluster, 3000);
+        if (row != 1) moe_memory_hub_wipe(cluster.store_hub);
+        pc_run_ms(&cluster, 110); /* the next poll */
+        pc_worker_start(&cluster, 1);
+        pc_run_ms(&cluster, 900);
+        assert_int_equal(cluster.routers[0].epoch, row == 1 ? 1 : 0);
+        pc_run_until(&cluster, pc_settled, 3000);
+        assert_int_equal(cluster.routers[0].epoch, 1);
+        pc_close(&cluster);
+    }
+}
+
 static char old_meta[1024], old_map[1 << 16];
 
 static void copy_key(const char *key, char *out, size_t capacity) {
@@ -761,6 +782,7 @@ int main(void) {
         cmocka_unit_test(test_store_down_and_up),
         cmocka_unit_test(test_no_false_takeover),
         cmocka_unit_test(test_store_wiped),
+        cmocka_unit_test(test_new_cluster_does_not_listen),
         cmocka_unit_test(test_store_older),
         cmocka_unit_test(test_map_lost),
         cmocka_unit_test(test_rejoin_without_store),
