@@ -124,7 +124,8 @@ static moe_status open_node(const bench *b, target *t, moe_error *err) {
                                      .cluster_uuid = t->workers ? t->cluster.file.uuid : NULL,
                                      .id = "bench",
                                      .replicas = 1,
-                                     .initial_workers = t->workers};
+                                     .initial_workers = t->workers,
+                                     .new_cluster = true};
     moe_engine_options(b->options, &config);
     config.threads = t->threads;
     return moe_router_node_open(&config, &t->node, err);
