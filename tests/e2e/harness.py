@@ -2,6 +2,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,8 @@ class Cluster:
                 print("--- serve log:\n" + f.read()[-6000:])
             if isinstance(kind, BaseException):
                 raise kind
+        else:
+            shutil.rmtree(self.dir, ignore_errors=True)
 
     def log_text(self):
         with open(self.log_path, encoding="utf-8", errors="replace") as f:
