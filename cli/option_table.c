@@ -102,8 +102,9 @@ static const moe_option_row rows[] = {
      "tokens of one micro-batch; longer prompts are prefilled in chunks"},
     {"max-waiting", INT, ENGINES, "Performance", "1024", 1, 1 << 20, NULL, "N",
      "requests queued before more are refused with 429"},
-    {"micro-batches", INT, ENGINES, "Performance", "2", 1, 8, NULL, "N",
-     "micro-batches in flight: while one waits for experts another computes attention"},
+    {"micro-batches", INT, ENGINES, "Performance", "0", 0, 8, NULL, "N",
+     "micro-batches in flight: while one waits for experts another computes attention; 0: 2, or 1 where the experts are in the "
+     "router's process"},
     {"kv-cache-memory", BYTES, ENGINES, "Performance", "256MiB", 1, MAX_BYTES, NULL, "SIZE", "memory for keys and values"},
 
     {"shutdown-timeout", DURATION, NODES, "Operation", "30s", 0, 86400, NULL, "TIME",

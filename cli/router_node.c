@@ -110,7 +110,7 @@ static moe_status open_embedded(moe_router_node *n, moe_error *err) {
     if (status == MOE_OK) status = moe_inproc_open(n->hub, &n->engine_transport, err);
     if (status == MOE_OK) status = moe_inproc_open(n->hub, &n->controller_transport, err);
     if (status == MOE_OK) status = moe_memory_open(n->memory, &n->store, err);
-    if (status == MOE_OK) status = moe_inproc_open(n->hub, &transport, err);
+    if (status == MOE_OK) status = moe_inproc_open_beside(n->engine_transport, &transport, err);
     if (status == MOE_OK) status = moe_memory_open(n->memory, &store, err);
     if (status != MOE_OK || n->model->config.num_moe_layers == 0) {
         if (store) store->ops->close(store);
@@ -126,7 +126,8 @@ static moe_status open_embedded(moe_router_node *n, moe_error *err) {
                                      .id = "w0",
                                      .cluster_uuid = n->cluster_uuid,
                                      .max_queued_calls = MOE_WORKER_MAX_QUEUED_CALLS,
-                                     .max_batch_rows = MOE_WORKER_MAX_BATCH_ROWS};
+                                     .max_batch_rows = MOE_WORKER_MAX_BATCH_ROWS,
+                                     .stepped = true};
     return moe_worker_node_open(&worker, &n->worker, err);
 }
 
@@ -174,6 +175,13 @@ static int32_t kv_blocks(const moe_router_node *n, int32_t max_model_len) {
     return blocks < INT32_MAX ? (int32_t)blocks : INT32_MAX;
 }
 
+/* A second micro-batch hides the wait for other processes; with the experts in this one it only makes batches smaller. */
+static int32_t micro_batches(const moe_router_node *n) {
+    return n->config.micro_batches ? n->config.micro_batches : n->config.embedded ? 1 : 2;
+}
+
+static bool step_local_worker(void *worker) { return moe_worker_node_step(worker); }
+
 static moe_status open_engine(moe_router_node *n, moe_error *err) {
     const moe_router_node_config *c = &n->config;
     int32_t longest = c->max_model_len ? c->max_model_len : n->model->config.max_positions;
@@ -195,11 +203,13 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .max_num_batched_tokens = c->max_num_batched_tokens,
                                 .max_model_len = longest,
                                 .max_waiting = c->max_waiting,
-                                .micro_batches = c->micro_batches,
+                                .micro_batches = micro_batches(n),
                                 .num_kv_blocks = kv_blocks(n, longest),
                                 .replica_wait_ns = c->replica_wait_ns,
                                 .call_timeout_ns = MOE_CALL_TIMEOUT_NS,
-                                .suspect_after_ns = MOE_SUSPECT_AFTER_NS};
+                                .suspect_after_ns = MOE_SUSPECT_AFTER_NS,
+                                .step_local_worker = n->worker ? step_local_worker : NULL,
+                                .local_worker = n->worker};
     moe_status status = moe_engine_new(&config, &n->engine, err);
     if (status != MOE_OK) return status;
     n->inference = (moe_inference){.ops = moe_inference_engine_ops(),

@@ -23,7 +23,8 @@ typedef struct moe_router_node_config {
 
     moe_gating gating;
     moe_combine_mode combine;
-    int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_waiting, micro_batches; /* max_model_len 0: the model's */
+    int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_waiting;
+    int32_t micro_batches; /* 0: 1 where embedded, else 2 */
     int64_t kv_cache_bytes;
     int64_t replica_wait_ns;
     int32_t replicas, initial_workers;

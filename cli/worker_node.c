@@ -46,7 +46,7 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                 .max_queued_calls = c->max_queued_calls,
                                 .max_batch_rows = c->max_batch_rows};
     status = moe_worker_new(&worker, &n->worker, err);
-    if (status == MOE_OK) status = moe_worker_start(n->worker, err);
+    if (status == MOE_OK && !c->stepped) status = moe_worker_start(n->worker, err);
     if (status != MOE_OK) return status;
     moe_registration_config registration = {.store = n->store,
                                             .clock = worker.clock,
@@ -77,6 +77,12 @@ moe_status moe_worker_node_open(const moe_worker_node_config *config, moe_worker
     moe_status status = start(n, config, err);
     if (status != MOE_OK) moe_worker_node_close(out);
     return status;
+}
+
+bool moe_worker_node_step(moe_worker_node *n) {
+    moe_error err;
+    if (moe_worker_step(n->worker, 0, &err) != MOE_OK) moe_error_log("worker %s: %s", n->id, err.message);
+    return moe_worker_has_work(n->worker);
 }
 
 void moe_worker_node_close(moe_worker_node **node) {

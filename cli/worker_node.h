@@ -19,10 +19,14 @@ typedef struct moe_worker_node_config {
     const char *id, *cluster_uuid;
     int32_t max_queued_calls, max_batch_rows;
     int64_t capacity_experts; /* 0: no limit */
+    bool stepped;             /* no thread of its own: moe_worker_node_step is called instead */
 } moe_worker_node_config;
 
 /* Listens, starts the worker's thread and the registration's. Strings are copied. */
 moe_status moe_worker_node_open(const moe_worker_node_config *config, moe_worker_node **out, moe_error *err);
+/* Of a `stepped` worker, always from one thread: handles what arrived and computes what is brief; never waits. True when it has
+ * more to do at once. */
+bool moe_worker_node_step(moe_worker_node *node);
 /* Leaves the registry, then stops. NULLs; idempotent. */
 void moe_worker_node_close(moe_worker_node **node);
 

@@ -13,6 +13,7 @@
 
 #define MAX_THREADS 1024
 #define PROFILE_BYTES 48
+#define BRIEF_WORK (INT64_C(1) << 26) /* multiply-adds that a job may take on its submitter's thread: some 1 to 5 ms */
 
 typedef struct cpu_backend {
     moe_backend public; /* first: a moe_backend * is a cpu_backend * */
@@ -92,7 +93,8 @@ static moe_status segment_work(const moe_cpu_run *run, void *backend, const void
 }
 
 static void segment_submit(moe_backend *b, moe_base *base, const moe_segment *segment, moe_job *job) {
-    moe_cpu_runner_submit(cpu_of(b)->runner, segment_work, b, base, segment, job);
+    bool brief = moe_cpu_segment_multiply_adds(base, segment) <= BRIEF_WORK;
+    moe_cpu_runner_submit(cpu_of(b)->runner, segment_work, b, base, segment, brief, job);
 }
 
 static moe_status expert_load(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
@@ -123,7 +125,8 @@ static moe_status ffn_work(const moe_cpu_run *run, void *backend, const void *ba
 }
 
 static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job) {
-    moe_cpu_runner_submit(cpu_of(b)->runner, ffn_work, b, NULL, batch, job);
+    bool brief = moe_cpu_ffn_multiply_adds(batch) <= BRIEF_WORK;
+    moe_cpu_runner_submit(cpu_of(b)->runner, ffn_work, b, NULL, batch, brief, job);
 }
 
 static const moe_backend_ops common_ops = {

@@ -171,6 +171,12 @@ static void fill_parts(const moe_ffn_batch *batch, int64_t hidden, const batch_m
     }
 }
 
+int64_t moe_cpu_ffn_multiply_adds(const moe_ffn_batch *batch) {
+    if (batch->num_groups == 0) return 0;
+    const moe_cpu_ffn *ffn = &batch->groups[0].expert->ffn;
+    return (int64_t)3 * batch->num_assignments * ffn->hidden * ffn->intermediate;
+}
+
 moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_cpu_scratch_list *list, const moe_cpu_run *run,
                              const moe_ffn_batch *batch, moe_error *err) {
     MOE_ASSERT(moe_ffn_slice_legal(batch->block_lo, batch->block_hi));

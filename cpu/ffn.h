@@ -29,6 +29,9 @@ int64_t moe_cpu_ffn_bytes(const moe_cpu_ffn *ffn);
 /* Computes all parts, in parallel over parts, rows and outputs. */
 void moe_cpu_ffn_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_cpu_ffn_part *parts, int32_t num_parts);
 
+/* Multiply-adds of a batch, the whole width taken. */
+int64_t moe_cpu_ffn_multiply_adds(const moe_ffn_batch *batch);
+
 /* moe_ffn_batch as backend.h defines it. RESOURCE_EXHAUSTED: out of memory. */
 moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_cpu_scratch_list *scratch, const moe_cpu_run *run,
                              const moe_ffn_batch *batch, moe_error *err);

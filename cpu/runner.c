@@ -20,7 +20,8 @@ struct moe_cpu_runner {
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    item *first, **last; /* guarded by mutex, as is stop */
+    item *first, **last; /* guarded by mutex, as are the next two */
+    bool busy;           /* a job runs, on whichever thread */
     bool stop;
 };
 
@@ -40,16 +41,25 @@ static void run(moe_cpu_runner *runner, const item *i) {
     finish(i->job, status, err.message);
 }
 
+/* The next job, once no other runs; NULL: the runner stops and the queue is empty. */
 static item *next_item(moe_cpu_runner *runner) {
     pthread_mutex_lock(&runner->mutex);
-    while (!runner->first && !runner->stop) pthread_cond_wait(&runner->wake, &runner->mutex);
+    while (runner->first ? runner->busy : !runner->stop) pthread_cond_wait(&runner->wake, &runner->mutex);
     item *i = runner->first;
     if (i) {
         runner->first = i->next;
         if (!runner->first) runner->last = &runner->first;
+        runner->busy = true;
     }
     pthread_mutex_unlock(&runner->mutex);
     return i;
+}
+
+static void end_busy(moe_cpu_runner *runner) {
+    pthread_mutex_lock(&runner->mutex);
+    runner->busy = false;
+    if (runner->first) pthread_cond_signal(&runner->wake);
+    pthread_mutex_unlock(&runner->mutex);
 }
 
 static void *runner_main(void *arg) {
@@ -57,17 +67,39 @@ static void *runner_main(void *arg) {
     item *i;
     while ((i = next_item(runner))) {
         run(runner, i);
+        end_busy(runner);
         moe_free(i);
     }
     return NULL;
 }
 
+static bool become_busy(moe_cpu_runner *runner) {
+    pthread_mutex_lock(&runner->mutex);
+    bool idle = !runner->busy && !runner->first;
+    if (idle) runner->busy = true;
+    pthread_mutex_unlock(&runner->mutex);
+    return idle;
+}
+
+static void queue(moe_cpu_runner *runner, item *i) {
+    pthread_mutex_lock(&runner->mutex);
+    *runner->last = i;
+    runner->last = &i->next;
+    if (!runner->busy) pthread_cond_signal(&runner->wake);
+    pthread_mutex_unlock(&runner->mutex);
+}
+
 void moe_cpu_runner_submit(moe_cpu_runner *runner, moe_cpu_work work, void *backend, const void *base, const void *request,
-                           moe_job *job) {
+                           bool brief, moe_job *job) {
     item inside = {.work = work, .backend = backend, .base = base, .request = request, .job = job};
     atomic_store(&job->progress, 0);
     if (!runner->has_thread) {
         run(runner, &inside);
+        return;
+    }
+    if (brief && become_busy(runner)) {
+        run(runner, &inside);
+        end_busy(runner);
         return;
     }
     item *i = moe_calloc(1, sizeof *i);
@@ -77,11 +109,7 @@ void moe_cpu_runner_submit(moe_cpu_runner *runner, moe_cpu_work work, void *back
         return;
     }
     *i = inside;
-    pthread_mutex_lock(&runner->mutex);
-    *runner->last = i;
-    runner->last = &i->next;
-    pthread_cond_signal(&runner->wake);
-    pthread_mutex_unlock(&runner->mutex);
+    queue(runner, i);
 }
 
 moe_status moe_cpu_runner_open(int32_t threads, moe_cpu_runner **out, moe_error *err) {

@@ -1,4 +1,5 @@
-/* Runs submitted jobs one after another on a thread of its own, each with parallel loops over the pool. */
+/* Runs submitted jobs one after another, each with parallel loops over the pool: brief ones on the submitter's thread, because
+ * waking another one costs more than they do; the others on a thread of its own. */
 #pragma once
 #include "common/backend.h"
 #include "cpu/pool.h"
@@ -21,6 +22,7 @@ moe_status moe_cpu_runner_open(int32_t threads, moe_cpu_runner **out, moe_error 
 void moe_cpu_runner_close(moe_cpu_runner **runner);
 
 /* Runs work(run, backend, base, request) and then job->done; any thread, any number of submitters, first come first served.
- * With threads = 0 both happen before this returns, on the caller's thread. */
+ * With threads = 0 both happen before this returns, on the caller's thread; so they do for `brief` work when no other job runs or
+ * waits. */
 void moe_cpu_runner_submit(moe_cpu_runner *runner, moe_cpu_work work, void *backend, const void *base, const void *request,
-                           moe_job *job);
+                           bool brief, moe_job *job);

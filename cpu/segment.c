@@ -298,3 +298,21 @@ moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, const moe_cpu_run
     run->job->logits_ns = moe_now_ns(moe_clock_real()) - start_ns;
     return MOE_OK;
 }
+
+static int64_t matrix_size(const moe_cpu_matrix *m) { return (int64_t)m->n * m->k; }
+
+int64_t moe_cpu_segment_multiply_adds(const moe_base *base, const moe_segment *segment) {
+    const moe_model_config *c = &base->model->config;
+    int32_t first = segment->index == 0 ? 0 : c->moe_layers[segment->index - 1];
+    int32_t last = segment->index == c->num_moe_layers ? c->num_layers - 1 : c->moe_layers[segment->index];
+    int64_t weights = 0, positions = 0;
+    for (int32_t i = first; i <= last; i++) {
+        const moe_cpu_layer *layer = &base->layers[i];
+        weights += matrix_size(&layer->qkv) + matrix_size(&layer->o);
+        weights += 3 * (matrix_size(&layer->dense.gate) + matrix_size(&layer->shared.gate));
+    }
+    for (int32_t r = 0; r < segment->num_rows; r++) positions += segment->positions[r] + 1;
+    int64_t attention = positions * (last - first + 1) * c->num_heads * c->head_dim * 2;
+    int64_t logits = segment->index == c->num_moe_layers ? segment->num_logit_rows * matrix_size(&base->lm_head) : 0;
+    return segment->num_rows * weights + attention + logits;
+}

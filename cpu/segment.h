@@ -6,6 +6,9 @@
 moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_base *base,
                                const moe_segment *segment, moe_error *err);
 
+/* About how many multiply-adds a segment takes. */
+int64_t moe_cpu_segment_multiply_adds(const moe_base *base, const moe_segment *segment);
+
 /* y = x @ w^T (+ bias) over all outputs, in parallel over rows and outputs. */
 void moe_cpu_linear_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_cpu_matrix *w, const float *bias,
                         const float *x, int32_t rows, float *y);

@@ -76,7 +76,7 @@ static void on_job_done(moe_job *job) {
     /* The wake is inside the lock, so that whoever sees job_done may free batcher and transport. */
     pthread_mutex_lock(&b->mutex);
     b->job_done = true;
-    b->config.transport->ops->wake(b->config.transport);
+    if (!pthread_equal(pthread_self(), b->submitter)) b->config.transport->ops->wake(b->config.transport);
     pthread_cond_signal(&b->ended);
     pthread_mutex_unlock(&b->mutex);
 }
@@ -162,7 +162,8 @@ static void start_next(moe_batcher *b) {
     b->running = b->next;
     b->next = 1 - b->running;
     b->busy = true;
-    b->job_done = false; /* no job, so no other thread */
+    b->submitter = pthread_self(); /* this and the next: no job, so no other thread */
+    b->job_done = false;
     b->job.done = on_job_done;
     b->job.owner = b;
     b->job.compute_ns = 0;
@@ -196,7 +197,8 @@ bool moe_batcher_turn(moe_batcher *b) {
         return false;
     }
     start_next(b);
-    return b->busy ? job_done(b) : b->num_queued > 0;
+    if (b->busy && job_done(b)) end_running(b); /* it was computed inside the submission */
+    return !b->busy && b->num_queued > 0;
 }
 
 uint64_t moe_batcher_progress(const moe_batcher *b) {

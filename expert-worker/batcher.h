@@ -27,7 +27,8 @@ typedef struct moe_batcher {
     moe_job job;
     pthread_mutex_t mutex;
     pthread_cond_t ended;
-    bool job_done; /* guarded by mutex */
+    bool job_done;       /* guarded by mutex */
+    pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
 
     uint64_t ticks; /* of jobs that ended */
     uint64_t calls, rows, compute_ns, expired;

@@ -106,6 +106,10 @@ void moe_worker_get_view(moe_worker *w, moe_worker_view *out) {
     pthread_mutex_unlock(&w->view_mutex);
 }
 
+bool moe_worker_has_work(const moe_worker *w) {
+    return !TAILQ_EMPTY(&w->control.loads) || (!w->batcher.busy && w->batcher.num_queued > 0);
+}
+
 static void *run(void *ctx) {
     moe_worker *w = ctx;
     moe_error err;

@@ -25,6 +25,8 @@ void moe_worker_free(moe_worker **worker);
 /* Handles what arrived, starts and finishes batches, loads some of the experts asked for; waits at most until deadline_ns when
  * idle. Fails only where the transport does. */
 moe_status moe_worker_step(moe_worker *worker, int64_t deadline_ns, moe_error *err);
+/* Of the thread that calls step: true when a step has something to do without a new event. */
+bool moe_worker_has_work(const moe_worker *worker);
 moe_status moe_worker_start(moe_worker *worker, moe_error *err); /* step in a thread of its own; RESOURCE_EXHAUSTED */
 void moe_worker_stop(moe_worker *worker);                        /* joins that thread; idempotent */
 

@@ -220,7 +220,7 @@ static void inproc_wake(moe_transport *t) {
     inproc_transport *transport = self(t);
     pthread_mutex_lock(&transport->hub->mutex);
     transport->woken = true;
-    pthread_cond_signal(&transport->changed);
+    moe_inproc_signal(transport);
     pthread_mutex_unlock(&transport->hub->mutex);
 }
 
@@ -253,4 +253,10 @@ moe_status moe_inproc_open(moe_inproc_hub *hub, moe_transport **out, moe_error *
     pthread_mutex_unlock(&hub->mutex);
     *out = &transport->base;
     return MOE_OK;
+}
+
+moe_status moe_inproc_open_beside(moe_transport *sibling, moe_transport **out, moe_error *err) {
+    moe_status status = moe_inproc_open(self(sibling)->hub, out, err);
+    if (status == MOE_OK) self(*out)->sibling = self(sibling);
+    return status;
 }

@@ -26,6 +26,10 @@ void moe_inproc_hub_free(moe_inproc_hub **hub); /* after all its transports; NUL
  * disconnects. RESOURCE_EXHAUSTED from poll: out of memory while connecting; the next poll tries again. */
 moe_status moe_inproc_open(moe_inproc_hub *hub, moe_transport **out, moe_error *err);
 
+/* A transport for the same thread as `sibling`'s: whatever wakes its poll wakes the sibling's, too, so that one sleep covers both.
+ * `sibling` must outlive it. */
+moe_status moe_inproc_open_beside(moe_transport *sibling, moe_transport **out, moe_error *err);
+
 /* The functions below may be called from any thread. */
 
 void moe_inproc_set_faults(moe_inproc_hub *hub, const moe_inproc_faults *faults); /* for all later messages */

@@ -61,7 +61,7 @@ inproc_transport *moe_inproc_find_listener(moe_inproc_hub *hub, const char *endp
 
 void moe_inproc_topology_changed(moe_inproc_hub *hub) {
     hub->topology++;
-    for (inproc_transport *t = hub->transports; t; t = t->next) pthread_cond_signal(&t->changed);
+    for (inproc_transport *t = hub->transports; t; t = t->next) moe_inproc_signal(t);
 }
 
 /* Loses what is on the way in a session that goes on. */

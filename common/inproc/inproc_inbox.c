@@ -63,6 +63,13 @@ static void unlink_delivery(inproc_transport *to, inproc_delivery *delivery) {
     *(delivery->next ? &delivery->next->previous : &to->last) = delivery->previous;
 }
 
+void moe_inproc_signal(inproc_transport *transport) {
+    pthread_cond_signal(&transport->changed);
+    if (!transport->sibling) return;
+    transport->sibling->woken = true;
+    pthread_cond_signal(&transport->sibling->changed);
+}
+
 void moe_inproc_inbox_put(inproc_session *session, int side, inproc_delivery *delivery, int64_t due_ns) {
     inproc_end *end = &session->ends[side];
     if (due_ns > end->last_due_ns) end->last_due_ns = due_ns;
@@ -73,7 +80,7 @@ void moe_inproc_inbox_put(inproc_session *session, int side, inproc_delivery *de
     session->references++;
     end->queued_bytes += delivery->cost_bytes;
     link_delivery(end->transport, delivery);
-    pthread_cond_signal(&end->transport->changed);
+    moe_inproc_signal(end->transport);
 }
 
 void moe_inproc_inbox_remove(inproc_transport *transport, inproc_delivery *delivery) {

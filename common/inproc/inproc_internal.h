@@ -55,6 +55,7 @@ struct inproc_transport {
     moe_transport base;
     moe_inproc_hub *hub;
     inproc_transport *next;             /* in the hub's list */
+    inproc_transport *sibling;          /* woken with this one, or NULL */
     pthread_cond_t changed;             /* something was put into the inbox, or woken, or the topology changed */
     bool woken;                         /* by wake, until the next return of poll */
     char listening[MOE_ENDPOINT_BYTES]; /* "" while not listening */
@@ -98,6 +99,7 @@ void moe_inproc_end_close(inproc_session *session, int side);
 inproc_session *moe_inproc_find_session(const inproc_transport *transport, moe_peer peer, int *side);
 
 /* inproc_inbox.c */
+void moe_inproc_signal(inproc_transport *transport); /* its poll, and its sibling's, look again */
 void moe_inproc_session_release(inproc_session *session);
 void moe_inproc_delivery_free(inproc_delivery *delivery); /* NULL is allowed; releases the session */
 /* Takes `delivery` into the inbox of session->ends[side] and wakes its owner; due at due_ns, and after all sent before it. */

@@ -198,6 +198,7 @@ static bool advance_all(moe_engine *e) {
 
 /* How long this step may sleep: a while when only timers matter, not at all past the caller's deadline. */
 static int64_t sleep_until(const moe_engine *e, int64_t deadline_ns) {
+    if (e->local_work) return 0;
     int64_t until = deadline_ns;
     bool busy = e->config.num_transports > 1;
     for (int32_t i = 0; i < e->config.micro_batches; i++) busy = busy || e->batches[i].state == BATCH_EXPERTS;
@@ -213,6 +214,7 @@ moe_status moe_engine_step(moe_engine *e, int64_t deadline_ns, moe_error *err) {
     inbox_take(e);
     workers_forgive(e, engine_now(e));
     while (advance_all(e)) continue;
+    if (e->config.step_local_worker) e->local_work = e->config.step_local_worker(e->config.local_worker);
     view_refresh(e, engine_now(e));
     return status;
 }

@@ -31,6 +31,10 @@ typedef struct moe_engine_config {
     int64_t replica_wait_ns;  /* how long a step waits when an expert has no live replica */
     int64_t call_timeout_ns;  /* budget of one layer's expert calls, retries included */
     int64_t suspect_after_ns; /* silence of a worker with calls outstanding */
+    /* Of a worker in this process without a thread of its own (NULL: there is none): called in each step, before it sleeps; true
+     * when it has more to do at once. What arrives for it must wake transports[0]. */
+    bool (*step_local_worker)(void *ctx);
+    void *local_worker;
 } moe_engine_config;
 
 moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe_error *err);

@@ -127,6 +127,7 @@ struct micro_batch {
     moe_segment segment;
     moe_job job;
     _Atomic bool job_done;
+    pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
     moe_route route, next_route, spare_route; /* [max rows, top_k] each */
     bool have_next_route;                     /* next_route predicts or decides the layer to come */
     float *activations;                       /* [max rows, H] */
@@ -207,6 +208,7 @@ struct moe_engine {
 
     int64_t viewed_ns;
     bool view_dirty;
+    bool local_work; /* the local worker has more to do at once */
     pthread_t thread;
     bool started;
     _Atomic bool stopping;

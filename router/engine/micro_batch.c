@@ -8,8 +8,9 @@
 static void job_done(moe_job *job) {
     micro_batch *b = job->owner;
     moe_engine *e = b->engine;
-    atomic_store(&b->job_done, true);
-    moe_rpc_wake(e->channels[0].rpc);
+    bool inside_submit = pthread_equal(pthread_self(), b->submitter);
+    atomic_store(&b->job_done, true); /* from here on the engine may use `b` anew */
+    if (!inside_submit) moe_rpc_wake(e->channels[0].rpc);
 }
 
 static bool route_alloc(moe_route *route, size_t count) {
@@ -104,6 +105,7 @@ static void submit_segment(micro_batch *b, int32_t index) {
     b->job = (moe_job){.done = job_done, .owner = b};
     b->stage_began_ns = engine_now(e);
     b->state = BATCH_SEGMENT;
+    b->submitter = pthread_self();
     atomic_store(&b->job_done, false);
     e->config.backend->ops->segment_submit(e->config.backend, e->base, s, &b->job);
 }

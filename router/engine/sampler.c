@@ -74,11 +74,46 @@ static void apply_penalties(moe_sampler *s, const moe_sample_input *in) {
     }
 }
 
+#define SCAN_LANES 16 /* maxima kept side by side, so that the compiler can use vectors: done for every token of every request \
+                       */
+
+/* *max: the greatest logit. False where one is NaN or +infinity. */
+static bool scan_logits(const float *logits, int32_t count, float *max) {
+    float greatest[SCAN_LANES];
+    int32_t good[SCAN_LANES] = {0}, num_good = 0, i = 0;
+    for (int l = 0; l < SCAN_LANES; l++) greatest[l] = -INFINITY;
+    for (; i + SCAN_LANES <= count; i += SCAN_LANES) {
+        for (int l = 0; l < SCAN_LANES; l++) greatest[l] = logits[i + l] > greatest[l] ? logits[i + l] : greatest[l];
+        for (int l = 0; l < SCAN_LANES; l++) good[l] += logits[i + l] < INFINITY;
+    }
+    for (; i < count; i++) {
+        greatest[0] = logits[i] > greatest[0] ? logits[i] : greatest[0];
+        num_good += logits[i] < INFINITY;
+    }
+    *max = -INFINITY;
+    for (int l = 0; l < SCAN_LANES; l++) {
+        if (greatest[l] > *max) *max = greatest[l];
+        num_good += good[l];
+    }
+    return num_good == count;
+}
+
+static moe_status check_logits(const float *logits, int32_t count, float *max, moe_error *err) {
+    if (!scan_logits(logits, count, max)) {
+        int32_t i = 0;
+        while (i < count && logits[i] < INFINITY) i++;
+        return moe_fail(err, MOE_INTERNAL, "the logit of token %d is not finite", i);
+    }
+    return *max > -INFINITY ? MOE_OK : moe_fail(err, MOE_INTERNAL, "no token has a finite logit");
+}
+
+/* The first of the greatest. */
 static int32_t argmax(const float *logits, int32_t count) {
-    int32_t best = 0;
-    for (int32_t i = 1; i < count; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
+    float max;
+    scan_logits(logits, count, &max);
+    int32_t i = 0;
+    while (i + 1 < count && logits[i] != max) i++;
+    return i;
 }
 
 /* Likeliest first, equal ones by ascending id: a total order, so that results do not depend on how it is found. */
@@ -186,16 +221,6 @@ static int32_t sample(moe_sampler *s, const moe_sample_input *in, float max) {
     return draw(s, count, uniform(p->seed, in->num_tokens - in->num_prompt));
 }
 
-static moe_status check_logits(const float *logits, int32_t count, moe_error *err) {
-    bool any = false;
-    for (int32_t i = 0; i < count; i++) {
-        if (isnan(logits[i]) || logits[i] == INFINITY)
-            return moe_fail(err, MOE_INTERNAL, "the logit of token %d is not finite", i);
-        any = any || logits[i] != -INFINITY;
-    }
-    return any ? MOE_OK : moe_fail(err, MOE_INTERNAL, "no token has a finite logit");
-}
-
 /* s->logits = the raw logits with everything applied that comes before the temperature. */
 static moe_status adjust_logits(moe_sampler *s, const moe_sample_input *in, moe_error *err) {
     const moe_sampling_params *p = in->params;
@@ -215,7 +240,8 @@ static moe_status adjust_logits(moe_sampler *s, const moe_sample_input *in, moe_
 
 moe_status moe_sampler_sample(moe_sampler *s, const moe_sample_input *in, int32_t *token, moe_token_logprobs *logprobs,
                               moe_error *err) {
-    moe_status status = check_logits(in->logits, s->vocab, err);
+    float max;
+    moe_status status = check_logits(in->logits, s->vocab, &max, err);
     if (status == MOE_OK) status = adjust_logits(s, in, err);
     if (status != MOE_OK) return status;
     int32_t best = argmax(s->logits, s->vocab);
@@ -227,9 +253,9 @@ moe_status moe_sampler_sample(moe_sampler *s, const moe_sample_input *in, int32_
 
 moe_status moe_sampler_logprobs(moe_sampler *s, const float *logits, int32_t target, int32_t num_top, moe_token_logprobs *out,
                                 moe_error *err) {
-    moe_status status = check_logits(logits, s->vocab, err);
+    float max;
+    moe_status status = check_logits(logits, s->vocab, &max, err);
     if (status != MOE_OK) return status;
-    float max = logits[argmax(logits, s->vocab)];
     double sum = 0;
     int32_t rank = 1;
     for (int32_t i = 0; i < s->vocab; i++) {

@@ -55,6 +55,7 @@ typedef struct request {
     sem_t done;
     moe_cpu_runner *runner;
     struct request *then; /* submitted by this one's done */
+    bool brief;
 } request;
 
 static void add_square(void *ctx, int32_t index, int32_t thread) {
@@ -71,7 +72,7 @@ static moe_status work(const moe_cpu_run *run, void *backend, const void *base, 
     return MOE_OK;
 }
 
-static void submit(request *r) { moe_cpu_runner_submit(r->runner, work, (void *)&add_square, r, r, &r->job); }
+static void submit(request *r) { moe_cpu_runner_submit(r->runner, work, (void *)&add_square, r, r, r->brief, &r->job); }
 
 static void done(moe_job *job) {
     request *r = job->owner;
@@ -99,6 +100,8 @@ static void *submitter(void *arg) {
         make(&pair[0], arg, i);
         make(&pair[1], arg, 2 * i);
         pair[0].then = &pair[1];
+        pair[0].brief = i % 3 == 0;
+        pair[1].brief = i % 2 == 0;
         submit(&pair[0]);
         wait_and_check(&pair[0]);
         wait_and_check(&pair[1]);
@@ -131,6 +134,22 @@ static void without_threads_done_comes_inside_submit(void **state) {
     sem_post(&r.done);
     wait_and_check(&r);
     moe_cpu_runner_close(&runner);
+}
+
+static void brief_work_runs_inside_submit(void **state) {
+    (void)state;
+    for (int32_t threads = 1; threads < 4; threads++) {
+        moe_cpu_runner *runner;
+        request r;
+        assert_int_equal(moe_cpu_runner_open(threads, &runner, NULL), MOE_OK);
+        make(&r, runner, 100);
+        r.brief = true;
+        submit(&r);
+        assert_int_equal(sem_trywait(&r.done), 0);
+        sem_post(&r.done);
+        wait_and_check(&r);
+        moe_cpu_runner_close(&runner);
+    }
 }
 
 static void a_failure_is_reported(void **state) {
@@ -169,7 +188,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_index_once),      cmocka_unit_test(several_submitters),
         cmocka_unit_test(a_failure_is_reported), cmocka_unit_test(without_threads_done_comes_inside_submit),
-        cmocka_unit_test(close_ends_the_queue),
+        cmocka_unit_test(close_ends_the_queue),  cmocka_unit_test(brief_work_runs_inside_submit),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
