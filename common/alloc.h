@@ -12,7 +12,7 @@ void *moe_calloc(size_t count, size_t size);
 /* Like realloc for count × size bytes; the new part is not zeroed. NULL leaves `old` as it was. */
 void *moe_realloc(void *old, size_t count, size_t size);
 
-/* Zeroed, MOE_ALIGNMENT_BYTES-aligned memory for tensors. */
+/* Zeroed, MOE_ALIGNMENT_BYTES-aligned memory for tensors. The pages of large blocks take no memory until they are touched. */
 void *moe_alloc_aligned(size_t count, size_t size);
 
 char *moe_strdup(const char *text);

@@ -55,11 +55,10 @@ static bool reserve(moe_batch *b, int part, int32_t num, size_t size) {
     moe_batch_memory *m = &b->parts[part];
     size_t bytes = (size_t)num * size; /* both are bounded by what one message can carry */
     if (bytes <= m->bytes) return true;
-    void *grown = moe_alloc_aligned(bytes, 1);
-    if (!grown) return false;
-    moe_free(m->memory);
-    *m = (moe_batch_memory){.memory = grown, .bytes = bytes};
-    return true;
+    moe_free(m->memory); /* first, so that never both are there */
+    m->memory = moe_alloc_aligned(bytes, 1);
+    m->bytes = m->memory ? bytes : 0;
+    return m->memory != NULL;
 }
 
 static bool reserve_all(moe_batch *b, int32_t hidden, int32_t out_rows, int32_t num_experts) {
