@@ -132,7 +132,8 @@ moe_status moe_chat_template_load(const char *dir, const char *fallback, moe_cha
         return moe_fail(err, MOE_INVALID_ARGUMENT, "there is no built-in chat template '%s' (there are %s)", fallback,
                         moe_chat_fallback_names());
     snprintf(path, sizeof path, "%s/tokenizer_config.json", dir);
-    json_t *config = json_load_file(path, 0, &json_error);
+    /* Real files have a "model_max_length" of 10^30, spelled as an integer. */
+    json_t *config = json_load_file(path, JSON_DECODE_INT_AS_REAL, &json_error);
     if (!config && json_error_code(&json_error) != json_error_cannot_open_file)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "%s: line %d: %s", path, json_error.line, json_error.text);
     moe_status status = new_template(out, err);

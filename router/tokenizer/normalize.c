@@ -5,8 +5,7 @@
 
 #include "common/alloc.h"
 #include "router/tokenizer/json_read.h"
-#include "router/tokenizer/unicode.h"
-#include "router/tokenizer/utf8.h"
+#include "router/tokenizer/normalize_form.h"
 
 typedef struct normalizer_row {
     const char *type;
@@ -95,49 +94,9 @@ void moe_normalizer_free(moe_normalizer *normalizer) {
     *normalizer = (moe_normalizer){0};
 }
 
-static moe_status check_combining_runs(const char *text, size_t size, moe_error *err) {
-    int run = 0;
-    for (size_t at = 0; at < size; at += moe_utf8_size((unsigned char)text[at])) {
-        run = moe_combining_class(moe_utf8_code_point(text + at)) ? run + 1 : 0;
-        if (run > MOE_MAX_COMBINING_RUN)
-            return moe_fail(err, MOE_INVALID_ARGUMENT, "the text has more than %d combining marks in a row before byte %zu",
-                            MOE_MAX_COMBINING_RUN, at);
-    }
-    return MOE_OK;
-}
-
-static bool is_ascii(const char *text, size_t size) {
-    for (size_t i = 0; i < size; i++)
-        if ((unsigned char)text[i] >= 0x80) return false;
-    return true;
-}
-
-/* The Unicode normalization forms leave ASCII alone. */
-static moe_status apply_form(int form, const char *text, size_t size, moe_buf *out, moe_error *err) {
-    if (is_ascii(text, size)) {
-        moe_buf_append(out, text, size);
-        return MOE_OK;
-    }
-    moe_status status = check_combining_runs(text, size, err);
-    if (status != MOE_OK) return status;
-    const utf8proc_uint8_t *bytes = (const utf8proc_uint8_t *)text;
-    utf8proc_ssize_t length = utf8proc_decompose(bytes, (utf8proc_ssize_t)size, NULL, 0, (utf8proc_option_t)form);
-    utf8proc_int32_t *points =
-        length < 0 ? NULL : moe_calloc((size_t)length + 1, sizeof *points); /* + 1: reencode ends it by 0 */
-    if (!points) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory normalizing %zu bytes of text", size);
-    length = utf8proc_decompose(bytes, (utf8proc_ssize_t)size, points, length, (utf8proc_option_t)form);
-    if (length >= 0) length = utf8proc_reencode(points, length, (utf8proc_option_t)form);
-    if (length >= 0)
-        moe_buf_append(out, points, (size_t)length);
-    else
-        status = moe_fail(err, MOE_INTERNAL, "normalizing: %s", utf8proc_errmsg(length));
-    moe_free(points);
-    return status;
-}
-
 static moe_status apply_step(const moe_normalizer_step *step, moe_regex_scratch *scratch, const char *text, size_t size,
                              moe_buf *out, moe_error *err) {
-    if (step->kind == MOE_NORMALIZE_FORM) return apply_form(step->form, text, size, out, err);
+    if (step->kind == MOE_NORMALIZE_FORM) return moe_normalize_form(step->form, text, size, out, err);
     if (step->kind == MOE_NORMALIZE_REPLACE) return moe_regex_replace(step->pattern, scratch, text, size, step->text, out, err);
     if (size) moe_buf_append_text(out, step->text);
     moe_buf_append(out, text, size);

@@ -5,8 +5,6 @@
 #include "router/tokenizer/regex.h"
 
 #define MOE_NORMALIZER_MAX_STEPS 16
-/* Canonical ordering takes quadratic time in the length of a run of combining marks; real text has a handful. */
-#define MOE_MAX_COMBINING_RUN 4096
 
 typedef enum moe_normalizer_kind { MOE_NORMALIZE_FORM, MOE_NORMALIZE_PREPEND, MOE_NORMALIZE_REPLACE } moe_normalizer_kind;
 

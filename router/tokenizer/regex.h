@@ -1,8 +1,10 @@
 /* Regular expressions of tokenizer.json (Oniguruma's, Ruby syntax) over PCRE2 with UTF and Unicode properties, compiled by its
  * JIT where there is one.
  *
- * A pattern is translated first, because PCRE2 takes some of Oniguruma's notation to mean something else without complaint; what
- * has no faithful translation (nested classes, &&, \h, \v, inline options other than i, anchors, …) is refused by name. */
+ * A pattern is translated first, because PCRE2 takes some of Oniguruma's notation to mean something else without complaint, and
+ * knows an older Unicode: sets get the characters assigned since (unicode_additions.h), classes with && or with classes inside
+ * become groups. What has no faithful translation (\h, \v, inline options other than i, anchors, …) is refused by name.
+ */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>

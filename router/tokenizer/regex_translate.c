@@ -3,19 +3,26 @@
 #include <string.h>
 
 #include "router/tokenizer/regex.h"
+#include "router/tokenizer/regex_sets.h"
 
-/* Unicode's White_Space; PCRE2's own \s adds U+180E. */
-#define WHITE_SPACE "\\x{9}-\\x{d}\\x{20}\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
-/* PCRE2's own \w lacks marks and connector punctuation. */
-#define WORD "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"
+#define MAX_CLASS_DEPTH 16 /* classes inside classes */
+
+typedef enum class_item { ITEM_NONE, ITEM_CHARACTER, ITEM_RANGE_OPEN, ITEM_RANGE, ITEM_SET } class_item;
+
+/* One operand of && (or the whole of a class without it): a union. */
+typedef struct class_operand {
+    moe_buf simple; /* what PCRE2 takes between brackets */
+    moe_buf others; /* "|x" for each member that it does not: negated sets, classes inside */
+    class_item last;
+} class_operand;
 
 typedef struct translation {
     const char *at, *end;
     const char *whole; /* the pattern, for messages */
     size_t whole_size;
     moe_buf *out;
-    bool in_class;
-    bool after_set; /* inside a class, the item before was a set (\s, \p{L}), with which '-' makes no range */
+    class_operand *operand; /* inside a class; else NULL */
+    int depth;              /* of classes inside classes */
     moe_error *err;
 } translation;
 
@@ -35,43 +42,53 @@ static void copy(translation *t, size_t size) {
     t->at += size;
 }
 
-/* A set of characters: bare inside a class, in brackets of its own outside. */
-static moe_status emit_set(translation *t, const char *set, bool negated) {
-    t->after_set = true;
-    moe_buf_printf(t->out, t->in_class ? "%s%s" : "[%s%s]", negated ? "^" : "", set);
-    t->at++;
+/* A set of characters: in brackets of its own outside of a class, and where it is negated inside of one. Takes the buffer. */
+static moe_status emit_set(translation *t, moe_buf *set, bool negated) {
+    class_operand *operand = t->operand;
+    if (!operand) {
+        moe_buf_printf(t->out, "[%s%s]", negated ? "^" : "", moe_buf_text(set));
+    } else if (negated) {
+        moe_buf_printf(&operand->others, "|[^%s]", moe_buf_text(set));
+    } else {
+        moe_buf_append(&operand->simple, moe_buf_text(set), set->size);
+    }
+    t->out->failed |= set->failed;
+    moe_buf_free(set);
+    if (!operand) return MOE_OK;
+    if (operand->last == ITEM_RANGE_OPEN) return refuse(t, "a range that ends in a set");
+    operand->last = ITEM_SET;
     return MOE_OK;
 }
 
-static bool is_general_category(const char *name, size_t size) {
-    static const char *const minors[] = {"Ccfnos", "Lulmot", "Mcen", "Ndlo", "Pcdefios", "Sckmo", "Zlps"};
-    if (size == 0 || size > 2) return false;
-    for (size_t i = 0; i < sizeof minors / sizeof *minors; i++)
-        if (name[0] == minors[i][0]) return size == 1 || strchr(minors[i] + 1, name[1]) != NULL;
-    return false;
-}
-
-/* \p{Name}: general categories and these binary properties have the same name in both; any other name is a script, which PCRE2
- * would take for Script_Extensions unless told otherwise. */
 static moe_status translate_property(translation *t) {
-    static const char *const binary[] = {"Alphabetic", "White_Space", "Uppercase", "Lowercase", "Ideographic", "Emoji"};
-    const char letter = *t->at++;
+    bool negated = *t->at++ == 'P', complement;
     if (t->at == t->end || *t->at != '{') return refuse(t, "a property without braces");
     const char *name = t->at + 1;
     const char *close = memchr(name, '}', (size_t)(t->end - name));
     if (!close) return refuse(t, "a property without its closing brace");
-    bool negated = close > name && *name == '^';
-    name += negated;
-    int size = (int)(close - name);
-    for (int i = 0; i < size; i++)
-        if (!isalnum((unsigned char)name[i]) && name[i] != '_') return refuse(t, "this spelling of a property");
-    bool same = is_general_category(name, (size_t)size);
-    for (size_t i = 0; i < sizeof binary / sizeof *binary && !same; i++)
-        same = strlen(binary[i]) == (size_t)size && memcmp(binary[i], name, (size_t)size) == 0;
-    moe_buf_printf(t->out, "\\%c{%s%s%.*s}", letter, negated ? "^" : "", same ? "" : "sc:", size, name);
+    if (*name == '^') {
+        negated = !negated;
+        name++;
+    }
+    for (const char *c = name; c < close; c++)
+        if (!isalnum((unsigned char)*c) && *c != '_') return refuse(t, "this spelling of a property");
+    if (name == close) return refuse(t, "a property without a name");
+    moe_buf set = {0};
+    moe_regex_property(name, (size_t)(close - name), &set, &complement);
     t->at = close + 1;
-    t->after_set = true;
-    return MOE_OK;
+    return emit_set(t, &set, negated != complement);
+}
+
+static moe_status translate_set(translation *t, void (*append)(moe_buf *out)) {
+    moe_buf set = {0};
+    bool negated = isupper((unsigned char)*t->at++);
+    append(&set);
+    return emit_set(t, &set, negated);
+}
+
+/* After a character of a class was written. */
+static void character_done(translation *t) {
+    if (t->operand) t->operand->last = t->operand->last == ITEM_RANGE_OPEN ? ITEM_RANGE : ITEM_CHARACTER;
 }
 
 static int hex_digits(const translation *t, const char *at, int most) {
@@ -90,9 +107,9 @@ static moe_status translate_code_point(translation *t) {
                  : t->at[0] == 'u' ? count == 4
                                    : count == 2 && *digits < '8';
     if (!whole) return refuse(t, "this escape (a code point is \\x{H…} or \\uHHHH)");
-    moe_buf_printf(t->out, "\\x{%.*s}", count, digits);
+    moe_buf_printf(t->operand ? &t->operand->simple : t->out, "\\x{%.*s}", count, digits);
     t->at = after + braces;
-    t->after_set = false;
+    character_done(t);
     return MOE_OK;
 }
 
@@ -100,41 +117,129 @@ static moe_status translate_escape(translation *t) {
     t->at++;
     if (t->at == t->end) return refuse(t, "a backslash at the end");
     char c = *t->at;
-    if (c == 's') return emit_set(t, WHITE_SPACE, false);
-    if (c == 'S') return t->in_class ? emit_set(t, "\\S\\x{180e}", false) : emit_set(t, WHITE_SPACE, true);
-    if (c == 'w') return emit_set(t, WORD, false);
-    if (c == 'W' && !t->in_class) return emit_set(t, WORD, true);
-    if (c == 'd') return emit_set(t, "\\p{Nd}", false);
-    if (c == 'D') return emit_set(t, "\\P{Nd}", false);
+    if (c == 's' || c == 'S') return translate_set(t, moe_regex_white_space);
+    if (c == 'w' || c == 'W') return translate_set(t, moe_regex_word);
+    if (c == 'd' || c == 'D') return translate_set(t, moe_regex_digit);
     if (c == 'p' || c == 'P') return translate_property(t);
     if (c == 'x' || c == 'u') return translate_code_point(t);
     if (!strchr("rntf", c) && !ispunct((unsigned char)c)) {
         char name[] = {'\\', c, '\0'};
         return refuse(t, name);
     }
-    moe_buf_append(t->out, "\\", 1);
-    copy(t, 1);
-    t->after_set = false;
+    moe_buf_printf(t->operand ? &t->operand->simple : t->out, "\\%c", c);
+    t->at++;
+    character_done(t);
     return MOE_OK;
+}
+
+/* ---- classes ---- */
+
+/* '-' is a range's only between two characters. */
+static void translate_dash(translation *t) {
+    class_operand *operand = t->operand;
+    bool range = operand->last == ITEM_CHARACTER && t->at + 1 < t->end && t->at[1] != ']';
+    moe_buf_append_text(&operand->simple, range ? "-" : "\\-");
+    t->at++;
+    if (range)
+        operand->last = ITEM_RANGE_OPEN;
+    else if (operand->last != ITEM_SET)
+        character_done(t);
+}
+
+static moe_status translate_class(translation *t);
+
+static moe_status translate_inner_class(translation *t) {
+    class_operand *operand = t->operand;
+    if (next_is(t, "[:")) return refuse(t, "a POSIX bracket");
+    if (operand->last != ITEM_NONE && operand->simple.size && moe_buf_text(&operand->simple)[operand->simple.size - 1] == '-')
+        return refuse(t, "'-' before a class inside a class");
+    moe_buf *outside = t->out;
+    t->out = &operand->others;
+    moe_buf_append_text(t->out, "|");
+    moe_status status = translate_class(t);
+    t->out = outside;
+    t->operand = operand;
+    operand->last = ITEM_SET;
+    return status;
 }
 
 static moe_status translate_in_class(translation *t) {
     if (*t->at == '\\') return translate_escape(t);
-    if (*t->at == '[') return refuse(t, "a class inside a class");
-    if (next_is(t, "&&")) return refuse(t, "the class intersection &&");
-    if (*t->at == ']') t->in_class = false;
-    if (*t->at == '-' && t->after_set) moe_buf_append(t->out, "\\", 1);
-    t->after_set = false;
-    copy(t, 1);
+    if (*t->at == '[') return translate_inner_class(t);
+    if (*t->at == '-') return translate_dash(t), MOE_OK;
+    if (*t->at == '\0') return refuse(t, "a NUL");
+    if (*t->at == '^') moe_buf_append_text(&t->operand->simple, "\\");
+    moe_buf_append(&t->operand->simple, t->at++, 1);
+    if (t->at == t->end || ((unsigned char)*t->at & 0xc0) != 0x80) character_done(t);
     return MOE_OK;
 }
 
-static moe_status open_class(translation *t) {
-    copy(t, next_is(t, "[^") ? 2 : 1);
-    t->in_class = true;
-    t->after_set = false;
-    return t->at < t->end && *t->at == ']' ? refuse(t, "a ']' first in a class") : MOE_OK;
+/* Appends a union as what matches one character of it; the alternatives stand without a group around them. */
+static moe_status finish_operand(translation *t, class_operand *operand, moe_buf *out) {
+    if (operand->last == ITEM_NONE || operand->last == ITEM_RANGE_OPEN) return refuse(t, "an unfinished class");
+    if (operand->simple.size) moe_buf_printf(out, "[%s]", moe_buf_text(&operand->simple));
+    const char *others = moe_buf_text(&operand->others);
+    moe_buf_append_text(out, operand->simple.size || !*others ? others : others + 1);
+    out->failed |= operand->simple.failed || operand->others.failed;
+    return MOE_OK;
 }
+
+/* The operands up to the ']': all but the last as lookaheads in `before`, the last left in *operand. */
+static moe_status translate_operands(translation *t, class_operand *operand, moe_buf *before) {
+    t->operand = operand;
+    while (t->at < t->end && *t->at != ']') {
+        moe_status status = MOE_OK;
+        if (next_is(t, "&&")) {
+            moe_buf_append_text(before, "(?=");
+            status = finish_operand(t, operand, before);
+            moe_buf_append_text(before, ")");
+            moe_buf_clear(&operand->simple);
+            moe_buf_clear(&operand->others);
+            operand->last = ITEM_NONE;
+            t->at += 2;
+        } else {
+            status = translate_in_class(t);
+        }
+        if (status != MOE_OK) return status;
+    }
+    return t->at == t->end ? refuse(t, "a class without its ']'") : MOE_OK;
+}
+
+/* A class is one of PCRE2's where it can be, else a group that matches one character. */
+static moe_status emit_class(translation *t, class_operand *operand, const moe_buf *before, bool negated) {
+    moe_buf *out = t->out;
+    if (!before->size && !operand->others.size && operand->last != ITEM_NONE && operand->last != ITEM_RANGE_OPEN) {
+        moe_buf_printf(out, "[%s%s]", negated ? "^" : "", moe_buf_text(&operand->simple));
+        out->failed |= operand->simple.failed;
+        return MOE_OK;
+    }
+    moe_buf_printf(out, negated ? "(?:(?!%s(?:" : "(?:%s(?:", moe_buf_text(before));
+    moe_status status = finish_operand(t, operand, out);
+    moe_buf_append_text(out, negated ? "))(?s:.))" : "))");
+    out->failed |= before->failed;
+    return status;
+}
+
+static moe_status translate_class(translation *t) {
+    if (t->depth == MAX_CLASS_DEPTH) return refuse(t, "so deep a class");
+    bool negated = next_is(t, "[^");
+    t->at += negated ? 2 : 1;
+    if (t->at < t->end && *t->at == ']') return refuse(t, "a ']' first in a class");
+    class_operand operand = {.last = ITEM_NONE};
+    moe_buf before = {0};
+    t->depth++;
+    moe_status status = translate_operands(t, &operand, &before);
+    if (status == MOE_OK) status = emit_class(t, &operand, &before, negated);
+    t->depth--;
+    t->operand = NULL;
+    t->at += status == MOE_OK;
+    moe_buf_free(&operand.simple);
+    moe_buf_free(&operand.others);
+    moe_buf_free(&before);
+    return status;
+}
+
+/* ---- outside of classes ---- */
 
 static moe_status open_group(translation *t) {
     static const char *const same[] = {"(?:", "(?=", "(?!", "(?<=", "(?<!", "(?>", "(?i:", "(?-i:"};
@@ -167,7 +272,7 @@ static moe_status translate_outside(translation *t) {
         case '\\':
             return translate_escape(t);
         case '[':
-            return open_class(t);
+            return translate_class(t);
         case '(':
             return open_group(t);
         case '{':
@@ -185,7 +290,7 @@ static moe_status translate_outside(translation *t) {
 moe_status moe_regex_translate(const char *pattern, size_t size, moe_buf *out, moe_error *err) {
     translation t = {.at = pattern, .end = pattern + size, .whole = pattern, .whole_size = size, .out = out, .err = err};
     while (t.at < t.end) {
-        moe_status status = t.in_class ? translate_in_class(&t) : translate_outside(&t);
+        moe_status status = translate_outside(&t);
         if (status != MOE_OK) return status;
     }
     return MOE_OK;

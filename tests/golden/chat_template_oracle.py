@@ -7,6 +7,7 @@ router/chat. Needs python3-jinja2.
 
 A case: name, template (or file, in templates/), variables (index), and expected, or error: a text that the message contains.
 """
+import functools
 import json
 import pathlib
 import sys
@@ -64,10 +65,15 @@ def environment():
     return env
 
 
+@functools.cache
+def parsed(template):
+    return environment().from_string(template)
+
+
 def render(template, variables):
     """(text, None, "") or (None, jinja2's message, what our message must contain too)."""
     try:
-        return environment().from_string(template).render(**{"tools": None, "documents": None, **variables}), None, ""
+        return parsed(template).render(**{"tools": None, "documents": None, **variables}), None, ""
     except Raised as error:
         return None, str(error), str(error)
     except Exception as error:  # every failure of a template is a case's result; its wording is jinja2's and Python's own

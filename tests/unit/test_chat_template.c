@@ -112,7 +112,7 @@ static void mutate(const char *source) {
 
 static void test_mutations(void **state) {
     (void)state;
-    static const char *const files[] = {"llama3.jinja",   "qwen3.jinja",   "mistral_tools.jinja",
+    static const char *const files[] = {"llama2.jinja",   "llama3.jinja",  "qwen3.jinja", "mistral_tools.jinja",
                                         "deepseek.jinja", "gpt_oss.jinja", "parts.jinja"};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
         char *source = template_file(files[i]);
@@ -246,6 +246,7 @@ static void test_load(void **state) {
     write_file(
         &dir, "tokenizer_config.json",
         "{\"bos_token\": {\"content\": \"<B>\"}, \"eos_token\": \"<E>\", \"pad_token\": null,"
+        " \"model_max_length\": 1000000000000000019884624838656,"
         " \"chat_template\": [{\"name\": \"tool_use\", \"template\": \"tools {{ tools | length }}\"},"
         " {\"name\": \"default\", \"template\": \"{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}\"}]}");
     loads(dir.path, NULL, hello(), "<B>Hi<E>");

@@ -14,15 +14,19 @@ const { Tokenizer } = requireFrom('tokenizers');
 export const versions = Object.fromEntries(['tokenizers', '@lenml/tokenizers'].map((name) => [
   name, JSON.parse(fs.readFileSync(path.join(modules, name, 'package.json'), 'utf8')).version]));
 
+export function rustOf(file) {
+  const tokenizer = Tokenizer.fromFile(file);
+  return {
+    encode: async (text, special) => (await tokenizer.encode(text, null, { addSpecialTokens: special })).getIds(),
+    decode: (ids, skipSpecial) => tokenizer.decode(ids, skipSpecial),
+  };
+}
+
 export function rust(json) {
   const folder = fs.mkdtempSync(path.join(os.tmpdir(), 'tokenizer-'));
   try {
     fs.writeFileSync(path.join(folder, 'tokenizer.json'), JSON.stringify(json));
-    const tokenizer = Tokenizer.fromFile(path.join(folder, 'tokenizer.json'));
-    return {
-      encode: async (text, special) => (await tokenizer.encode(text, null, { addSpecialTokens: special })).getIds(),
-      decode: (ids, skipSpecial) => tokenizer.decode(ids, skipSpecial),
-    };
+    return rustOf(path.join(folder, 'tokenizer.json'));
   } finally {
     fs.rmSync(folder, { recursive: true });
   }

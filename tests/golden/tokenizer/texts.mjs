@@ -26,11 +26,10 @@ export const oddTexts = [
 // On these JavaScript's \s or its newer Unicode tables differ from Rust's, which decides.
 export const rareTexts = [
   '\u0085', 'a\u0085b', ' \u0085 x', '\ufeff', '\ufeffBOM', 'a\ufeff b', ' \ufeff\n', '\u180e', 'a\u180eb \u180e', '\u0085\ufeff\u180e', '\u1c89\u1c8a', '\ua7cb', '\u{1cce0}',
+  // assigned in Unicode 15 to 16: letters, a mark, digits, punctuation, symbols, ideographs
+  '\u{10d50}\u{10d70}\u{10d6a}', ' \u{1e4d0}\u{1e4f3}\u{1e030}', '\u{11bf1}\u{11be1}\u{1fadc}', 'a\u{2ebf0}\u{31350}\u{323af} \u{2ee5d}', '\u{1171e}\u{1b132}\u{1b155}',
 ];
-export const rareCharacters = /[\u0085\ufeff\u180e\u1c89\u1c8a\ua7cb\u{1cce0}]/u;
-
-// The reference's normalizers have older tables than ours; these characters are newer and compose, decompose or reorder.
-export const notNormalized = /[\u0898-\u089f\u08ca-\u08d2\u0c3c\u1abf-\u1ace\u1dfa\u32ff\ua7f2-\ua7f4\uab68-\uab6b\u{10f46}-\u{10f50}\u{1f16a}-\u{1f16c}\u{1fbf0}-\u{1fbf9}\u{10780}-\u{107ba}\u{10efd}-\u{10eff}\u{11938}-\u{11943}\u{1e030}-\u{1e08f}\u{1e2ae}\u{16ff0}-\u{16ff1}]/u;
+export const rareCharacters = /[\u0085\ufeff\u180e\u1c89\u1c8a\ua7cb\u{1cce0}\u{20000}-\u{e0fff}]/u;
 
 export const specials = ['<|im_start|>', '<|im_end|>', '<|endoftext|>'];
 
@@ -46,11 +45,11 @@ export function random(seed) {
   };
 }
 
-export function mixedTexts(seed, count) {
+export function mixedTexts(seed, count, tokens = specials) {
   const next = random(seed);
   const pick = (list) => list[Math.floor(next() * list.length)];
   const parts = oddTexts.filter((text) => text.length > 0 && text.length < 60);
-  const glue = ['', '', '', ' ', '  ', '\n', '\r\n', '\t', "'", '.', '\u00a0', '\u200d', '\u0301', ...specials];
+  const glue = ['', '', '', ' ', '  ', '\n', '\r\n', '\t', "'", '.', '\u00a0', '\u200d', '\u0301', ...tokens];
   const texts = [];
   for (let i = 0; i < count; i++) {
     let text = '';
@@ -65,13 +64,18 @@ export function mixedTexts(seed, count) {
   return texts;
 }
 
-// Every code point of the Basic Multilingual Plane and some beyond, 61 to a text, in the company of letters and spaces.
+// Every code point of the first two planes, and those around the ends of the blocks beyond, 61 to a text, in the company of letters
+// and spaces.
 export function allCharacters() {
+  const ranges = [[0, 0x20000], [0x2a6c0, 0x2a720], [0x2b720, 0x2b830], [0x2ce90, 0x2cec0], [0x2eba0, 0x2ec40], [0x2ee40, 0x2ee80],
+    [0x2f7f0, 0x2fa30], [0x31330, 0x31370], [0x32390, 0x323d0], [0xe0000, 0xe0200]];
   const texts = [];
-  for (let base = 0; base < 0x20000; base += 61) {
-    let text = '';
-    for (let c = base; c < base + 61; c++) text += String.fromCodePoint(c) + ['', 'a', ' ', '7', '\n'][c % 5];
-    texts.push(wellFormed(text));
+  for (const [from, to] of ranges) {
+    for (let base = from; base < to; base += 61) {
+      let text = '';
+      for (let c = base; c < base + 61; c++) text += String.fromCodePoint(c) + ['', 'a', ' ', '7', '\n'][c % 5];
+      texts.push(wellFormed(text));
+    }
   }
   return texts;
 }

@@ -92,6 +92,23 @@ export const variants = [
   { name: 'whitespace split', change: { pre_tokenizer: sequence({ type: 'WhitespaceSplit' }, bytes) } },
   { name: 'classes', change: { pre_tokenizer: sequence(split({ Regex: '[\\W\\d]'.replace('\\W', '\\s') + '|\\W|[^\\S\\n]+|\\w+(?=\\D)' }, 'Isolated'), bytes) } },
   { name: 'scripts', change: { pre_tokenizer: sequence(split({ Regex: '\\p{Han}+|[\\p{Hiragana}\\p{Katakana}]+|\\P{^Greek}|\\p{^Cyrillic}' }, 'Isolated'), bytes) } },
+  {
+    name: 'negated sets in classes',
+    change: { pre_tokenizer: sequence(split({ Regex: '[\\W\\d]+|[^\\P{L}a-f]+|[\\S]' }, 'Isolated'), split({ Regex: '[^\\D\\p{Han}]|[-^\\P{^Lu}-]+' }, 'Isolated'), bytes) },
+  },
+  {
+    name: 'classes in classes',
+    change: { pre_tokenizer: sequence(split({ Regex: ' ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+' }, 'Isolated'), split({ Regex: '[^a-f[^\\p{L}[0-5]]]+' }, 'Isolated'), bytes) },
+  },
+  {
+    name: 'intersections',
+    change: {
+      pre_tokenizer: sequence(split({ Regex: '[\\p{Han}]+|[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]+|[\\p{Ll}&&[^a-m]&&\\P{Cyrillic}]+' }, 'Isolated'),
+        split({ Regex: '[^\\p{L}&&[^\\p{N}]]+' }, 'Isolated'), bytes),
+    },
+  },
+  { name: 'unassigned', change: { pre_tokenizer: sequence(split({ Regex: '\\p{Cn}+|[\\p{C}a]+|\\P{C}' }, 'Isolated'), bytes) } },
+  { name: 'scripts and properties', change: { pre_tokenizer: sequence(split({ Regex: '\\p{Hani}+|[\\p{Latin}\\p{Cyrl}]+|\\p{Lowercase}+|\\p{Emoji}+|\\p{Katakana}|\\p{Common}+' }, 'Isolated'), bytes) } },
   { name: 'ignore merges', model: { ignore_merges: true }, change: { pre_tokenizer: bytes } },
   { name: 'template', change: { post_processor: template(['<|endoftext|>', '<|im_start|>'], ['<|im_end|>']) } },
   {
