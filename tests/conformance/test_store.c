@@ -17,7 +17,7 @@
 #include "common/redis/redis_store.h"
 #include "tests/support/test.h"
 
-#define TIMEOUT_MS 150
+#define TIMEOUT_MS 500 /* long enough for 3 MiB on a loaded machine */
 #define MAX_WAIT_NS (10 * MOE_NS_PER_S)
 
 typedef struct fixture {
