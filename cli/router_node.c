@@ -168,7 +168,7 @@ static moe_status open_controller(moe_router_node *n, moe_error *err) {
 }
 
 static int32_t kv_blocks(const moe_router_node *n, int32_t max_model_len) {
-    int64_t each = n->backend->ops->kv_block_bytes(&n->model->config);
+    int64_t each = n->backend->ops->kv_block_bytes(n->backend, &n->model->config);
     int64_t blocks = n->config.kv_cache_bytes / each;
     int64_t most = (int64_t)n->config.max_num_seqs * ((max_model_len + MOE_KV_BLOCK_TOKENS - 1) / MOE_KV_BLOCK_TOKENS);
     if (blocks > most) blocks = most;

@@ -1,7 +1,11 @@
 /* The compute backend: what runs the base layers and the experts. Implementations: cpu/ (cpu-ref, cpu), cuda/.
  *
  * Work is asynchronous: a submit returns at once and the job's `done` is called when it has ended, from any thread
- * (perhaps before submit returns). Nothing here blocks but open, close, load and free.
+ * (perhaps before submit returns), or, where the backend has `poll`, inside poll. Nothing here blocks but open, close, load and
+ * free.
+ *
+ * Element types: a backend computes with activations, KV cache and payloads of its `dtype` (float32 or bfloat16), weights as
+ * stored, sums in float32. Buffers that are `void *` hold elements of the backend's dtype unless said otherwise.
  *
  * A model with M MoE layers is cut into M + 1 *segments*, the stretches between two dispatches:
  *   segment 0        embed → (dense layers) → attention of MoE layer 0 → post-attention norm → gate
@@ -17,12 +21,14 @@
 
 #define MOE_KV_BLOCK_TOKENS 16 /* positions in a KV block; block b of a sequence holds positions [16b, 16b + 16) */
 #define MOE_FFN_BLOCKS 8       /* the down projection is a binary tree over 8 blocks of the intermediate width */
+#define MOE_MAX_TOP_LOGITS 64  /* of a row, that a segment returns beside or instead of all logits */
 
 typedef struct moe_backend moe_backend;
 typedef struct moe_base moe_base;     /* base-layer weights in the backend's own layout */
 typedef struct moe_expert moe_expert; /* one expert's weights, or a slice of them, in the backend's own layout */
 typedef struct moe_kv moe_kv;         /* a pool of KV blocks for all layers */
 typedef struct moe_rows moe_rows;     /* the hidden state of one micro-batch between its segments */
+typedef struct moe_local moe_local;   /* all experts of a model, as a forward step with no dispatch uses them */
 
 /* One piece of submitted work. The submitter owns it and keeps it in place until done was called. */
 typedef struct moe_job {
@@ -59,7 +65,8 @@ typedef struct moe_route {
  *   moe(t) = fma over j = 0..counts[t]-1 of weights[t, j] · outputs[t, j, :], starting from 0, in that order.
  * exact: slot j is the token's j-th expert in ascending order. partial: slot j is a worker's weighted sum, weight 1. */
 typedef struct moe_combine {
-    const float *outputs;  /* [rows, top_k, H], host */
+    const void *outputs;   /* [rows, top_k, H] of dtype, host */
+    moe_dtype dtype;       /* moe_expert_output_dtype */
     const float *weights;  /* [rows, top_k] */
     const int32_t *counts; /* [rows], each ≤ top_k */
 } moe_combine;
@@ -77,7 +84,7 @@ typedef struct moe_segment {
     moe_combine combine; /* read by segments 1 … M */
 
     /* outputs of segments 0 … M-1 */
-    float *activations;         /* [rows, H]: the expert input (post-attention norm), host */
+    void *activations;          /* [rows, H]: the expert input (post-attention norm), host */
     bool want_gate;             /* fill `route` from this layer's gate */
     moe_route route;            /* */
     moe_route_source want_next; /* NONE, PRE_GATE or NEXT_GATE: fill `next`; ignored at the last MoE layer */
@@ -86,10 +93,29 @@ typedef struct moe_segment {
     /* outputs of segment M */
     const int32_t *logit_rows; /* [num_logit_rows], ascending */
     int32_t num_logit_rows;
-    float *logits; /* [num_logit_rows, V], host */
+    float *logits;      /* [num_logit_rows, V], host; NULL: not wanted */
+    int32_t num_top;    /* 0 … MOE_MAX_TOP_LOGITS: how many of the highest logits of each row are wanted, at most V */
+    int32_t *top_ids;   /* [num_logit_rows, num_top], host: by descending logit, of equal ones the lower id first; -1 in all places of a
+                           row with a value that is not finite */
+    float *top_logits;  /* [num_logit_rows, num_top], host */
 } moe_segment;
 
+/* A whole forward step of a micro-batch whose experts are all in one moe_local: nothing of the routing leaves the backend. Of
+ * `segment` the step reads what segments 0 and M read but `index` and `combine`, and fills the outputs of segment M alone. Same
+ * numbers as the segments and ffn batches in exact mode. */
+typedef struct moe_local_step {
+    moe_segment segment;
+    bool pre_gate; /* the pre-gate of MoE layer s routes layer s + 1; else every layer's own gate does */
+    /* Outputs, may be NULL: experts that were chosen, for load figures. [num_moe_layers, num_experts], rows of this step, host. */
+    int32_t *expert_rows;
+} moe_local_step;
+
 typedef enum moe_combine_mode { MOE_COMBINE_EXACT, MOE_COMBINE_PARTIAL } moe_combine_mode;
+
+/* The element type of expert outputs: a row per (token, expert) is float32, a token's partial sum is of the backend's dtype. */
+static inline moe_dtype moe_expert_output_dtype(moe_combine_mode mode, moe_dtype dtype) {
+    return mode == MOE_COMBINE_EXACT ? MOE_F32 : dtype;
+}
 
 /* Consecutive assignments of one expert. */
 typedef struct moe_ffn_group {
@@ -102,7 +128,7 @@ typedef struct moe_ffn_group {
  *   exact:   out[a, :] = f_expert(a)(x[row(a), :])
  *   partial: out[r, :] = Σ over the assignments a of row r, in order, fma(weight(a), f(x[r, :])) from 0 */
 typedef struct moe_ffn_batch {
-    const float *x; /* [num_rows, H], host, 64-byte aligned */
+    const void *x; /* [num_rows, H], host, 64-byte aligned */
     int32_t num_rows;
     const moe_ffn_group *groups; /* cover [0, num_assignments) in order */
     int32_t num_groups;
@@ -111,7 +137,7 @@ typedef struct moe_ffn_batch {
     int32_t num_assignments;
     moe_combine_mode mode;
     int32_t block_lo, block_hi; /* 0, MOE_FFN_BLOCKS for whole experts; else an aligned power-of-two range */
-    float *out;                 /* exact [num_assignments, H], partial [num_rows, H], host */
+    void *out;                  /* exact [num_assignments, H], partial [num_rows, H], host, of moe_expert_output_dtype */
 } moe_ffn_batch;
 
 /* Single operations on host memory, synchronous, f32: the op table that compares backends. y and x never alias. */
@@ -147,13 +173,22 @@ typedef struct moe_backend_ops {
     const char *(*profile)(const moe_backend *backend);
     moe_status (*memory_info)(moe_backend *backend, moe_memory_info *out, moe_error *err);
 
+    /* Memory for the host buffers of segments, batches and steps, 64-byte aligned, not cleared, that the backend reads and writes
+     * fastest (pinned, where there is a device; any other host memory is right too). NULL when out of memory. Any thread. */
+    void *(*host_alloc)(moe_backend *backend, size_t bytes);
+    void (*host_free)(moe_backend *backend, void *memory); /* NULL is ignored */
+
+    /* NULL where jobs end by themselves. Otherwise the submitter calls it, from any thread, until it has heard of its jobs: calls
+     * `done` of those that ended, never waits; true while some are outstanding. */
+    bool (*poll)(moe_backend *backend);
+
     /* Packs the base-layer weights. `progress` (may be NULL) is called with 0 … 1. The model stays open until base_free. */
     moe_status (*base_load)(moe_backend *b, const moe_model *model, void (*progress)(void *ctx, double fraction), void *ctx,
                             moe_base **out, moe_error *err);
     void (*base_free)(moe_backend *b, moe_base *base);
     moe_status (*kv_create)(moe_backend *b, moe_base *base, int32_t num_blocks, moe_kv **out, moe_error *err);
     void (*kv_free)(moe_backend *b, moe_kv *kv);
-    int64_t (*kv_block_bytes)(const moe_model_config *config); /* of all layers together */
+    int64_t (*kv_block_bytes)(const moe_backend *b, const moe_model_config *config); /* of all layers together */
     moe_status (*rows_create)(moe_backend *b, moe_base *base, int32_t max_rows, moe_rows **out, moe_error *err);
     void (*rows_free)(moe_backend *b, moe_rows *rows);
     /* `segment` and all it points to stay in place until done. Bad rows (non-finite values) are results, not errors. */
@@ -166,10 +201,17 @@ typedef struct moe_backend_ops {
     int64_t (*expert_bytes)(const moe_expert *expert);
     /* `batch` and all it points to stay in place until done. */
     void (*ffn_submit)(moe_backend *b, const moe_ffn_batch *batch, moe_job *job);
+
+    /* Forward steps with every expert in this backend. experts [num_moe_layers, num_experts]: whole, borrowed until local_free. */
+    moe_status (*local_create)(moe_backend *b, moe_base *base, moe_expert *const *experts, moe_local **out, moe_error *err);
+    void (*local_free)(moe_backend *b, moe_local *local);
+    /* `step` and all it points to stay in place until done. */
+    void (*local_submit)(moe_backend *b, moe_base *base, moe_local *local, const moe_local_step *step, moe_job *job);
 } moe_backend_ops;
 
 struct moe_backend {
     const moe_backend_ops *ops;
+    moe_dtype dtype; /* MOE_F32 or MOE_BF16 */
 };
 
 /* Block i of the 8 blocks of an intermediate width: [moe_ffn_block_start(I, i), moe_ffn_block_start(I, i + 1)). */

@@ -58,6 +58,21 @@ static moe_status memory_info(moe_backend *backend, moe_memory_info *out, moe_er
     return MOE_OK;
 }
 
+static void *host_alloc(moe_backend *backend, size_t bytes) {
+    (void)backend;
+    return moe_alloc_aligned(bytes, 1);
+}
+
+static void host_free(moe_backend *backend, void *memory) {
+    (void)backend;
+    moe_free(memory);
+}
+
+static int64_t kv_block_bytes(const moe_backend *backend, const moe_model_config *config) {
+    (void)backend;
+    return moe_cpu_kv_block_bytes(config);
+}
+
 static moe_status base_load(moe_backend *b, const moe_model *model, void (*progress)(void *ctx, double fraction), void *ctx,
                             moe_base **out, moe_error *err) {
     return moe_cpu_base_load(cpu_of(b)->kernels, model, progress, ctx, out, err);
@@ -133,11 +148,13 @@ static const moe_backend_ops common_ops = {
     .close = close_backend,
     .profile = profile,
     .memory_info = memory_info,
+    .host_alloc = host_alloc,
+    .host_free = host_free,
     .base_load = base_load,
     .base_free = base_free,
     .kv_create = kv_create,
     .kv_free = kv_free,
-    .kv_block_bytes = moe_cpu_kv_block_bytes,
+    .kv_block_bytes = kv_block_bytes,
     .rows_create = rows_create,
     .rows_free = rows_free,
     .segment_submit = segment_submit,

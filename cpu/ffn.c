@@ -149,11 +149,12 @@ static moe_cpu_scratch *take_memory(moe_cpu_scratch_list *list, const moe_ffn_ba
 
 static void fill_parts(const moe_ffn_batch *batch, int64_t hidden, const batch_memory *m) {
     int64_t width = batch_width(batch);
+    const float *x = batch->x;
     float *y = batch->mode == MOE_COMBINE_EXACT ? batch->out : m->y;
     for (int32_t a = 0; a < batch->num_assignments; a++) {
         int32_t row = batch->assignment_rows[a];
         MOE_ASSERT(row >= 0 && row < batch->num_rows);
-        memcpy(m->x + a * hidden, batch->x + row * hidden, (size_t)hidden * sizeof(float));
+        memcpy(m->x + a * hidden, x + row * hidden, (size_t)hidden * sizeof(float));
     }
     for (int32_t i = 0; i < batch->num_groups; i++) {
         const moe_ffn_group *g = &batch->groups[i];
@@ -190,10 +191,11 @@ moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_cpu_scratch_lis
     fill_parts(batch, hidden, &m);
     moe_cpu_ffn_run(kernels, run, m.parts, batch->num_groups);
     if (batch->mode == MOE_COMBINE_PARTIAL) {
-        memset(batch->out, 0, (size_t)batch->num_rows * (size_t)hidden * sizeof(float));
+        float *out = batch->out;
+        memset(out, 0, (size_t)batch->num_rows * (size_t)hidden * sizeof *out);
         for (int32_t a = 0; a < batch->num_assignments; a++)
             kernels->accumulate(batch->assignment_weights[a], m.y + a * hidden, (int32_t)hidden,
-                                batch->out + batch->assignment_rows[a] * hidden);
+                                out + batch->assignment_rows[a] * hidden);
     }
     moe_cpu_scratch_give_back(list, scratch);
     return MOE_OK;

@@ -136,8 +136,9 @@ static void route_row(const stage *s, int32_t row) {
 static void combine_row(const stage *s, int32_t row) {
     const moe_combine *in = &s->segment->combine;
     int64_t hidden = s->config->hidden, slot = (int64_t)row * s->config->top_k;
+    const float *outputs = in->outputs;
     MOE_ASSERT(in->counts[row] >= 0 && in->counts[row] <= s->config->top_k);
-    moe_cpu_combine args = {.outputs = in->outputs + slot * hidden, .weights = in->weights + slot, .count = in->counts[row]};
+    moe_cpu_combine args = {.outputs = outputs + slot * hidden, .weights = in->weights + slot, .count = in->counts[row]};
     args.hidden = s->config->hidden;
     args.y = row_of(s->rows->hidden, row, hidden);
     if (s->layer->shared.gate.data) args.shared = row_of(s->rows->delta, row, hidden);

@@ -83,8 +83,9 @@ void moe_cpu_single_gate_topk(const moe_cpu_kernels *kernels, const float *logit
 
 void moe_cpu_single_combine(const moe_cpu_kernels *kernels, const moe_combine *c, int32_t rows, int32_t top_k, int32_t hidden,
                             float *y) {
+    const float *outputs = c->outputs;
     for (int64_t row = 0; row < rows; row++) {
-        moe_cpu_combine args = {.outputs = c->outputs + row * top_k * hidden, .weights = c->weights + row * top_k};
+        moe_cpu_combine args = {.outputs = outputs + row * top_k * hidden, .weights = c->weights + row * top_k};
         args.count = c->counts[row];
         args.hidden = hidden;
         args.y = y + row * hidden;

@@ -93,7 +93,7 @@ static void submit_segment(micro_batch *b, int32_t index) {
     s->sequences = b->row_seq;
     s->views = b->views;
     s->num_views = b->num_seqs;
-    s->combine = (moe_combine){b->expert_out, b->combine_weights, b->combine_counts};
+    s->combine = (moe_combine){b->expert_out, MOE_F32, b->combine_weights, b->combine_counts};
     s->activations = b->activations;
     s->want_gate = e->config.gating != MOE_GATING_PRE_GATE || index == 0;
     s->route = b->route;

@@ -35,7 +35,8 @@ static void run(moe_gated_backend *gate, const moe_ffn_batch *batch, moe_job *jo
     inner_job inner = {.job = {.done = inner_done}};
     gate->real->ops->ffn_submit(gate->real, batch, &inner.job);
     MOE_ASSERT(inner.ended);
-    if (gate->poison) batch->out[0] = INFINITY;
+    float *out = batch->out;
+    if (gate->poison) out[0] = INFINITY;
     job->status = inner.job.status;
     job->compute_ns = inner.job.compute_ns;
     atomic_store(&job->progress, atomic_load(&inner.job.progress));

@@ -162,7 +162,7 @@ void moe_driver_step(moe_driver *d, const int32_t *ids, const int32_t *sequences
                      .sequences = sequences,
                      .views = d->views,
                      .num_views = d->options.num_sequences,
-                     .combine = {d->outputs, d->combine_weights, d->counts},
+                     .combine = {d->outputs, MOE_F32, d->combine_weights, d->counts},
                      .activations = d->activations,
                      .logit_rows = d->logit_rows,
                      .num_logit_rows = rows,

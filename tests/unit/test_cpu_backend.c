@@ -57,7 +57,7 @@ static void sizes(void **state) {
     assert_int_equal(backend->ops->expert_bytes(expert), whole);
     backend->ops->expert_free(backend, expert);
     assert_int_equal(c->head_dim % 16, 0);
-    assert_int_equal(backend->ops->kv_block_bytes(c),
+    assert_int_equal(backend->ops->kv_block_bytes(backend, c),
                      c->num_layers * 2 * c->num_kv_heads * c->head_dim * MOE_KV_BLOCK_TOKENS * 4);
     moe_model_close(&model);
     backend->ops->close(backend);
