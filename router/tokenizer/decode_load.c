@@ -3,8 +3,8 @@
 
 #include "common/alloc.h"
 #include "router/tokenizer/byte_level.h"
+#include "router/tokenizer/component.h"
 #include "router/tokenizer/decode.h"
-#include "router/tokenizer/json_read.h"
 #include "router/tokenizer/regex.h"
 #include "router/tokenizer/utf8.h"
 
@@ -34,27 +34,30 @@ static moe_status add_step(decode_plan *plan, decode_step step, moe_error *err) 
     return MOE_OK;
 }
 
-static moe_status load_byte_level(const json_t *json, decode_plan *plan, moe_error *err) {
+static moe_status load_byte_level(const json_t *json, void *out, moe_error *err) {
+    decode_plan *plan = out;
     (void)json;
     moe_status status = add_step(plan, (decode_step){.kind = DECODE_BYTE_LEVEL}, err);
     plan->byte_steps = true;
     return status;
 }
 
-static moe_status load_byte_fallback(const json_t *json, decode_plan *plan, moe_error *err) {
+static moe_status load_byte_fallback(const json_t *json, void *out, moe_error *err) {
+    decode_plan *plan = out;
     (void)json;
     moe_status status = add_step(plan, (decode_step){.kind = DECODE_BYTE_FALLBACK}, err);
     plan->byte_steps = true;
     return status;
 }
 
-static moe_status load_fuse(const json_t *json, decode_plan *plan, moe_error *err) {
+static moe_status load_fuse(const json_t *json, void *out, moe_error *err) {
+    decode_plan *plan = out;
     (void)json, (void)err;
     plan->fused = true;
     return MOE_OK;
 }
 
-static moe_status load_replace(const json_t *json, decode_plan *plan, moe_error *err) {
+static moe_status load_replace(const json_t *json, void *out, moe_error *err) {
     decode_step step = {.kind = DECODE_REPLACE};
     const char *pattern;
     size_t size;
@@ -63,11 +66,12 @@ static moe_status load_replace(const json_t *json, decode_plan *plan, moe_error 
     if (status == MOE_OK) status = moe_json_text(json, "content", &step.content, err);
     if (status == MOE_OK && !step.content) status = moe_fail(err, MOE_INVALID_ARGUMENT, "'content' is missing");
     if (status == MOE_OK) status = moe_regex_compile(pattern, size, literal, &step.pattern, err);
-    return status == MOE_OK ? add_step(plan, step, err) : status;
+    return status == MOE_OK ? add_step(out, step, err) : status;
 }
 
 /* One leading character of the whole text; on every token, or more, or at the end, it is not built. */
-static moe_status load_strip(const json_t *json, decode_plan *plan, moe_error *err) {
+static moe_status load_strip(const json_t *json, void *out, moe_error *err) {
+    decode_plan *plan = out;
     const char *content = NULL;
     int64_t start, stop;
     moe_status status = moe_json_text(json, "content", &content, err);
@@ -82,32 +86,12 @@ static moe_status load_strip(const json_t *json, decode_plan *plan, moe_error *e
     return MOE_OK;
 }
 
-static moe_status load_any(const json_t *json, decode_plan *plan, moe_error *err);
-
-static moe_status load_sequence(const json_t *json, decode_plan *plan, moe_error *err) {
-    const json_t *parts = json_object_get(json, "decoders"), *part;
-    if (!json_is_array(parts)) return moe_fail(err, MOE_INVALID_ARGUMENT, "'decoders' is not an array");
-    size_t i;
-    json_array_foreach((json_t *)parts, i, part) {
-        if (strcmp(moe_json_type(part), "Sequence") == 0)
-            return moe_fail(err, MOE_UNIMPLEMENTED, "a Sequence inside a Sequence is not supported");
-        moe_status status = load_any(part, plan, err);
-        if (status != MOE_OK) return status;
-    }
-    return MOE_OK;
-}
-
-static moe_status load_any(const json_t *json, decode_plan *plan, moe_error *err) {
-    static const struct {
-        const char *type;
-        moe_status (*load)(const json_t *json, decode_plan *plan, moe_error *err);
-    } rows[] = {
-        {"ByteFallback", load_byte_fallback}, {"ByteLevel", load_byte_level}, {"Fuse", load_fuse}, {"Replace", load_replace},
-        {"Sequence", load_sequence},          {"Strip", load_strip}};
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        if (strcmp(rows[i].type, moe_json_type(json)) == 0) return rows[i].load(json, plan, err);
-    return moe_fail(err, MOE_UNIMPLEMENTED, "type '%s' is not supported", moe_json_type(json));
-}
+static const moe_component_row rows[] = {{"ByteFallback", load_byte_fallback},
+                                         {"ByteLevel", load_byte_level},
+                                         {"Fuse", load_fuse},
+                                         {"Replace", load_replace},
+                                         {"Strip", load_strip}};
+static const moe_component_table table = {"decoders", rows, sizeof rows / sizeof *rows};
 
 /* A token with any character outside the alphabet (an added token) stands for its own spelling. */
 static void byte_level_bytes(const char *text, size_t size, moe_buf *out) {
@@ -194,7 +178,7 @@ static moe_status fill_tables(const decode_plan *plan, const moe_vocab *vocab, m
 moe_status moe_decoder_load(const json_t *json, const moe_vocab *vocab, moe_decoder *out, moe_error *err) {
     if (!json || json_is_null(json)) return moe_fail(err, MOE_UNIMPLEMENTED, "decoder: a tokenizer without one is not supported");
     decode_plan plan = {.strip_first = -1};
-    moe_status status = load_any(json, &plan, err);
+    moe_status status = moe_component_load(&table, json, &plan, err);
     moe_regex_scratch *scratch = moe_regex_scratch_new();
     out->offsets = moe_calloc((size_t)vocab->num_entries + 1, sizeof *out->offsets);
     if (status == MOE_OK && (!scratch || !out->offsets)) status = moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");

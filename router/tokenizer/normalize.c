@@ -4,13 +4,8 @@
 #include <utf8proc.h>
 
 #include "common/alloc.h"
-#include "router/tokenizer/json_read.h"
+#include "router/tokenizer/component.h"
 #include "router/tokenizer/normalize_form.h"
-
-typedef struct normalizer_row {
-    const char *type;
-    moe_status (*load)(const json_t *json, moe_normalizer *out, moe_error *err);
-} normalizer_row;
 
 static moe_status add_step(moe_normalizer *normalizer, moe_normalizer_step step, moe_error *err) {
     if (normalizer->num_steps == MOE_NORMALIZER_MAX_STEPS)
@@ -19,7 +14,7 @@ static moe_status add_step(moe_normalizer *normalizer, moe_normalizer_step step,
     return MOE_OK;
 }
 
-static moe_status load_form(const json_t *json, moe_normalizer *out, moe_error *err) {
+static moe_status load_form(const json_t *json, void *out, moe_error *err) {
     const char *type = moe_json_type(json);
     int form = UTF8PROC_STABLE;
     form |= type[2] == 'C' || type[3] == 'C' ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
@@ -41,11 +36,11 @@ static moe_status load_text_step(moe_normalizer_step step, const json_t *json, c
     return status;
 }
 
-static moe_status load_prepend(const json_t *json, moe_normalizer *out, moe_error *err) {
+static moe_status load_prepend(const json_t *json, void *out, moe_error *err) {
     return load_text_step((moe_normalizer_step){.kind = MOE_NORMALIZE_PREPEND}, json, "prepend", out, err);
 }
 
-static moe_status load_replace(const json_t *json, moe_normalizer *out, moe_error *err) {
+static moe_status load_replace(const json_t *json, void *out, moe_error *err) {
     moe_normalizer_step step = {.kind = MOE_NORMALIZE_REPLACE};
     const char *pattern;
     size_t size;
@@ -55,32 +50,12 @@ static moe_status load_replace(const json_t *json, moe_normalizer *out, moe_erro
     return status == MOE_OK ? load_text_step(step, json, "content", out, err) : status;
 }
 
-static moe_status load_any(const json_t *json, moe_normalizer *out, moe_error *err);
-
-static moe_status load_sequence(const json_t *json, moe_normalizer *out, moe_error *err) {
-    const json_t *parts = json_object_get(json, "normalizers"), *part;
-    if (!json_is_array(parts)) return moe_fail(err, MOE_INVALID_ARGUMENT, "'normalizers' is not an array");
-    size_t i;
-    json_array_foreach((json_t *)parts, i, part) {
-        if (strcmp(moe_json_type(part), "Sequence") == 0)
-            return moe_fail(err, MOE_UNIMPLEMENTED, "a Sequence inside a Sequence is not supported");
-        moe_status status = load_any(part, out, err);
-        if (status != MOE_OK) return status;
-    }
-    return MOE_OK;
-}
-
-static moe_status load_any(const json_t *json, moe_normalizer *out, moe_error *err) {
-    static const normalizer_row rows[] = {{"NFC", load_form},         {"NFD", load_form},        {"NFKC", load_form},
-                                          {"NFKD", load_form},        {"Prepend", load_prepend}, {"Replace", load_replace},
-                                          {"Sequence", load_sequence}};
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        if (strcmp(rows[i].type, moe_json_type(json)) == 0) return rows[i].load(json, out, err);
-    return moe_fail(err, MOE_UNIMPLEMENTED, "type '%s' is not supported", moe_json_type(json));
-}
+static const moe_component_row rows[] = {{"NFC", load_form},  {"NFD", load_form},        {"NFKC", load_form},
+                                         {"NFKD", load_form}, {"Prepend", load_prepend}, {"Replace", load_replace}};
+static const moe_component_table table = {"normalizers", rows, sizeof rows / sizeof *rows};
 
 moe_status moe_normalizer_load(const json_t *json, moe_normalizer *out, moe_error *err) {
-    moe_status status = !json || json_is_null(json) ? MOE_OK : load_any(json, out, err);
+    moe_status status = !json || json_is_null(json) ? MOE_OK : moe_component_load(&table, json, out, err);
     if (status == MOE_OK) return MOE_OK;
     moe_normalizer_free(out);
     return moe_fail_prefix(err, status, "normalizer");

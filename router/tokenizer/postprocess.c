@@ -2,12 +2,17 @@
 
 #include <string.h>
 
-#include "router/tokenizer/json_read.h"
+#include "router/tokenizer/component.h"
 
 typedef struct id_row {
     int32_t ids[MOE_POSTPROCESSOR_MAX_IDS];
     int count;
 } id_row;
+
+typedef struct loading {
+    const moe_vocab *vocab;
+    moe_postprocessor *out;
+} loading;
 
 static moe_status add_special(const json_t *piece, const json_t *specials, const moe_vocab *vocab, id_row *row, moe_error *err) {
     const char *name = json_string_value(json_object_get(piece, "id"));
@@ -37,7 +42,8 @@ static moe_status wrap(moe_postprocessor *out, const id_row *before, const id_ro
     return MOE_OK;
 }
 
-static moe_status load_template(const json_t *json, const moe_vocab *vocab, moe_postprocessor *out, moe_error *err) {
+static moe_status load_template(const json_t *json, void *ctx, moe_error *err) {
+    const loading *to = ctx;
     const json_t *pieces = json_object_get(json, "single"), *specials = json_object_get(json, "special_tokens"), *piece;
     id_row before = {0}, after = {0};
     int num_texts = 0;
@@ -46,47 +52,26 @@ static moe_status load_template(const json_t *json, const moe_vocab *vocab, moe_
     json_array_foreach((json_t *)pieces, i, piece) {
         const json_t *special = json_object_get(piece, "SpecialToken");
         num_texts += json_object_get(piece, "Sequence") != NULL;
-        moe_status status = special ? add_special(special, specials, vocab, num_texts ? &after : &before, err) : MOE_OK;
+        moe_status status = special ? add_special(special, specials, to->vocab, num_texts ? &after : &before, err) : MOE_OK;
         if (status != MOE_OK) return status;
     }
     if (num_texts != 1) return moe_fail(err, MOE_UNIMPLEMENTED, "a template with the text %d times is not supported", num_texts);
-    return wrap(out, &before, &after, err);
+    return wrap(to->out, &before, &after, err);
 }
 
 /* It moves offsets only, never ids. */
-static moe_status load_byte_level(const json_t *json, const moe_vocab *vocab, moe_postprocessor *out, moe_error *err) {
-    (void)json, (void)vocab, (void)out, (void)err;
+static moe_status load_byte_level(const json_t *json, void *ctx, moe_error *err) {
+    (void)json, (void)ctx, (void)err;
     return MOE_OK;
 }
 
-static moe_status load_any(const json_t *json, const moe_vocab *vocab, moe_postprocessor *out, moe_error *err);
-
-static moe_status load_sequence(const json_t *json, const moe_vocab *vocab, moe_postprocessor *out, moe_error *err) {
-    const json_t *parts = json_object_get(json, "processors"), *part;
-    if (!json_is_array(parts)) return moe_fail(err, MOE_INVALID_ARGUMENT, "'processors' is not an array");
-    size_t i;
-    json_array_foreach((json_t *)parts, i, part) {
-        if (strcmp(moe_json_type(part), "Sequence") == 0)
-            return moe_fail(err, MOE_UNIMPLEMENTED, "a Sequence inside a Sequence is not supported");
-        moe_status status = load_any(part, vocab, out, err);
-        if (status != MOE_OK) return status;
-    }
-    return MOE_OK;
-}
-
-static moe_status load_any(const json_t *json, const moe_vocab *vocab, moe_postprocessor *out, moe_error *err) {
-    static const struct {
-        const char *type;
-        moe_status (*load)(const json_t *json, const moe_vocab *vocab, moe_postprocessor *out, moe_error *err);
-    } rows[] = {{"ByteLevel", load_byte_level}, {"Sequence", load_sequence}, {"TemplateProcessing", load_template}};
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        if (strcmp(rows[i].type, moe_json_type(json)) == 0) return rows[i].load(json, vocab, out, err);
-    return moe_fail(err, MOE_UNIMPLEMENTED, "type '%s' is not supported", moe_json_type(json));
-}
+static const moe_component_row rows[] = {{"ByteLevel", load_byte_level}, {"TemplateProcessing", load_template}};
+static const moe_component_table table = {"processors", rows, sizeof rows / sizeof *rows};
 
 moe_status moe_postprocessor_load(const json_t *json, const moe_vocab *vocab, moe_postprocessor *out, moe_error *err) {
     *out = (moe_postprocessor){0};
     if (!json || json_is_null(json)) return MOE_OK;
-    moe_status status = load_any(json, vocab, out, err);
+    loading to = {vocab, out};
+    moe_status status = moe_component_load(&table, json, &to, err);
     return status == MOE_OK ? MOE_OK : moe_fail_prefix(err, status, "post_processor");
 }

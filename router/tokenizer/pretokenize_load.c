@@ -1,7 +1,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
-#include "router/tokenizer/json_read.h"
+#include "router/tokenizer/component.h"
 #include "router/tokenizer/pretokenize.h"
 
 /* GPT-2's pattern, which ByteLevel uses by itself. */
@@ -42,7 +42,7 @@ static moe_status read_behavior(const json_t *json, moe_split_behavior fallback,
     return moe_fail(err, MOE_UNIMPLEMENTED, "'behavior' '%s' is not supported", name);
 }
 
-static moe_status load_split(const json_t *json, moe_pretokenizer *out, moe_error *err) {
+static moe_status load_split(const json_t *json, void *out, moe_error *err) {
     const char *pattern;
     size_t size;
     bool literal, invert;
@@ -53,7 +53,7 @@ static moe_status load_split(const json_t *json, moe_pretokenizer *out, moe_erro
     return status == MOE_OK ? add_split(pattern, size, literal, behavior, invert, out, err) : status;
 }
 
-static moe_status load_byte_level(const json_t *json, moe_pretokenizer *out, moe_error *err) {
+static moe_status load_byte_level(const json_t *json, void *out, moe_error *err) {
     bool prefix_space, use_regex;
     moe_status status = moe_json_bool(json, "add_prefix_space", true, &prefix_space, err);
     if (status == MOE_OK) status = moe_json_bool(json, "use_regex", true, &use_regex, err);
@@ -64,28 +64,28 @@ static moe_status load_byte_level(const json_t *json, moe_pretokenizer *out, moe
     return status == MOE_OK ? add_step(out, (moe_pretokenizer_step){.kind = MOE_PRETOKENIZE_BYTES}, err) : status;
 }
 
-static moe_status load_digits(const json_t *json, moe_pretokenizer *out, moe_error *err) {
+static moe_status load_digits(const json_t *json, void *out, moe_error *err) {
     bool individual;
     moe_status status = moe_json_bool(json, "individual_digits", false, &individual, err);
     if (status != MOE_OK) return status;
     return add_split("\\p{N}", 5, false, individual ? MOE_SPLIT_ISOLATED : MOE_SPLIT_CONTIGUOUS, false, out, err);
 }
 
-static moe_status load_punctuation(const json_t *json, moe_pretokenizer *out, moe_error *err) {
+static moe_status load_punctuation(const json_t *json, void *out, moe_error *err) {
     moe_split_behavior behavior;
     moe_status status = read_behavior(json, MOE_SPLIT_ISOLATED, &behavior, err);
     if (status != MOE_OK) return status;
     return add_split(PUNCTUATION_PATTERN, strlen(PUNCTUATION_PATTERN), false, behavior, false, out, err);
 }
 
-static moe_status load_whitespace(const json_t *json, moe_pretokenizer *out, moe_error *err) {
+static moe_status load_whitespace(const json_t *json, void *out, moe_error *err) {
     (void)json;
     /* Here \w is Rust's, which counts the joiners as word characters. */
     static const char pattern[] = "[\\w\\x{200c}\\x{200d}]+|[^\\w\\s\\x{200c}\\x{200d}]+";
     return add_split(pattern, sizeof pattern - 1, false, MOE_SPLIT_REMOVED, true, out, err);
 }
 
-static moe_status load_whitespace_split(const json_t *json, moe_pretokenizer *out, moe_error *err) {
+static moe_status load_whitespace_split(const json_t *json, void *out, moe_error *err) {
     (void)json;
     return add_split("\\s", 2, false, MOE_SPLIT_REMOVED, false, out, err);
 }
@@ -103,7 +103,7 @@ static moe_status read_prepend_scheme(const json_t *json, moe_prepend_scheme *ou
     return MOE_OK;
 }
 
-static moe_status load_metaspace(const json_t *json, moe_pretokenizer *out, moe_error *err) {
+static moe_status load_metaspace(const json_t *json, void *out, moe_error *err) {
     moe_pretokenizer_step step = {.kind = MOE_PRETOKENIZE_METASPACE};
     const char *replacement = NULL;
     bool splits;
@@ -119,36 +119,17 @@ static moe_status load_metaspace(const json_t *json, moe_pretokenizer *out, moe_
     return add_split(replacement, strlen(replacement), true, MOE_SPLIT_MERGED_WITH_NEXT, false, out, err);
 }
 
-static moe_status load_any(const json_t *json, moe_pretokenizer *out, moe_error *err);
-
-static moe_status load_sequence(const json_t *json, moe_pretokenizer *out, moe_error *err) {
-    const json_t *parts = json_object_get(json, "pretokenizers"), *part;
-    if (!json_is_array(parts)) return moe_fail(err, MOE_INVALID_ARGUMENT, "'pretokenizers' is not an array");
-    size_t i;
-    json_array_foreach((json_t *)parts, i, part) {
-        if (strcmp(moe_json_type(part), "Sequence") == 0)
-            return moe_fail(err, MOE_UNIMPLEMENTED, "a Sequence inside a Sequence is not supported");
-        moe_status status = load_any(part, out, err);
-        if (status != MOE_OK) return status;
-    }
-    return MOE_OK;
-}
-
-static moe_status load_any(const json_t *json, moe_pretokenizer *out, moe_error *err) {
-    static const struct {
-        const char *type;
-        moe_status (*load)(const json_t *json, moe_pretokenizer *out, moe_error *err);
-    } rows[] = {{"ByteLevel", load_byte_level},  {"Digits", load_digits},
-                {"Metaspace", load_metaspace},   {"Punctuation", load_punctuation},
-                {"Sequence", load_sequence},     {"Split", load_split},
-                {"Whitespace", load_whitespace}, {"WhitespaceSplit", load_whitespace_split}};
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        if (strcmp(rows[i].type, moe_json_type(json)) == 0) return rows[i].load(json, out, err);
-    return moe_fail(err, MOE_UNIMPLEMENTED, "type '%s' is not supported", moe_json_type(json));
-}
+static const moe_component_row rows[] = {{"ByteLevel", load_byte_level},
+                                         {"Digits", load_digits},
+                                         {"Metaspace", load_metaspace},
+                                         {"Punctuation", load_punctuation},
+                                         {"Split", load_split},
+                                         {"Whitespace", load_whitespace},
+                                         {"WhitespaceSplit", load_whitespace_split}};
+static const moe_component_table table = {"pretokenizers", rows, sizeof rows / sizeof *rows};
 
 moe_status moe_pretokenizer_load(const json_t *json, moe_pretokenizer *out, moe_error *err) {
-    moe_status status = !json || json_is_null(json) ? MOE_OK : load_any(json, out, err);
+    moe_status status = !json || json_is_null(json) ? MOE_OK : moe_component_load(&table, json, out, err);
     if (status == MOE_OK) return MOE_OK;
     moe_pretokenizer_free(out);
     return moe_fail_prefix(err, status, "pre_tokenizer");
