@@ -5,8 +5,17 @@
 #include "common/store.h"
 #include "common/transport.h"
 
-/* "cpu" or "cpu-ref"; `threads` compute threads. Another name is INVALID_ARGUMENT, naming those built in. */
-moe_status moe_backend_open(const char *name, int32_t threads, moe_backend **out, moe_error *err);
+typedef struct moe_backend_config {
+    const char *name;      /* "cpu", "cpu-ref" or "cuda" */
+    int32_t threads;       /* compute threads of the CPU backends */
+    int32_t device;        /* number of the GPU, for cuda */
+    moe_dtype dtype;       /* of activations, KV cache and payloads: MOE_F32 or MOE_BF16 */
+    bool deterministic;    /* cuda: one kernel and order for a row at every batch size; the CPU backends always are */
+    const char *tune_file; /* cuda: measured thresholds between kernels; NULL: built in */
+} moe_backend_config;
+
+/* Another name is INVALID_ARGUMENT, naming those built in; a dtype or device that the backend lacks is the backend's error. */
+moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err);
 
 /* A network transport for a process of `role`, which connects to peers of `server_role`. keys_dir NULL or "": ipc endpoints only.
  */

@@ -99,7 +99,8 @@ static moe_status open_model(moe_router_node *n, moe_error *err) {
         if (status == MOE_NOT_FOUND) moe_warn("no chat: %s", err->message);
         if (status != MOE_OK && status != MOE_NOT_FOUND) return status;
     }
-    return moe_backend_open(n->config.backend, n->config.threads, &n->backend, err);
+    moe_backend_config backend = {.name = n->config.backend, .threads = n->config.threads};
+    return moe_backend_open(&backend, &n->backend, err);
 }
 
 static moe_status open_embedded(moe_router_node *n, moe_error *err) {

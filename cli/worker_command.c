@@ -105,7 +105,8 @@ int moe_command_worker(const moe_options *o) {
     moe_signals_block();
     moe_status status = read_options(o, &s, &err);
     if (status == MOE_OK) status = moe_model_open(s.model_dir, &model, &err);
-    if (status == MOE_OK) status = moe_backend_open(moe_option_text(o, "backend"), moe_threads_option(o), &backend, &err);
+    moe_backend_config config = {.name = moe_option_text(o, "backend"), .threads = moe_threads_option(o)};
+    if (status == MOE_OK) status = moe_backend_open(&config, &backend, &err);
     if (status == MOE_OK) status = run(o, &s, model, backend, &err);
     if (backend) backend->ops->close(backend);
     moe_model_close(&model);
