@@ -26,7 +26,7 @@ OWNED_HEADERS = {
     r"protobuf-c/": ["proto"],
     r"moesaic\.pb-c\.h": ["proto"],
     r"event2/|event\.h|evhttp\.h": ["router/http", "cli"],
-    r"cuda|cublas": ["cuda"],
+    r"cuda\w*\.h|cublas": ["cuda"],
     r"openssl/": ["common"],
     r"pcre2\.h": ["router/tokenizer"],
 }
