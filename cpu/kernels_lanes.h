@@ -5,7 +5,7 @@
  * A lanes header defines the type `lanes` and lanes_{set, load, load_first, load_bf16, load_f16, store, store_first, fma, add,
  * sub, mul, div, max, min, power_of_two}. max(a, b) and min(a, b) are b where either is NaN. power_of_two takes whole numbers
  * in [-126, 127]; NaN gives any value. It also defines LANES_TARGET, LANES_ISA, and the tile shapes that its registers hold:
- * TILE_ROWS_MAX rows × TILE_PANELS_MAX panels, and TILE_PANELS_r panels for r rows. */
+ * up to TILE_ROWS_MAX rows (at most 8), with TILE_PANELS(r) panels (1, 2, 4 or 8) for r rows. */
 #include <math.h>
 
 #include "cpu/kernels.h"
@@ -33,18 +33,42 @@
 #endif
 
 #define PREFETCH_BYTES 1024 /* ahead of a panel's next weights: one sixth faster where they come from memory */
-#define TILE_MAX 16         /* accumulators of the largest tile, panels × rows */
-_Static_assert(TILE_ROWS_MAX *TILE_PANELS_MAX <= TILE_MAX && 4 * TILE_PANELS_4 <= TILE_MAX, "TILE_MAX too small");
-_Static_assert(2 * TILE_PANELS_2 <= TILE_MAX && TILE_PANELS_1 <= TILE_MAX, "TILE_MAX too small");
+#define TILE_MAX 24         /* accumulators of the largest tile, panels × rows */
+#define TILE_FITS(r) ((r) > TILE_ROWS_MAX || (r)*TILE_PANELS(r) <= TILE_MAX)
+_Static_assert(TILE_FITS(1) && TILE_FITS(2) && TILE_FITS(3) && TILE_FITS(4), "TILE_MAX too small");
+_Static_assert(TILE_FITS(5) && TILE_FITS(6) && TILE_FITS(7) && TILE_FITS(8), "TILE_MAX too small");
+
+#define ROW_TILE(r, body, ...)                                                                       \
+    case r:                                                                                          \
+        if (r < TILE_ROWS_MAX) body(TILE_PANELS(r), (r < TILE_ROWS_MAX ? r : 1), row_, __VA_ARGS__); \
+        break
 
 /* Calls body(panels, rows, first_row, ...) with constants for the first two, to cover rows [0, count). */
-#define FOR_ROW_TILES(count, body, ...)                                                                                        \
-    do {                                                                                                                       \
-        int32_t row_ = 0, count_ = (count);                                                                                    \
-        for (; row_ + TILE_ROWS_MAX <= count_; row_ += TILE_ROWS_MAX) body(TILE_PANELS_MAX, TILE_ROWS_MAX, row_, __VA_ARGS__); \
-        for (; row_ + 4 <= count_; row_ += 4) body(TILE_PANELS_4, 4, row_, __VA_ARGS__);                                       \
-        for (; row_ + 2 <= count_; row_ += 2) body(TILE_PANELS_2, 2, row_, __VA_ARGS__);                                       \
-        for (; row_ < count_; row_++) body(TILE_PANELS_1, 1, row_, __VA_ARGS__);                                               \
+#define FOR_ROW_TILES(count, body, ...)                                         \
+    do {                                                                        \
+        int32_t row_ = 0, count_ = (count);                                     \
+        for (; row_ + TILE_ROWS_MAX <= count_; row_ += TILE_ROWS_MAX)           \
+            body(TILE_PANELS(TILE_ROWS_MAX), TILE_ROWS_MAX, row_, __VA_ARGS__); \
+        switch (count_ - row_) {                                                \
+            ROW_TILE(1, body, __VA_ARGS__);                                     \
+            ROW_TILE(2, body, __VA_ARGS__);                                     \
+            ROW_TILE(3, body, __VA_ARGS__);                                     \
+            ROW_TILE(4, body, __VA_ARGS__);                                     \
+            ROW_TILE(5, body, __VA_ARGS__);                                     \
+            ROW_TILE(6, body, __VA_ARGS__);                                     \
+            ROW_TILE(7, body, __VA_ARGS__);                                     \
+            default:                                                            \
+                break;                                                          \
+        }                                                                       \
+    } while (0)
+
+/* Calls body(panels, rows, from, ...) with constants for the first two, to cover panels [at, end), at most P at once. */
+#define FOR_PANEL_TILES(P, R, at, end, body, ...)                                       \
+    do {                                                                                \
+        for (; at + P <= end; at += P) body(P, R, at, __VA_ARGS__);                     \
+        if (P > 4 && at + 4 <= end) body((P > 4 ? 4 : 1), R, at, __VA_ARGS__), at += 4; \
+        if (P > 2 && at + 2 <= end) body((P > 2 ? 2 : 1), R, at, __VA_ARGS__), at += 2; \
+        if (P > 1 && at + 1 <= end) body(1, R, at, __VA_ARGS__), at += 1;               \
     } while (0)
 
 KERNEL_INLINE lanes load_some(const float *p, int32_t count) { return count >= 16 ? lanes_load(p) : lanes_load_first(p, count); }
@@ -119,7 +143,7 @@ KERNEL_INLINE lanes sigmoid_lanes(lanes x) {
 
 /* ---- linear ---- */
 
-TILE void linear_tile(const int P, const int R, const moe_dtype dtype, const moe_cpu_linear *a, int32_t panel, int32_t row) {
+TILE void linear_tile(const int P, const int R, int32_t panel, const moe_dtype dtype, const moe_cpu_linear *a, int32_t row) {
     const int64_t panel_bytes = (int64_t)a->w->k * 16 * (dtype == MOE_F32 ? 4 : 2);
     lanes sums[MOE_FFN_BLOCKS][TILE_MAX];
     for (int32_t b = 0; b < a->num_blocks; b++) {
@@ -147,8 +171,7 @@ TILE void linear_tile(const int P, const int R, const moe_dtype dtype, const moe
 
 TILE void linear_rows(const int P, const int R, int32_t row, const moe_dtype dtype, const moe_cpu_linear *a) {
     int32_t panel = a->n_lo / 16, end = (a->n_hi + 15) / 16;
-    for (; panel + P <= end; panel += P) linear_tile(P, R, dtype, a, panel, row);
-    for (; panel < end; panel++) linear_tile(1, R, dtype, a, panel, row);
+    FOR_PANEL_TILES(P, R, panel, end, linear_tile, dtype, a, row);
 }
 
 KERNEL void linear_f32(const moe_cpu_linear *a) { FOR_ROW_TILES(a->rows, linear_rows, MOE_F32, a); }
@@ -195,7 +218,7 @@ KERNEL query_tile query_tile_make(const moe_cpu_attention *a, int32_t first) {
 }
 
 /* scores[q][16 (block + p) …] = q · K of P blocks, for R queries */
-TILE void scores_tile(const int P, const int R, int32_t query, const query_tile *t, int32_t block) {
+TILE void scores_tile(const int P, const int R, int32_t block, int32_t query, const query_tile *t) {
     const moe_cpu_attention *a = t->a;
     const uint8_t *keys[TILE_MAX];
     const float *q[TILE_MAX];
@@ -212,8 +235,7 @@ TILE void scores_tile(const int P, const int R, int32_t query, const query_tile 
 
 TILE void scores_rows(const int P, const int R, int32_t query, const query_tile *t) {
     int32_t block = 0;
-    for (; block + P <= t->num_blocks; block += P) scores_tile(P, R, query, t, block);
-    for (; block < t->num_blocks; block++) scores_tile(1, R, query, t, block);
+    FOR_PANEL_TILES(P, R, block, t->num_blocks, scores_tile, query, t);
 }
 
 /* s[0 … count) becomes exp(s - max); returns the lane sum. count is a multiple of 16. */
@@ -241,8 +263,9 @@ KERNEL float softmax_scores(const query_tile *t, int32_t i) {
     return exp_and_sum(s + start, end - start);
 }
 
-/* sums[q] += weights[q][from, to) · V for dims [dim, dim + 16 P) of R queries; positions [from, to) lie in one block. */
-TILE void values_tile(const int P, const int R, int32_t query, const query_tile *t, int32_t from, int32_t to, int32_t dim) {
+/* sums[q] += weights[q][from, to) · V for P panels of 16 dims of R queries; positions [from, to) lie in one block. */
+TILE void values_tile(const int P, const int R, int32_t panel, int32_t query, const query_tile *t, int32_t from, int32_t to) {
+    const int32_t dim = panel * 16;
     const moe_cpu_kv_layer *kv = t->a->kv;
     const float *block =
         kv->values + t->a->blocks[from / 16] * kv->value_block_floats + (int64_t)t->a->kv_head * kv->padded_dim * 16;
@@ -261,9 +284,8 @@ TILE void values_tile(const int P, const int R, int32_t query, const query_tile 
 }
 
 TILE void values_rows(const int P, const int R, int32_t row, const query_tile *t, int32_t query, int32_t from, int32_t to) {
-    int32_t dim = 0;
-    for (; dim + 16 * P <= t->a->kv->padded_dim; dim += 16 * P) values_tile(P, R, query + row, t, from, to, dim);
-    for (; dim < t->a->kv->padded_dim; dim += 16) values_tile(1, R, query + row, t, from, to, dim);
+    int32_t panel = 0;
+    FOR_PANEL_TILES(P, R, panel, t->a->kv->padded_dim / 16, values_tile, query + row, t, from, to);
 }
 
 KERNEL void values_range(const query_tile *t, int32_t query, int32_t count, int32_t from, int32_t to) {

@@ -10,10 +10,7 @@
 
 /* 16 registers: two a lanes value */
 #define TILE_ROWS_MAX 6
-#define TILE_PANELS_MAX 1
-#define TILE_PANELS_4 1
-#define TILE_PANELS_2 2
-#define TILE_PANELS_1 4
+#define TILE_PANELS(r) ((r) == 1 ? 4 : (r) <= 3 ? 2 : 1)
 
 typedef struct lanes {
     __m256 lo, hi;

@@ -9,10 +9,7 @@
 
 /* 32 registers */
 #define TILE_ROWS_MAX 8
-#define TILE_PANELS_MAX 2
-#define TILE_PANELS_4 4
-#define TILE_PANELS_2 8
-#define TILE_PANELS_1 8
+#define TILE_PANELS(r) ((r) <= 2 ? 8 : (r) <= 6 ? 4 : 2)
 
 typedef __m512 lanes;
 

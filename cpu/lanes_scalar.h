@@ -15,10 +15,7 @@
 #endif
 
 #define TILE_ROWS_MAX 2
-#define TILE_PANELS_MAX 1
-#define TILE_PANELS_4 1
-#define TILE_PANELS_2 1
-#define TILE_PANELS_1 2
+#define TILE_PANELS(r) ((r) == 1 ? 2 : 1)
 
 typedef struct lanes {
     float v[16];
