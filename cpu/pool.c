@@ -7,9 +7,14 @@
 #include <sched.h>
 
 #include "common/alloc.h"
+#include "common/clock.h"
 
-#define SPIN_ROUNDS 400 /* pauses before an idle helper sleeps; some 10 µs, about the gap between two loops of a job */
-#define CLOSED UINT64_C(0xffffffff) /* index of a ticket that can't be claimed */
+#define SPIN_ROUNDS 400                    /* pauses before whoever waits yields its core, too: some 10 µs */
+#define YIELD_PAUSES 8                     /* between two yields */
+#define CLOCK_ROUNDS 16                    /* between two looks at the clock */
+#define SHORT_IDLE_NS (20 * MOE_NS_PER_US) /* a helper polls at least that long before it sleeps: the gap between two loops */
+#define LONG_IDLE_NS (400 * MOE_NS_PER_US) /* and at most that long: the gap between two decode steps of many requests */
+#define CLOSED UINT64_C(0xffffffff)        /* index of a ticket that can't be claimed */
 
 typedef void (*task_fn)(void *ctx, int32_t index, int32_t thread);
 
@@ -64,6 +69,16 @@ static bool run_tasks(moe_cpu_pool *pool, int32_t thread) {
 
 static bool has_tasks(moe_cpu_pool *pool) { return (atomic_load(&pool->ticket) & CLOSED) < (uint64_t)atomic_load(&pool->count); }
 
+/* Waits a little for the `spins`-th time; other threads get the core where they want it. */
+static void wait_a_little(int32_t spins) {
+    if (spins < SPIN_ROUNDS) {
+        pause_briefly();
+        return;
+    }
+    sched_yield();
+    for (int i = 0; i < YIELD_PAUSES; i++) pause_briefly();
+}
+
 static void sleep_until_woken(moe_cpu_pool *pool) {
     pthread_mutex_lock(&pool->mutex);
     atomic_fetch_add(&pool->sleepers, 1);
@@ -72,17 +87,20 @@ static void sleep_until_woken(moe_cpu_pool *pool) {
     pthread_mutex_unlock(&pool->mutex);
 }
 
+/* A helper that was woken soon after it went to sleep polls longer the next time, because sleeping and waking cost both sides
+ * more; one that slept long polls only briefly. */
 static void *helper_main(void *arg) {
     helper *self = arg;
-    int32_t idle = 0;
+    int64_t patience_ns = SHORT_IDLE_NS;
     while (!atomic_load(&self->pool->stop)) {
-        if (run_tasks(self->pool, self->thread)) {
-            idle = 0;
-        } else if (++idle < SPIN_ROUNDS) {
-            pause_briefly();
-        } else {
+        run_tasks(self->pool, self->thread);
+        int64_t idle_since_ns = moe_now_ns(moe_clock_real());
+        for (int32_t spins = 0; !has_tasks(self->pool) && !atomic_load(&self->pool->stop); spins++) {
+            wait_a_little(spins);
+            if (spins % CLOCK_ROUNDS || moe_now_ns(moe_clock_real()) - idle_since_ns < patience_ns) continue;
             sleep_until_woken(self->pool);
-            idle = 0;
+            bool soon = moe_now_ns(moe_clock_real()) - idle_since_ns < LONG_IDLE_NS;
+            patience_ns = soon ? LONG_IDLE_NS : SHORT_IDLE_NS;
         }
     }
     return NULL;
@@ -103,21 +121,16 @@ void moe_cpu_parallel_for(moe_cpu_pool *pool, int32_t count, task_fn task, void 
         }
         return;
     }
-    atomic_store(&pool->count, count);
-    atomic_store(&pool->task, task);
-    atomic_store(&pool->ctx, ctx);
-    atomic_store(&pool->progress, progress);
-    atomic_store(&pool->finished, 0);
+    atomic_store_explicit(&pool->count, count, memory_order_release);
+    atomic_store_explicit(&pool->task, task, memory_order_release);
+    atomic_store_explicit(&pool->ctx, ctx, memory_order_release);
+    atomic_store_explicit(&pool->progress, progress, memory_order_release);
+    atomic_store_explicit(&pool->finished, 0, memory_order_release);
     uint64_t generation = (atomic_load(&pool->ticket) >> 32) + 1;
     atomic_store(&pool->ticket, generation << 32);
     wake_sleepers(pool);
     run_tasks(pool, 0);
-    for (int32_t spins = 0; atomic_load(&pool->finished) < count; spins++) {
-        if (spins < SPIN_ROUNDS)
-            pause_briefly();
-        else
-            sched_yield();
-    }
+    for (int32_t spins = 0; atomic_load(&pool->finished) < count; spins++) wait_a_little(spins);
     atomic_store(&pool->ticket, generation << 32 | CLOSED);
 }
 
