@@ -13,7 +13,7 @@ moe_status moe_cpu_ffn_load(const moe_cpu_kernels *kernels, const moe_ffn_weight
     out->block_lo = block_lo;
     out->block_hi = block_hi;
     int32_t lo = moe_ffn_block_start(out->intermediate, block_lo), hi = moe_ffn_block_start(out->intermediate, block_hi);
-    moe_tensor gate = moe_cpu_tensor_rows(&weights->gate, lo, hi), up = moe_cpu_tensor_rows(&weights->up, lo, hi);
+    moe_tensor gate = moe_tensor_rows(&weights->gate, lo, hi), up = moe_tensor_rows(&weights->up, lo, hi);
     moe_status status = moe_cpu_matrix_pack_one(kernels, &gate, &out->gate, err);
     if (status == MOE_OK) status = moe_cpu_matrix_pack_one(kernels, &up, &out->up, err);
     if (status == MOE_OK) status = moe_cpu_matrix_pack(kernels, &weights->down, 1, lo, hi, &out->down, err);

@@ -15,17 +15,17 @@ void moe_cpu_matrix_free(moe_cpu_matrix *matrix) {
 
 /* Output `n` of the matrix: columns [col, col + k) of the tensor's `row`. */
 static void pack_row(moe_cpu_matrix *m, int64_t n, const moe_tensor *t, int64_t row, int64_t col) {
-    size_t size = moe_dtype_bytes(t->dtype), out_size = moe_dtype_bytes(m->dtype);
-    const uint8_t *from = (const uint8_t *)t->data + (size_t)(row * t->cols + col) * size;
-    uint8_t *to = (uint8_t *)m->data + (size_t)(n / m->panel * m->panel * m->k + n % m->panel) * out_size;
-    for (int64_t k = 0; k < m->k; k++, from += size, to += (size_t)m->panel * out_size) {
-        if (m->dtype == t->dtype) {
-            memcpy(to, from, size);
-        } else {
-            float value;
-            moe_tensor_read_f32(t, row * t->cols + col + k, 1, &value);
-            memcpy(to, &value, sizeof value);
-        }
+    enum { CHUNK = 256 };
+    _Alignas(float) uint8_t chunk[CHUNK * sizeof(float)];
+    size_t size = moe_dtype_bytes(m->dtype), stride = (size_t)m->panel * size;
+    uint8_t *to = (uint8_t *)m->data + (size_t)(n / m->panel * m->panel * m->k + n % m->panel) * size;
+    for (int64_t k = 0; k < m->k; k += CHUNK) {
+        int64_t count = m->k - k < CHUNK ? m->k - k : CHUNK, first = row * t->cols + col + k;
+        if (m->dtype == t->dtype)
+            moe_tensor_read(t, first, count, chunk);
+        else
+            moe_tensor_read_f32(t, first, count, (float *)(void *)chunk);
+        for (int64_t i = 0; i < count; i++, to += stride) memcpy(to, chunk + (size_t)i * size, size);
     }
 }
 
@@ -51,13 +51,6 @@ moe_status moe_cpu_matrix_pack(const moe_cpu_kernels *kernels, const moe_tensor 
 moe_status moe_cpu_matrix_pack_one(const moe_cpu_kernels *kernels, const moe_tensor *tensor, moe_cpu_matrix *out,
                                    moe_error *err) {
     return moe_cpu_matrix_pack(kernels, tensor, 1, 0, tensor->cols, out, err);
-}
-
-moe_tensor moe_cpu_tensor_rows(const moe_tensor *t, int64_t lo, int64_t hi) {
-    moe_tensor rows = *t;
-    rows.data = (const uint8_t *)t->data + (size_t)(lo * t->cols) * moe_dtype_bytes(t->dtype);
-    rows.rows = hi - lo;
-    return rows;
 }
 
 moe_status moe_cpu_vector_read(const moe_tensor *parts, int num_parts, float **out, moe_error *err) {

@@ -14,8 +14,5 @@ moe_status moe_cpu_matrix_pack_one(const moe_cpu_kernels *kernels, const moe_ten
 void moe_cpu_matrix_free(moe_cpu_matrix *matrix); /* idempotent */
 int64_t moe_cpu_matrix_bytes(const moe_cpu_matrix *matrix);
 
-/* The rows [lo, hi) of a tensor, borrowed. */
-moe_tensor moe_cpu_tensor_rows(const moe_tensor *tensor, int64_t lo, int64_t hi);
-
 /* The elements of `parts`, one after another, as f32; NULL with OK where all parts are absent. Freed by moe_free. */
 moe_status moe_cpu_vector_read(const moe_tensor *parts, int num_parts, float **out, moe_error *err);

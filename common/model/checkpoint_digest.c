@@ -6,6 +6,7 @@
 
 #include "common/alloc.h"
 #include "common/digest.h"
+#include "common/model/dummy.h"
 
 #define DIGITS "0123456789"
 
@@ -81,12 +82,19 @@ moe_status moe_checkpoint_digest(const moe_safetensors *checkpoint, uint64_t *ou
     return sha ? MOE_OK : moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the model's digest");
 }
 
+static void add_contents(moe_sha256 *sha, const moe_tensor *t) {
+    if (t->data)
+        moe_sha256_update(sha, t->data, moe_tensor_bytes(t));
+    else
+        moe_dummy_digest_tensor(sha, t);
+}
+
 moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_error *err) {
     moe_sha256 *sha = moe_sha256_new();
     if (!sha) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for an expert's digest");
-    moe_sha256_update(sha, expert->gate.data, moe_tensor_bytes(&expert->gate));
-    moe_sha256_update(sha, expert->up.data, moe_tensor_bytes(&expert->up));
-    moe_sha256_update(sha, expert->down.data, moe_tensor_bytes(&expert->down));
+    add_contents(sha, &expert->gate);
+    add_contents(sha, &expert->up);
+    add_contents(sha, &expert->down);
     *out = finish(sha);
     return MOE_OK;
 }

@@ -188,3 +188,11 @@ moe_status moe_model_config_read(const char *dir, moe_model_config *out, moe_err
     json_decref(root);
     return f.status;
 }
+
+moe_status moe_model_config_cut(moe_model_config *c, int32_t num_layers, moe_error *err) {
+    if (num_layers < 1 || num_layers > c->num_layers)
+        return moe_fail(err, MOE_OUT_OF_RANGE, "%d layers of this model: it has %d", num_layers, c->num_layers);
+    c->num_layers = num_layers;
+    while (c->num_moe_layers > 0 && c->moe_layers[c->num_moe_layers - 1] >= num_layers) c->num_moe_layers--;
+    return MOE_OK;
+}

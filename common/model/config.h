@@ -60,5 +60,8 @@ typedef struct moe_generation_config {
  * refused by name too, never ignored. NOT_FOUND, INVALID_ARGUMENT or UNIMPLEMENTED with the key's name. */
 moe_status moe_model_config_read(const char *dir, moe_model_config *out, moe_error *err);
 
+/* Leaves the first num_layers layers. OUT_OF_RANGE unless 1 … config->num_layers. */
+moe_status moe_model_config_cut(moe_model_config *config, int32_t num_layers, moe_error *err);
+
 /* Reads DIR/generation_config.json and the eos ids of DIR/config.json. A missing generation_config.json is no error. */
 moe_status moe_generation_config_read(const char *dir, moe_generation_config *out, moe_error *err);

@@ -6,6 +6,7 @@
 
 #include "common/alloc.h"
 #include "common/model/checkpoint_digest.h"
+#include "common/model/dummy.h"
 #include "common/model/family.h"
 #include "common/model/safetensors.h"
 
@@ -14,6 +15,7 @@
 /* The first failure stays in `status`; what follows does nothing. */
 typedef struct loader {
     moe_model *model;
+    moe_dummy *dummy; /* makes the tensors; NULL: they are in the checkpoint */
     moe_status status;
     moe_error *err;
 } loader;
@@ -56,11 +58,25 @@ static const moe_safetensor *find(loader *l, const char *name, int num_dims, con
 }
 
 static void load_matrix_named(loader *l, const char *name, int64_t rows, int64_t cols, moe_tensor *out) {
+    if (l->dummy) {
+        *out = moe_dummy_tensor(l->dummy, name, MOE_DUMMY_MATRIX, rows, cols);
+        return;
+    }
     const moe_safetensor *t = find(l, name, 2, (int64_t[]){rows, cols});
     if (t) *out = (moe_tensor){.data = t->data, .dtype = t->dtype, .rows = rows, .cols = cols};
 }
 
+static bool ends_in(const char *name, const char *suffix) {
+    size_t length = strlen(name), suffix_length = strlen(suffix);
+    return length >= suffix_length && strcmp(name + length - suffix_length, suffix) == 0;
+}
+
+/* A norm's weights or a bias. */
 static void load_vector_named(loader *l, const char *name, int64_t size, moe_tensor *out) {
+    if (l->dummy) {
+        *out = moe_dummy_tensor(l->dummy, name, ends_in(name, ".bias") ? MOE_DUMMY_BIAS : MOE_DUMMY_NORM, 1, size);
+        return;
+    }
     const moe_safetensor *t = find(l, name, 1, &size);
     if (t) *out = (moe_tensor){.data = t->data, .dtype = t->dtype, .rows = 1, .cols = size};
 }
@@ -143,7 +159,7 @@ static void load_single_experts(loader *l, int32_t layer, moe_ffn_weights *exper
 static bool is_packed(loader *l, int32_t layer) {
     const moe_family *family = l->model->config.family;
     char single[MAX_KEY_BYTES], packed[MAX_KEY_BYTES];
-    if (!family->packed_gate_up_key) return false;
+    if (l->dummy || !family->packed_gate_up_key) return false;
     format_expert_key(single, layer, family->expert_gate_key, 0);
     format_layer_key(packed, layer, family->packed_gate_up_key);
     return !moe_safetensors_find(l->model->checkpoint, single) && moe_safetensors_find(l->model->checkpoint, packed);
@@ -163,6 +179,7 @@ static void load_moe(loader *l, int32_t moe_index) {
         load_ffn(l, layer, family->shared_gate_proj_key, family->shared_up_key, family->shared_down_key, c->shared_intermediate,
                  &w->shared);
     if (c->shared_gated) load_matrix(l, layer, family->shared_expert_gate_key, 1, c->hidden, &w->shared_gate);
+    if (l->dummy) return; /* dummy models have no pre-gates: most checkpoints have none */
     char name[MAX_KEY_BYTES];
     format_layer_key(name, layer, family->pre_gate_key);
     if (moe_safetensors_find(l->model->checkpoint, name)) load_matrix_named(l, name, c->num_experts, c->hidden, &w->pre_gate);
@@ -196,11 +213,8 @@ static void load_ends(loader *l) {
 
 static bool is_ignored(const moe_model_config *c, const char *name) {
     if (c->tied_embeddings && strcmp(name, "lm_head.weight") == 0) return true;
-    size_t length = strlen(name);
-    for (size_t i = 0; i < sizeof c->family->ignored_suffixes / sizeof c->family->ignored_suffixes[0]; i++) {
-        const char *suffix = c->family->ignored_suffixes[i];
-        if (suffix && length >= strlen(suffix) && strcmp(name + length - strlen(suffix), suffix) == 0) return true;
-    }
+    for (size_t i = 0; i < sizeof c->family->ignored_suffixes / sizeof c->family->ignored_suffixes[0]; i++)
+        if (c->family->ignored_suffixes[i] && ends_in(name, c->family->ignored_suffixes[i])) return true;
     return false;
 }
 
@@ -229,11 +243,8 @@ static moe_status allocate(moe_model *m, const char *dir, moe_error *err) {
     return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory for the model's tables", dir);
 }
 
-static moe_status load(moe_model *m, const char *dir, moe_error *err) {
-    moe_status status = moe_model_config_read(dir, &m->config, err);
-    if (status == MOE_OK) status = moe_generation_config_read(dir, &m->generation, err);
-    if (status == MOE_OK) status = allocate(m, dir, err);
-    if (status == MOE_OK) status = moe_safetensors_open(dir, &m->checkpoint, err);
+static moe_status load_checkpoint(moe_model *m, const char *dir, moe_error *err) {
+    moe_status status = moe_safetensors_open(dir, &m->checkpoint, err);
     if (status != MOE_OK) return status;
     loader l = {.model = m, .err = err};
     load_ends(&l);
@@ -244,16 +255,38 @@ static moe_status load(moe_model *m, const char *dir, moe_error *err) {
     return moe_checkpoint_digest(m->checkpoint, &m->digest, err);
 }
 
-moe_status moe_model_open(const char *dir, moe_model **out, moe_error *err) {
+static moe_status load_dummy(moe_model *m, const char *dir, uint64_t seed, moe_error *err) {
+    moe_dummy dummy;
+    moe_status status = moe_dummy_begin(dir, seed, &dummy, err);
+    if (status != MOE_OK) return status;
+    loader l = {.model = m, .dummy = &dummy, .err = err};
+    load_ends(&l);
+    load_layers(&l);
+    m->digest = moe_dummy_end(&dummy);
+    return l.status;
+}
+
+/* dummy NULL: of the checkpoint. */
+static moe_status open_model(const char *dir, const moe_dummy_options *dummy, moe_model **out, moe_error *err) {
     moe_model *m = moe_calloc(1, sizeof *m);
     if (!m) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory", dir);
-    moe_status status = load(m, dir, err);
+    moe_status status = moe_model_config_read(dir, &m->config, err);
+    if (status == MOE_OK && dummy && dummy->num_layers) status = moe_model_config_cut(&m->config, dummy->num_layers, err);
+    if (status == MOE_OK) status = moe_generation_config_read(dir, &m->generation, err);
+    if (status == MOE_OK) status = allocate(m, dir, err);
+    if (status == MOE_OK) status = dummy ? load_dummy(m, dir, dummy->seed, err) : load_checkpoint(m, dir, err);
     if (status != MOE_OK) {
         moe_model_close(&m);
         return status;
     }
     *out = m;
     return MOE_OK;
+}
+
+moe_status moe_model_open(const char *dir, moe_model **out, moe_error *err) { return open_model(dir, NULL, out, err); }
+
+moe_status moe_model_open_dummy(const char *dir, const moe_dummy_options *options, moe_model **out, moe_error *err) {
+    return open_model(dir, options, out, err);
 }
 
 void moe_model_close(moe_model **model) {

@@ -1,4 +1,5 @@
-/* An opened model: configuration and borrowed views of its weights, by role. Nothing is copied or converted.
+/* An opened model: configuration and its weights, by role: borrowed views of a checkpoint, or generated ones for a model of which
+ * there is only a config.json. Nothing is copied or converted.
  *
  * moe_model_open checks every tensor that the family needs (present, right shape, supported dtype) and refuses tensors it
  * does not know, naming them. Immutable after open; any thread. */
@@ -30,16 +31,28 @@ typedef struct moe_model {
     const char *dir;  /* owned */
     moe_tensor embed; /* [V, H] */
     moe_tensor final_norm;
-    moe_tensor lm_head;        /* [V, H]; the embedding where tied */
-    moe_layer_weights *layers; /* [num_layers] */
-    moe_ffn_weights *experts;  /* [num_moe_layers, num_experts] */
-    bool has_pre_gates;        /* every MoE layer but the last has one */
-    uint64_t digest;           /* see moe_model_digest */
-    struct moe_safetensors *checkpoint;
+    moe_tensor lm_head;                 /* [V, H]; the embedding where tied */
+    moe_layer_weights *layers;          /* [num_layers] */
+    moe_ffn_weights *experts;           /* [num_moe_layers, num_experts] */
+    bool has_pre_gates;                 /* every MoE layer but the last has one */
+    uint64_t digest;                    /* see moe_model_digest */
+    struct moe_safetensors *checkpoint; /* NULL where the weights are generated */
 } moe_model;
 
 /* Opens DIR. The caller owns *out. NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED, with file and tensor named. */
 moe_status moe_model_open(const char *dir, moe_model **out, moe_error *err);
+
+typedef struct moe_dummy_options {
+    uint64_t seed;
+    int32_t num_layers; /* the first so many layers alone; 0: all of config.json */
+} moe_dummy_options;
+
+/* A model of DIR/config.json's shape with random weights: nothing else of DIR is needed (generation_config.json is read where it
+ * is there). Each tensor's elements follow from its name and the seed (common/generated.h), so that they are the same in every
+ * process and on every backend, and no memory holds them. The digest covers names, shapes and seed. Errors as of
+ * moe_model_open; OUT_OF_RANGE for more layers than config.json has. */
+moe_status moe_model_open_dummy(const char *dir, const moe_dummy_options *options, moe_model **out, moe_error *err);
+
 void moe_model_close(moe_model **model); /* NULLs the pointer; idempotent */
 
 /* The weights of expert `expert` of the `moe_index`-th MoE layer (0-based among MoE layers, as in all routing). */
@@ -53,7 +66,8 @@ static inline const moe_ffn_weights *moe_model_expert(const moe_model *m, int32_
  * covered by moe_expert_digest. Computed at open. */
 #define MOE_DIGEST_SAMPLE_BYTES 1024
 
-/* SHA-256 over the canonical bytes of one expert (gate, up, down as stored), first 8 bytes. Reads all of them. */
+/* SHA-256 over the canonical bytes of one expert (gate, up, down as stored), first 8 bytes. Reads all of them. Of generated
+ * weights: over what the elements follow from (seed, range, dtype, shape), since any two processes make the same of it. */
 moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_error *err);
 
 int64_t moe_model_base_bytes(const moe_model *model); /* of all tensors but the experts', as stored; a tied embedding once */

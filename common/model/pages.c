@@ -14,13 +14,13 @@ static void visit_ffn(const moe_ffn_weights *w, visitor visit, void *ctx) {
     visit(ctx, &w->down);
 }
 
-/* Models that tests make by hand have no checkpoint. */
+/* Models that tests make by hand, and those of generated weights, have no checkpoint. */
 void moe_model_tensor_will_need(const moe_model *m, const moe_tensor *t) {
-    if (m->checkpoint && moe_tensor_present(t)) moe_safetensors_will_need(m->checkpoint, t->data, moe_tensor_bytes(t));
+    if (m->checkpoint && t->data) moe_safetensors_will_need(m->checkpoint, t->data, moe_tensor_bytes(t));
 }
 
 void moe_model_tensor_release(const moe_model *m, const moe_tensor *t) {
-    if (m->checkpoint && moe_tensor_present(t)) moe_safetensors_release(m->checkpoint, t->data, moe_tensor_bytes(t));
+    if (m->checkpoint && t->data) moe_safetensors_release(m->checkpoint, t->data, moe_tensor_bytes(t));
 }
 
 static void will_need(void *model, const moe_tensor *t) { moe_model_tensor_will_need(model, t); }
@@ -44,7 +44,7 @@ int64_t moe_model_base_bytes(const moe_model *m) {
     int64_t bytes = 0;
     add_bytes(&bytes, &m->embed);
     add_bytes(&bytes, &m->final_norm);
-    if (m->lm_head.data != m->embed.data) add_bytes(&bytes, &m->lm_head);
+    if (!m->config.tied_embeddings) add_bytes(&bytes, &m->lm_head);
     for (int32_t i = 0; i < m->config.num_layers; i++) visit_layer(&m->layers[i], add_bytes, &bytes);
     return bytes;
 }
