@@ -69,8 +69,7 @@ static void host_free(moe_backend *backend, void *memory) {
 }
 
 static int64_t kv_block_bytes(const moe_backend *backend, const moe_model_config *config) {
-    (void)backend;
-    return moe_cpu_kv_block_bytes(config);
+    return moe_cpu_kv_block_bytes(config, backend->dtype);
 }
 
 static moe_status base_load(moe_backend *b, const moe_model *model, void (*progress)(void *ctx, double fraction), void *ctx,
@@ -84,8 +83,7 @@ static void base_free(moe_backend *b, moe_base *base) {
 }
 
 static moe_status kv_create(moe_backend *b, moe_base *base, int32_t num_blocks, moe_kv **out, moe_error *err) {
-    (void)b;
-    return moe_cpu_kv_create(&base->model->config, num_blocks, out, err);
+    return moe_cpu_kv_create(&base->model->config, b->dtype, num_blocks, out, err);
 }
 
 static void kv_free(moe_backend *b, moe_kv *kv) {
@@ -104,7 +102,8 @@ static void rows_free(moe_backend *b, moe_rows *rows) {
 }
 
 static moe_status segment_work(const moe_cpu_run *run, void *backend, const void *base, const void *request, moe_error *err) {
-    return moe_cpu_segment_run(((cpu_backend *)backend)->kernels, run, base, request, err);
+    const cpu_backend *cpu = backend;
+    return moe_cpu_segment_run(cpu->kernels, cpu->public.dtype, run, base, request, err);
 }
 
 static void segment_submit(moe_backend *b, moe_base *base, const moe_segment *segment, moe_job *job) {
@@ -136,7 +135,7 @@ static int64_t expert_bytes(const moe_expert *expert) { return moe_cpu_ffn_bytes
 static moe_status ffn_work(const moe_cpu_run *run, void *backend, const void *base, const void *request, moe_error *err) {
     cpu_backend *cpu = backend;
     (void)base;
-    return moe_cpu_ffn_batch(cpu->kernels, &cpu->scratch, run, request, err);
+    return moe_cpu_ffn_batch(cpu->kernels, cpu->public.dtype, &cpu->scratch, run, request, err);
 }
 
 static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job) {
@@ -168,14 +167,18 @@ static moe_status open_backend(const char *name, const moe_cpu_config *config, c
                                const moe_ops *single, moe_backend **out, moe_error *err) {
     if (config->threads < 0 || config->threads > MAX_THREADS)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "%d compute threads; give 0 to %d", config->threads, MAX_THREADS);
+    if (config->dtype != MOE_F32 && config->dtype != MOE_BF16)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "the CPU backends compute in float32 or bfloat16, not %s",
+                        moe_dtype_name(config->dtype));
     cpu_backend *cpu = moe_calloc(1, sizeof *cpu);
     if (!cpu) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a backend");
     cpu->ops = common_ops;
     cpu->ops.name = name;
     cpu->ops.single = single;
     cpu->public.ops = &cpu->ops;
+    cpu->public.dtype = config->dtype;
     cpu->kernels = kernels;
-    snprintf(cpu->profile, sizeof cpu->profile, "%s/%s/float32", name, kernels->isa);
+    snprintf(cpu->profile, sizeof cpu->profile, "%s/%s/%s", name, kernels->isa, moe_dtype_name(config->dtype));
     moe_status status = moe_cpu_runner_open(config->threads, &cpu->runner, err);
     if (status != MOE_OK) {
         moe_free(cpu);

@@ -52,12 +52,14 @@ moe_status moe_cpu_base_load(const moe_cpu_kernels *kernels, const moe_model *mo
                              void *ctx, moe_base **out, moe_error *err);
 void moe_cpu_base_free(moe_base *base); /* NULL is allowed */
 
-int64_t moe_cpu_kv_block_bytes(const moe_model_config *config);
-moe_status moe_cpu_kv_create(const moe_model_config *config, int32_t num_blocks, moe_kv **out, moe_error *err);
+/* dtype: of keys and values, MOE_F32 or MOE_BF16. */
+int64_t moe_cpu_kv_block_bytes(const moe_model_config *config, moe_dtype dtype);
+moe_status moe_cpu_kv_create(const moe_model_config *config, moe_dtype dtype, int32_t num_blocks, moe_kv **out, moe_error *err);
 void moe_cpu_kv_free(moe_kv *kv); /* NULL is allowed */
 moe_cpu_kv_layer moe_cpu_kv_layer_of(const moe_kv *kv, int32_t layer);
 
-/* Stores keys and values [kv_heads · head_dim] at a position. Positions of one block may be stored by several threads. */
+/* Stores keys and values [kv_heads · head_dim] at a position, in the pool's dtype. Positions of one block may be stored by
+ * several threads. */
 void moe_cpu_kv_store(const moe_cpu_kv_layer *kv, const int32_t *blocks, int32_t position, const float *keys,
                       const float *values);
 

@@ -1,6 +1,7 @@
 #include "cpu/ffn.h"
 
 #include "common/alloc.h"
+#include "common/elements.h"
 #include "cpu/matrix.h"
 
 #define TASK_OUTPUTS 64 /* outputs of a task: its weights stay in the second-level cache while the task's rows pass */
@@ -121,6 +122,7 @@ void moe_cpu_ffn_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, con
 typedef struct batch_memory {
     moe_cpu_ffn_part *parts;  /* [num_groups] */
     float *x, *gate, *up, *y; /* y: partial mode only */
+    float *sums;              /* [num_rows, hidden]: of partial mode, before they are narrowed */
 } batch_memory;
 
 static int64_t batch_width(const moe_ffn_batch *batch) {
@@ -133,7 +135,9 @@ static int64_t batch_width(const moe_ffn_batch *batch) {
 static moe_cpu_scratch *take_memory(moe_cpu_scratch_list *list, const moe_ffn_batch *batch, int64_t hidden, batch_memory *out) {
     size_t rows = (size_t)batch->num_assignments, width = (size_t)batch_width(batch), floats, bytes, parts_bytes;
     size_t row_floats = 2 * (size_t)hidden + 2 * width;
-    if (!moe_size_mul(rows, row_floats, &floats) || !moe_size_mul(floats, sizeof(float), &bytes)) return NULL;
+    size_t sums = batch->mode == MOE_COMBINE_PARTIAL ? (size_t)batch->num_rows * (size_t)hidden : 0;
+    if (!moe_size_mul(rows, row_floats, &floats) || !moe_size_add(floats, sums, &floats)) return NULL;
+    if (!moe_size_mul(floats, sizeof(float), &bytes)) return NULL;
     if (!moe_size_mul((size_t)batch->num_groups, sizeof *out->parts, &parts_bytes)) return NULL;
     parts_bytes = (parts_bytes / MOE_ALIGNMENT_BYTES + 1) * MOE_ALIGNMENT_BYTES;
     if (!moe_size_add(bytes, parts_bytes, &bytes)) return NULL;
@@ -144,17 +148,19 @@ static moe_cpu_scratch *take_memory(moe_cpu_scratch_list *list, const moe_ffn_ba
     out->y = out->x + rows * (size_t)hidden;
     out->gate = out->y + rows * (size_t)hidden;
     out->up = out->gate + rows * width;
+    out->sums = out->up + rows * width;
     return scratch;
 }
 
-static void fill_parts(const moe_ffn_batch *batch, int64_t hidden, const batch_memory *m) {
+static void fill_parts(const moe_ffn_batch *batch, moe_dtype dtype, int64_t hidden, const batch_memory *m) {
     int64_t width = batch_width(batch);
-    const float *x = batch->x;
+    const uint8_t *x = batch->x;
     float *y = batch->mode == MOE_COMBINE_EXACT ? batch->out : m->y;
+    int64_t row_bytes = (int64_t)moe_row_bytes(dtype, (int32_t)hidden);
     for (int32_t a = 0; a < batch->num_assignments; a++) {
         int32_t row = batch->assignment_rows[a];
         MOE_ASSERT(row >= 0 && row < batch->num_rows);
-        memcpy(m->x + a * hidden, x + row * hidden, (size_t)hidden * sizeof(float));
+        moe_elements_widen(x + row * row_bytes, dtype, (size_t)hidden, m->x + a * hidden);
     }
     for (int32_t i = 0; i < batch->num_groups; i++) {
         const moe_ffn_group *g = &batch->groups[i];
@@ -172,13 +178,25 @@ static void fill_parts(const moe_ffn_batch *batch, int64_t hidden, const batch_m
     }
 }
 
+/* out[r] = the weighted sum of row r's assignments. */
+static void add_up(const moe_cpu_kernels *kernels, moe_dtype dtype, const moe_ffn_batch *batch, int32_t hidden,
+                   const batch_memory *m) {
+    size_t count = (size_t)batch->num_rows * (size_t)hidden;
+    float *sums = dtype == MOE_F32 ? batch->out : m->sums;
+    memset(sums, 0, count * sizeof *sums);
+    for (int64_t a = 0; a < batch->num_assignments; a++)
+        kernels->accumulate(batch->assignment_weights[a], m->y + a * hidden, hidden,
+                            sums + (int64_t)batch->assignment_rows[a] * hidden);
+    if (dtype != MOE_F32) moe_elements_narrow(sums, dtype, count, batch->out);
+}
+
 int64_t moe_cpu_ffn_multiply_adds(const moe_ffn_batch *batch) {
     if (batch->num_groups == 0) return 0;
     const moe_cpu_ffn *ffn = &batch->groups[0].expert->ffn;
     return (int64_t)3 * batch->num_assignments * ffn->hidden * ffn->intermediate;
 }
 
-moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_cpu_scratch_list *list, const moe_cpu_run *run,
+moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_dtype dtype, moe_cpu_scratch_list *list, const moe_cpu_run *run,
                              const moe_ffn_batch *batch, moe_error *err) {
     MOE_ASSERT(moe_ffn_slice_legal(batch->block_lo, batch->block_hi));
     if (batch->num_groups == 0) return MOE_OK;
@@ -188,15 +206,9 @@ moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_cpu_scratch_lis
     if (!scratch) {
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a batch of %d expert rows", batch->num_assignments);
     }
-    fill_parts(batch, hidden, &m);
+    fill_parts(batch, dtype, hidden, &m);
     moe_cpu_ffn_run(kernels, run, m.parts, batch->num_groups);
-    if (batch->mode == MOE_COMBINE_PARTIAL) {
-        float *out = batch->out;
-        memset(out, 0, (size_t)batch->num_rows * (size_t)hidden * sizeof *out);
-        for (int32_t a = 0; a < batch->num_assignments; a++)
-            kernels->accumulate(batch->assignment_weights[a], m.y + a * hidden, (int32_t)hidden,
-                                out + batch->assignment_rows[a] * hidden);
-    }
+    if (batch->mode == MOE_COMBINE_PARTIAL) add_up(kernels, dtype, batch, (int32_t)hidden, &m);
     moe_cpu_scratch_give_back(list, scratch);
     return MOE_OK;
 }

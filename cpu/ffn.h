@@ -32,9 +32,9 @@ void moe_cpu_ffn_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, con
 /* Multiply-adds of a batch, the whole width taken. */
 int64_t moe_cpu_ffn_multiply_adds(const moe_ffn_batch *batch);
 
-/* moe_ffn_batch as backend.h defines it. RESOURCE_EXHAUSTED: out of memory. */
-moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_cpu_scratch_list *scratch, const moe_cpu_run *run,
-                             const moe_ffn_batch *batch, moe_error *err);
+/* moe_ffn_batch as backend.h defines it, on a backend of that dtype. RESOURCE_EXHAUSTED: out of memory. */
+moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_dtype dtype, moe_cpu_scratch_list *scratch,
+                             const moe_cpu_run *run, const moe_ffn_batch *batch, moe_error *err);
 
 struct moe_expert {
     moe_cpu_ffn ffn;

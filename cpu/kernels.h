@@ -34,8 +34,9 @@ typedef struct moe_cpu_linear {
 
 /* One layer of a KV pool. A block's keys are [kv_heads][head_dim][16], its values [kv_heads][16][padded_dim]. */
 typedef struct moe_cpu_kv_layer {
-    float *keys, *values;
-    int64_t key_block_floats, value_block_floats;
+    uint8_t *keys, *values;
+    moe_dtype dtype; /* of both: MOE_F32 or MOE_BF16 */
+    int64_t key_block_bytes, value_block_bytes;
     int32_t kv_heads, head_dim, padded_dim; /* padded_dim: head_dim rounded up to MOE_CPU_LANES */
 } moe_cpu_kv_layer;
 
@@ -56,7 +57,8 @@ typedef struct moe_cpu_attention {
 
 /* y[h] += (chain over j of fma(weights[j], outputs[j, h], acc) from 0) + shared_scale · shared[h]. */
 typedef struct moe_cpu_combine {
-    const float *outputs; /* [count, hidden] */
+    const void *outputs;  /* [count, hidden] */
+    moe_dtype dtype;      /* of outputs: MOE_F32 or MOE_BF16 */
     const float *weights; /* [count] */
     int32_t count, hidden;
     const float *shared; /* [hidden] or NULL */

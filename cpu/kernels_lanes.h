@@ -7,6 +7,7 @@
  * in [-126, 127]; NaN gives any value. It also defines LANES_TARGET, LANES_ISA, and the tile shapes that its registers hold:
  * up to TILE_ROWS_MAX rows (at most 8), with TILE_PANELS(r) panels (1, 2, 4 or 8) for r rows. */
 #include <math.h>
+#include <string.h>
 
 #include "cpu/kernels.h"
 #include "cpu/single.h"
@@ -105,6 +106,15 @@ TILE void chain(const int P, const int R, const moe_dtype dtype, const uint8_t *
         }
     }
     UNROLL for (int i = 0; i < P * R; i++) acc[i] = sum[i];
+}
+
+/* Over a panel of keys or values: its dtype is known when it runs. */
+TILE void kv_chain(const int P, const int R, const moe_cpu_kv_layer *kv, const uint8_t *const *panels, int64_t k_stride,
+                   const float *const *x, int32_t k_count, bool from_zero, lanes *acc) {
+    if (kv->dtype == MOE_BF16)
+        chain(P, R, MOE_BF16, panels, k_stride, x, k_count, from_zero, acc);
+    else
+        chain(P, R, MOE_F32, panels, k_stride, x, k_count, from_zero, acc);
 }
 
 KERNEL_INLINE float lane_sum(lanes a) {
@@ -224,10 +234,10 @@ TILE void scores_tile(const int P, const int R, int32_t block, int32_t query, co
     const float *q[TILE_MAX];
     lanes acc[TILE_MAX];
     UNROLL for (int p = 0; p < P; p++) keys[p] =
-        (const uint8_t *)(a->kv->keys + a->blocks[t->first_block + block + p] * a->kv->key_block_floats +
-                          (int64_t)a->kv_head * a->kv->head_dim * 16);
+        a->kv->keys + a->blocks[t->first_block + block + p] * a->kv->key_block_bytes +
+        (int64_t)a->kv_head * a->kv->head_dim * 16 * (int64_t)moe_dtype_bytes(a->kv->dtype);
     UNROLL for (int r = 0; r < R; r++) q[r] = t->q[query + r];
-    chain(P, R, MOE_F32, keys, 16, q, a->kv->head_dim, true, acc);
+    kv_chain(P, R, a->kv, keys, 16, q, a->kv->head_dim, true, acc);
     for (int p = 0; p < P; p++)
         for (int r = 0; r < R; r++)
             lanes_store(t->scores[query + r] + (block + p) * 16, lanes_mul(acc[p * R + r], lanes_set(a->scale)));
@@ -267,17 +277,18 @@ KERNEL float softmax_scores(const query_tile *t, int32_t i) {
 TILE void values_tile(const int P, const int R, int32_t panel, int32_t query, const query_tile *t, int32_t from, int32_t to) {
     const int32_t dim = panel * 16;
     const moe_cpu_kv_layer *kv = t->a->kv;
-    const float *block =
-        kv->values + t->a->blocks[from / 16] * kv->value_block_floats + (int64_t)t->a->kv_head * kv->padded_dim * 16;
+    const int64_t element_bytes = (int64_t)moe_dtype_bytes(kv->dtype);
+    const uint8_t *block = kv->values + t->a->blocks[from / 16] * kv->value_block_bytes +
+                           ((int64_t)t->a->kv_head * 16 + from % 16) * kv->padded_dim * element_bytes;
     const uint8_t *panels[TILE_MAX];
     const float *weights[TILE_MAX];
     lanes acc[TILE_MAX];
-    UNROLL for (int p = 0; p < P; p++) panels[p] = (const uint8_t *)(block + from % 16 * kv->padded_dim + dim + 16 * p);
+    UNROLL for (int p = 0; p < P; p++) panels[p] = block + (dim + 16 * p) * element_bytes;
     UNROLL for (int r = 0; r < R; r++) weights[r] = t->scores[query + r] + from - t->first_block * 16;
     UNROLL for (int p = 0; p < P; p++) {
         UNROLL for (int r = 0; r < R; r++) acc[p * R + r] = lanes_load(t->sums[query + r] + dim + 16 * p);
     }
-    chain(P, R, MOE_F32, panels, kv->padded_dim, weights, to - from, false, acc);
+    kv_chain(P, R, kv, panels, kv->padded_dim, weights, to - from, false, acc);
     UNROLL for (int p = 0; p < P; p++) {
         UNROLL for (int r = 0; r < R; r++) lanes_store(t->sums[query + r] + dim + 16 * p, acc[p * R + r]);
     }
@@ -371,12 +382,22 @@ KERNEL void softmax(const float *logits, int32_t count, float *probabilities) {
     for (int32_t i = 0; i < count; i += 16) store_some(probabilities + i, lanes_div(lanes_load(padded + i), sum), count - i);
 }
 
+/* Elements [at, at + count) of an array of that dtype, count ≤ 16. */
+KERNEL_INLINE lanes load_some_of(moe_dtype dtype, const void *elements, int64_t at, int32_t count) {
+    if (dtype == MOE_F32) return load_some((const float *)elements + at, count);
+    const uint16_t *narrow = (const uint16_t *)elements + at;
+    if (count >= 16) return lanes_load_bf16(narrow);
+    uint16_t padded[16] = {0};
+    memcpy(padded, narrow, (size_t)count * sizeof *padded);
+    return lanes_load_bf16(padded);
+}
+
 KERNEL void combine(const moe_cpu_combine *a) {
     for (int32_t h = 0; h < a->hidden; h += 16) {
         int32_t count = a->hidden - h;
         lanes acc = lanes_set(0);
         for (int32_t j = 0; j < a->count; j++)
-            acc = lanes_fma(lanes_set(a->weights[j]), load_some(a->outputs + (int64_t)j * a->hidden + h, count), acc);
+            acc = lanes_fma(lanes_set(a->weights[j]), load_some_of(a->dtype, a->outputs, (int64_t)j * a->hidden + h, count), acc);
         if (a->shared) acc = lanes_add(acc, lanes_mul(lanes_set(a->shared_scale), load_some(a->shared + h, count)));
         store_some(a->y + h, lanes_add(load_some(a->y + h, count), acc), count);
     }

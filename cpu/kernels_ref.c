@@ -10,6 +10,12 @@ static float lane_sum(float lane[MOE_CPU_LANES]) {
     return lane[0];
 }
 
+static float element(const void *elements, moe_dtype dtype, int64_t index) {
+    float value;
+    moe_tensor_read_f32(&(moe_tensor){.data = elements, .dtype = dtype}, index, 1, &value);
+    return value;
+}
+
 static void linear(const moe_cpu_linear *a) {
     for (int32_t r = 0; r < a->rows; r++)
         for (int32_t n = a->n_lo; n < a->n_hi; n++) {
@@ -58,19 +64,19 @@ static void attend_query(const moe_cpu_attention *a, const float *q, int32_t pos
     int32_t hi = position + 1, lo = a->window && hi > a->window ? hi - a->window : 0;
     float *weights = a->scratch;
     for (int32_t j = lo; j < hi; j++) {
-        const float *keys = kv->keys + a->blocks[j / MOE_KV_BLOCK_TOKENS] * kv->key_block_floats;
-        const float *key = keys + (int64_t)a->kv_head * kv->head_dim * MOE_KV_BLOCK_TOKENS + j % MOE_KV_BLOCK_TOKENS;
+        const uint8_t *keys = kv->keys + a->blocks[j / MOE_KV_BLOCK_TOKENS] * kv->key_block_bytes;
+        int64_t key = (int64_t)a->kv_head * kv->head_dim * MOE_KV_BLOCK_TOKENS + j % MOE_KV_BLOCK_TOKENS;
         float dot = 0;
-        for (int32_t i = 0; i < kv->head_dim; i++) dot = fmaf(key[i * MOE_KV_BLOCK_TOKENS], q[i], dot);
+        for (int32_t i = 0; i < kv->head_dim; i++) dot = fmaf(element(keys, kv->dtype, key + i * MOE_KV_BLOCK_TOKENS), q[i], dot);
         weights[j] = dot * a->scale;
     }
     float total = exp_and_sum(weights, lo, hi);
     for (int32_t i = 0; i < kv->head_dim; i++) {
         float sum = 0;
         for (int32_t j = lo; j < hi; j++) {
-            const float *values = kv->values + a->blocks[j / MOE_KV_BLOCK_TOKENS] * kv->value_block_floats;
+            const uint8_t *values = kv->values + a->blocks[j / MOE_KV_BLOCK_TOKENS] * kv->value_block_bytes;
             int64_t row = (int64_t)a->kv_head * MOE_KV_BLOCK_TOKENS + j % MOE_KV_BLOCK_TOKENS;
-            sum = fmaf(values[row * kv->padded_dim + i], weights[j], sum);
+            sum = fmaf(element(values, kv->dtype, row * kv->padded_dim + i), weights[j], sum);
         }
         y[i] = sum / total;
     }
@@ -99,7 +105,8 @@ static void softmax(const float *logits, int32_t count, float *probabilities) {
 static void combine(const moe_cpu_combine *a) {
     for (int32_t h = 0; h < a->hidden; h++) {
         float sum = 0;
-        for (int32_t j = 0; j < a->count; j++) sum = fmaf(a->weights[j], a->outputs[(int64_t)j * a->hidden + h], sum);
+        for (int32_t j = 0; j < a->count; j++)
+            sum = fmaf(a->weights[j], element(a->outputs, a->dtype, (int64_t)j * a->hidden + h), sum);
         if (a->shared) sum += a->shared_scale * a->shared[h];
         a->y[h] += sum;
     }

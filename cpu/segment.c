@@ -2,6 +2,7 @@
 
 #include "common/alloc.h"
 #include "common/clock.h"
+#include "common/elements.h"
 #include "cpu/gate.h"
 
 #define TASK_OUTPUTS 128  /* of a linear task: its weights stay in the second-level cache while the task's rows pass */
@@ -11,6 +12,7 @@
 
 typedef struct stage {
     const moe_cpu_kernels *kernels;
+    moe_dtype dtype; /* of what is handed out */
     const moe_cpu_run *run;
     const moe_base *base;
     const moe_model_config *config;
@@ -101,6 +103,15 @@ static void norm_row(const stage *s, int32_t row, const float *weight) {
 static void input_norm_row(const stage *s, int32_t row) { norm_row(s, row, s->layer->input_norm); }
 static void post_norm_row(const stage *s, int32_t row) { norm_row(s, row, s->layer->post_norm); }
 
+/* Gates, shared and routed experts are all given the same values: those that fit the backend's dtype. */
+static void expert_input_row(const stage *s, int32_t row) {
+    size_t hidden = (size_t)s->config->hidden;
+    float *normed = row_of(s->rows->normed, row, s->config->hidden);
+    post_norm_row(s, row);
+    moe_elements_round(normed, s->dtype, hidden);
+    moe_elements_narrow(normed, s->dtype, hidden, moe_row_at(s->segment->activations, s->dtype, s->config->hidden, row));
+}
+
 static void add_delta_row(const stage *s, int32_t row) {
     int32_t hidden = s->config->hidden;
     s->kernels->accumulate(1.0f, row_of(s->rows->delta, row, hidden), hidden, row_of(s->rows->hidden, row, hidden));
@@ -136,9 +147,9 @@ static void route_row(const stage *s, int32_t row) {
 static void combine_row(const stage *s, int32_t row) {
     const moe_combine *in = &s->segment->combine;
     int64_t hidden = s->config->hidden, slot = (int64_t)row * s->config->top_k;
-    const float *outputs = in->outputs;
     MOE_ASSERT(in->counts[row] >= 0 && in->counts[row] <= s->config->top_k);
-    moe_cpu_combine args = {.outputs = outputs + slot * hidden, .weights = in->weights + slot, .count = in->counts[row]};
+    const uint8_t *outputs = (const uint8_t *)in->outputs + slot * (int64_t)moe_row_bytes(in->dtype, s->config->hidden);
+    moe_cpu_combine args = {.outputs = outputs, .dtype = in->dtype, .weights = in->weights + slot, .count = in->counts[row]};
     args.hidden = s->config->hidden;
     args.y = row_of(s->rows->hidden, row, hidden);
     if (s->layer->shared.gate.data) args.shared = row_of(s->rows->delta, row, hidden);
@@ -239,10 +250,9 @@ static void route(stage *s, const moe_cpu_matrix *gate, moe_route out) {
     for_each_row(s, route_row);
 }
 
-static void give_to_experts(stage *s) {
+static void route_to_experts(stage *s) {
     const moe_segment *segment = s->segment;
     const moe_model_config *c = s->config;
-    memcpy(segment->activations, s->rows->normed, (size_t)segment->num_rows * (size_t)c->hidden * sizeof(float));
     if (segment->want_gate) route(s, &s->layer->gate, segment->route);
     if (segment->index + 1 == c->num_moe_layers) return;
     if (segment->want_next == MOE_ROUTE_PRE_GATE) {
@@ -268,19 +278,21 @@ static void run_layer(stage *s, int32_t layer) {
     s->layer = &s->base->layers[layer];
     s->kv = moe_cpu_kv_layer_of(s->segment->kv, layer);
     attention(s);
-    for_each_row(s, post_norm_row);
     if (s->config->layer_is_moe[layer]) {
-        give_to_experts(s);
+        for_each_row(s, expert_input_row);
+        route_to_experts(s);
     } else {
+        for_each_row(s, post_norm_row);
         feed_forward(s, &s->layer->dense);
         for_each_row(s, add_delta_row);
     }
 }
 
-moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_base *base,
+moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, const moe_cpu_run *run, const moe_base *base,
                                const moe_segment *segment, moe_error *err) {
     const moe_model_config *c = &base->model->config;
-    stage s = {.kernels = kernels, .run = run, .base = base, .config = c, .segment = segment, .rows = segment->rows};
+    stage s = {
+        .kernels = kernels, .dtype = dtype, .run = run, .base = base, .config = c, .segment = segment, .rows = segment->rows};
     MOE_ASSERT(segment->index >= 0 && segment->index <= c->num_moe_layers);
     MOE_ASSERT(segment->num_rows > 0 && segment->num_rows <= segment->rows->max_rows);
     moe_status status = plan_attention(&s, err);

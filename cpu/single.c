@@ -1,6 +1,7 @@
 #include "cpu/single.h"
 
 #include "common/alloc.h"
+#include "common/elements.h"
 #include "cpu/base.h"
 #include "cpu/gate.h"
 #include "cpu/matrix.h"
@@ -54,7 +55,7 @@ void moe_cpu_single_attention(const moe_cpu_kernels *kernels, const float *q, co
     int32_t positions = first + rows, num_blocks = (positions + MOE_KV_BLOCK_TOKENS - 1) / MOE_KV_BLOCK_TOKENS;
     int32_t *table = moe_calloc((size_t)(num_blocks + rows), sizeof *table), *row_positions = table + num_blocks;
     moe_kv *kv;
-    MOE_ASSERT(table && moe_cpu_kv_create(&config, num_blocks, &kv, NULL) == MOE_OK);
+    MOE_ASSERT(table && moe_cpu_kv_create(&config, MOE_F32, num_blocks, &kv, NULL) == MOE_OK);
     moe_cpu_kv_layer layer = moe_cpu_kv_layer_of(kv, 0);
     int64_t kv_width = (int64_t)kv_heads * head_dim, scratch_positions = (int64_t)num_blocks * MOE_KV_BLOCK_TOKENS;
     for (int32_t i = 0; i < num_blocks; i++) table[i] = num_blocks - 1 - i; /* any order will do */
@@ -83,9 +84,10 @@ void moe_cpu_single_gate_topk(const moe_cpu_kernels *kernels, const float *logit
 
 void moe_cpu_single_combine(const moe_cpu_kernels *kernels, const moe_combine *c, int32_t rows, int32_t top_k, int32_t hidden,
                             float *y) {
-    const float *outputs = c->outputs;
+    const uint8_t *outputs = c->outputs;
+    int64_t slots_bytes = top_k * (int64_t)moe_row_bytes(c->dtype, hidden);
     for (int64_t row = 0; row < rows; row++) {
-        moe_cpu_combine args = {.outputs = outputs + row * top_k * hidden, .weights = c->weights + row * top_k};
+        moe_cpu_combine args = {.outputs = outputs + row * slots_bytes, .dtype = c->dtype, .weights = c->weights + row * top_k};
         args.count = c->counts[row];
         args.hidden = hidden;
         args.y = y + row * hidden;

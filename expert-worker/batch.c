@@ -4,8 +4,8 @@
 
 #include "common/alloc.h"
 
-moe_status moe_batch_init(moe_batch *b, int32_t num_experts, moe_error *err) {
-    *b = (moe_batch){.first_of = moe_calloc((size_t)num_experts + 1, sizeof *b->first_of)};
+moe_status moe_batch_init(moe_batch *b, moe_backend *backend, int32_t num_experts, moe_error *err) {
+    *b = (moe_batch){.backend = backend, .first_of = moe_calloc((size_t)num_experts + 1, sizeof *b->first_of)};
     TAILQ_INIT(&b->works);
     return b->first_of ? MOE_OK : moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a batch of %d experts", num_experts);
 }
@@ -13,7 +13,7 @@ moe_status moe_batch_init(moe_batch *b, int32_t num_experts, moe_error *err) {
 static void trim(moe_batch *b, size_t kept_bytes) {
     for (int i = 0; i < MOE_BATCH_PARTS; i++) {
         if (b->parts[i].bytes <= kept_bytes) continue;
-        moe_free(b->parts[i].memory);
+        b->backend->ops->host_free(b->backend, b->parts[i].memory);
         b->parts[i] = (moe_batch_memory){.bytes = 0};
     }
 }
@@ -55,20 +55,23 @@ static bool reserve(moe_batch *b, int part, int32_t num, size_t size) {
     moe_batch_memory *m = &b->parts[part];
     size_t bytes = (size_t)num * size; /* both are bounded by what one message can carry */
     if (bytes <= m->bytes) return true;
-    moe_free(m->memory); /* first, so that never both are there */
-    m->memory = moe_alloc_aligned(bytes, 1);
+    b->backend->ops->host_free(b->backend, m->memory); /* first, so that never both are there */
+    m->memory = b->backend->ops->host_alloc(b->backend, bytes);
     m->bytes = m->memory ? bytes : 0;
     return m->memory != NULL;
 }
 
-static bool reserve_all(moe_batch *b, int32_t hidden, int32_t out_rows, int32_t num_experts) {
-    size_t row_bytes = (size_t)hidden * sizeof(float);
+static bool reserve_all(moe_batch *b, const moe_shard *shard) {
+    const moe_work *first = TAILQ_FIRST(&b->works);
+    int32_t hidden = shard->model->config.hidden, num_experts = shard->model->config.num_experts;
+    int32_t out_rows = first->mode == MOE_COMBINE_EXACT ? b->assignments : b->rows;
     bool merged = b->num_works > 1;
-    return reserve(b, MOE_BATCH_OUT, out_rows, row_bytes) && reserve(b, MOE_BATCH_GROUPS, num_experts, sizeof(moe_ffn_group)) &&
+    return reserve(b, MOE_BATCH_OUT, out_rows, moe_row_bytes(moe_work_out_dtype(first, shard), hidden)) &&
+           reserve(b, MOE_BATCH_GROUPS, num_experts, sizeof(moe_ffn_group)) &&
            reserve(b, MOE_BATCH_ROWS, b->assignments, sizeof(int32_t)) &&
            reserve(b, MOE_BATCH_WEIGHTS, b->assignments, sizeof(float)) &&
            reserve(b, MOE_BATCH_POSITIONS, b->assignments, sizeof(int32_t)) &&
-           (!merged || reserve(b, MOE_BATCH_X, b->rows, row_bytes));
+           (!merged || reserve(b, MOE_BATCH_X, b->rows, moe_row_bytes(shard->backend->dtype, hidden)));
 }
 
 /* first_of[e] = assignments of experts below e. */
@@ -109,13 +112,13 @@ static void place_assignments(moe_batch *b) {
     }
 }
 
-static const float *gather_rows(moe_batch *b, size_t hidden) {
+static const void *gather_rows(moe_batch *b, size_t row_bytes) {
     const moe_work *w = TAILQ_FIRST(&b->works);
     if (b->num_works == 1) return w->x;
-    float *to = b->parts[MOE_BATCH_X].memory;
+    uint8_t *to = b->parts[MOE_BATCH_X].memory;
     TAILQ_FOREACH(w, &b->works, link) {
-        memcpy(to, w->x, (size_t)w->rows * hidden * sizeof *to);
-        to += (size_t)w->rows * hidden;
+        memcpy(to, w->x, (size_t)w->rows * row_bytes);
+        to += (size_t)w->rows * row_bytes;
     }
     return b->parts[MOE_BATCH_X].memory;
 }
@@ -123,14 +126,13 @@ static const float *gather_rows(moe_batch *b, size_t hidden) {
 moe_status moe_batch_assemble(moe_batch *b, const moe_shard *shard, moe_error *err) {
     const moe_work *first = TAILQ_FIRST(&b->works);
     int32_t hidden = shard->model->config.hidden, num_experts = shard->model->config.num_experts;
-    int32_t out_rows = first->mode == MOE_COMBINE_EXACT ? b->assignments : b->rows;
-    if (!reserve_all(b, hidden, out_rows, num_experts))
+    if (!reserve_all(b, shard))
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a batch of %d rows", b->assignments);
     count_by_expert(b, num_experts);
     int32_t num_groups = make_groups(b, shard, first->layer);
     place_assignments(b);
     b->ffn = (moe_ffn_batch){
-        .x = gather_rows(b, (size_t)hidden),
+        .x = gather_rows(b, moe_row_bytes(shard->backend->dtype, hidden)),
         .num_rows = b->rows,
         .groups = b->parts[MOE_BATCH_GROUPS].memory,
         .num_groups = num_groups,
@@ -147,31 +149,31 @@ moe_status moe_batch_assemble(moe_batch *b, const moe_shard *shard, moe_error *e
 }
 
 /* Partial sums lie by row, so a call's rows follow each other; so do the assignments of a call of its own. */
-static void deliver_in_place(moe_batch *b, size_t hidden) {
-    const float *out = b->parts[MOE_BATCH_OUT].memory;
+static void deliver_in_place(moe_batch *b, size_t row_bytes) {
+    const uint8_t *out = b->parts[MOE_BATCH_OUT].memory;
     moe_work *w;
     TAILQ_FOREACH(w, &b->works, link) {
         w->out = out;
-        out += (size_t)moe_work_out_rows(w) * hidden;
+        out += (size_t)moe_work_out_rows(w) * row_bytes;
     }
 }
 
-moe_status moe_batch_deliver(moe_batch *b, int32_t hidden, moe_error *err) {
-    size_t width = (size_t)hidden;
+moe_status moe_batch_deliver(moe_batch *b, const moe_shard *shard, moe_error *err) {
+    moe_work *w = TAILQ_FIRST(&b->works);
+    size_t row_bytes = moe_row_bytes(moe_work_out_dtype(w, shard), shard->model->config.hidden);
     const int32_t *position_of = b->parts[MOE_BATCH_POSITIONS].memory;
-    const float *out = b->parts[MOE_BATCH_OUT].memory;
+    const uint8_t *out = b->parts[MOE_BATCH_OUT].memory;
     if (b->num_works == 1 || b->ffn.mode == MOE_COMBINE_PARTIAL) {
-        deliver_in_place(b, width);
+        deliver_in_place(b, row_bytes);
         return MOE_OK;
     }
-    if (!reserve(b, MOE_BATCH_ANSWERS, b->assignments, width * sizeof(float)))
+    if (!reserve(b, MOE_BATCH_ANSWERS, b->assignments, row_bytes))
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the answers of a batch of %d rows", b->assignments);
-    float *to = b->parts[MOE_BATCH_ANSWERS].memory;
-    moe_work *w;
+    uint8_t *to = b->parts[MOE_BATCH_ANSWERS].memory;
     TAILQ_FOREACH(w, &b->works, link) {
         w->out = to;
-        for (int32_t a = 0; a < w->assignments; a++, to += width)
-            memcpy(to, out + (size_t)*position_of++ * width, width * sizeof *to);
+        for (int32_t a = 0; a < w->assignments; a++, to += row_bytes)
+            memcpy(to, out + (size_t)*position_of++ * row_bytes, row_bytes);
     }
     return MOE_OK;
 }

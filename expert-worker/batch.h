@@ -21,6 +21,7 @@ enum {
 };
 
 typedef struct moe_batch {
+    moe_backend *backend; /* borrowed; whose memory the parts are */
     struct moe_work_list works;
     int32_t num_works, rows, assignments;
     bool assembled; /* `ffn` is that of `works` */
@@ -31,7 +32,7 @@ typedef struct moe_batch {
 } moe_batch;
 
 /* RESOURCE_EXHAUSTED. */
-moe_status moe_batch_init(moe_batch *batch, int32_t num_experts, moe_error *err);
+moe_status moe_batch_init(moe_batch *batch, moe_backend *backend, int32_t num_experts, moe_error *err);
 void moe_batch_free(moe_batch *batch); /* it is empty; idempotent */
 
 static inline bool moe_batch_empty(const moe_batch *batch) { return batch->num_works == 0; }
@@ -50,4 +51,4 @@ void moe_batch_trim(moe_batch *batch);
 moe_status moe_batch_assemble(moe_batch *batch, const moe_shard *shard, moe_error *err);
 
 /* After the computation: sets each call's `out` to its own rows in its own order. RESOURCE_EXHAUSTED. */
-moe_status moe_batch_deliver(moe_batch *batch, int32_t hidden, moe_error *err);
+moe_status moe_batch_deliver(moe_batch *batch, const moe_shard *shard, moe_error *err);

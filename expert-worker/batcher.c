@@ -7,12 +7,12 @@
 
 moe_status moe_batcher_init(moe_batcher *b, const moe_batcher_config *config, moe_error *err) {
     int32_t num_experts = config->shard->model->config.num_experts;
-    *b = (moe_batcher){.config = *config, .next = 1};
+    *b = (moe_batcher){.config = *config, .blocks = {.backend = config->backend}, .next = 1};
     TAILQ_INIT(&b->queue);
     pthread_mutex_init(&b->mutex, NULL);
     pthread_cond_init(&b->ended, NULL);
-    moe_status status = moe_batch_init(&b->batches[0], num_experts, err);
-    if (status == MOE_OK) status = moe_batch_init(&b->batches[1], num_experts, err);
+    moe_status status = moe_batch_init(&b->batches[0], config->backend, num_experts, err);
+    if (status == MOE_OK) status = moe_batch_init(&b->batches[1], config->backend, num_experts, err);
     if (status != MOE_OK) moe_batcher_close(b);
     return status;
 }
@@ -20,7 +20,7 @@ moe_status moe_batcher_init(moe_batcher *b, const moe_batcher_config *config, mo
 static void finish(moe_batcher *b, moe_work *w) {
     b->calls++;
     b->config.answer(b->config.ctx, w);
-    moe_work_free(w, b->config.shard);
+    moe_work_free(w, b->config.shard, &b->blocks);
 }
 
 static void fail(moe_batcher *b, moe_work *w, moe_status status, const char *message) {
@@ -60,7 +60,7 @@ static void on_cancel(moe_rpc_call *call) {
 moe_status moe_batcher_add(moe_batcher *b, const moe_forward_call *decoded, moe_rpc_call *call, moe_error *err) {
     if (b->num_queued >= b->config.max_queued_calls)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%d calls are queued, the most that this worker takes", b->num_queued);
-    moe_work *w = moe_work_new(decoded, call, b->config.shard, moe_now_ns(b->config.clock));
+    moe_work *w = moe_work_new(decoded, call, b->config.shard, &b->blocks, moe_now_ns(b->config.clock));
     if (!w) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a call of %d rows", decoded->rows);
     call->owner = w;
     call->on_cancel = on_cancel;
@@ -122,7 +122,7 @@ static void answer_batch(moe_batcher *b, moe_batch *batch, moe_status status, co
     while ((w = TAILQ_FIRST(&batch->works))) {
         moe_batch_remove(batch, w);
         w->compute_ns = b->job.compute_ns;
-        if (status == MOE_OK) moe_work_check_finite(w, b->config.shard->model->config.hidden);
+        if (status == MOE_OK) moe_work_check_finite(w, b->config.shard);
         if (status == MOE_OK)
             finish(b, w);
         else
@@ -185,7 +185,7 @@ static void end_running(moe_batcher *b) {
         answer_batch(b, batch, status, b->job.message);
         return;
     }
-    status = moe_batch_deliver(batch, b->config.shard->model->config.hidden, &err);
+    status = moe_batch_deliver(batch, b->config.shard, &err);
     answer_batch(b, batch, status, status == MOE_OK ? "" : err.message);
 }
 
@@ -223,6 +223,7 @@ void moe_batcher_close(moe_batcher *b) {
         fail(b, w, MOE_UNAVAILABLE, "the worker stops");
     }
     for (int i = 0; i < 2; i++) moe_batch_free(&b->batches[i]);
+    moe_blocks_free(&b->blocks);
     pthread_cond_destroy(&b->ended);
     pthread_mutex_destroy(&b->mutex);
 }

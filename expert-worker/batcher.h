@@ -22,6 +22,7 @@ typedef struct moe_batcher {
     struct moe_work_list queue;
     int32_t num_queued; /* in the queue and in the next batch */
     moe_batch batches[2];
+    moe_blocks blocks; /* of the calls */
     int running, next; /* indices into batches */
     bool busy;         /* batches[running] is with the backend */
     moe_job job;

@@ -37,6 +37,7 @@ void moe_worker_answer_forward(void *ctx, moe_work *work) {
         .shard_digest = moe_work_digest(work, &w->shard),
         .compute_ns = (uint64_t)work->compute_ns,
         .queue_ns = (uint64_t)(work->started_ns - work->arrived_ns),
+        .dtype = moe_work_out_dtype(work, &w->shard),
         .out = work->out,
     };
     moe_forward_respond(work->call, &result, moe_work_out_rows(work), w->config.model->config.hidden);
@@ -69,7 +70,8 @@ static bool holds_all(const moe_worker *w, const moe_forward_call *forward) {
 /* An answer that could not be sent is not computed. */
 static bool answer_fits(const moe_forward_call *forward, int32_t hidden) {
     int64_t rows = forward->combine == MOE_COMBINE_EXACT ? forward->assignments : forward->rows;
-    return rows * hidden * (int64_t)sizeof(float) <= MOE_MAX_MESSAGE_BYTES;
+    return rows * (int64_t)moe_row_bytes(moe_expert_output_dtype(forward->combine, forward->dtype), hidden) <=
+           MOE_MAX_MESSAGE_BYTES;
 }
 
 static void accept_forward(moe_worker *w, moe_rpc_call *call, const moe_forward_call *forward) {
@@ -93,7 +95,8 @@ static void on_forward(void *ctx, moe_rpc_call *call, const ProtobufCMessage *re
                                        .hidden = model->hidden,
                                        .model_digest = w->config.model->digest,
                                        .cluster_uuid = w->config.cluster_uuid,
-                                       .incarnation = w->config.incarnation};
+                                       .incarnation = w->config.incarnation,
+                                       .dtype = w->config.backend->dtype};
     moe_forward_call forward;
     moe_error err;
     void *scratch = NULL;

@@ -13,9 +13,9 @@ static void *place(uint8_t *block, size_t *at, const void *from, size_t size) {
     return to;
 }
 
-static size_t place_all(moe_work *w, uint8_t *block, const moe_forward_call *decoded, size_t hidden) {
+static size_t place_all(moe_work *w, uint8_t *block, const moe_forward_call *decoded, int32_t hidden) {
     size_t at = 0, assignments = (size_t)decoded->assignments;
-    w->x = place(block, &at, decoded->activations, (size_t)decoded->rows * hidden * sizeof *w->x);
+    w->x = place(block, &at, decoded->activations, (size_t)decoded->rows * moe_row_bytes(decoded->dtype, hidden));
     w->row_of = place(block, &at, decoded->assignment_rows, assignments * sizeof *w->row_of);
     w->expert_of = place(block, &at, decoded->assignment_experts, assignments * sizeof *w->expert_of);
     if (decoded->assignment_weights)
@@ -23,12 +23,13 @@ static size_t place_all(moe_work *w, uint8_t *block, const moe_forward_call *dec
     return at;
 }
 
-moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_shard *shard, int64_t now_ns) {
-    size_t hidden = (size_t)shard->model->config.hidden;
+moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_shard *shard, moe_blocks *blocks,
+                       int64_t now_ns) {
+    int32_t hidden = shard->model->config.hidden;
     moe_work *w = moe_calloc(1, sizeof *w);
     if (!w) return NULL;
-    uint8_t *block = moe_alloc_aligned(place_all(w, NULL, decoded, hidden), 1);
-    if (!block) {
+    moe_block block = moe_blocks_take(blocks, place_all(w, NULL, decoded, hidden));
+    if (!block.memory) {
         moe_free(w);
         return NULL;
     }
@@ -39,15 +40,16 @@ moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_
                     .block_lo = decoded->block_lo,
                     .block_hi = decoded->block_hi,
                     .mode = decoded->combine,
+                    .block = block,
                     .arrived_ns = now_ns};
-    place_all(w, block, decoded, hidden);
+    place_all(w, block.memory, decoded, hidden);
     for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a)) moe_shard_use(shard, w->layer, w->expert_of[a]);
     return w;
 }
 
-void moe_work_free(moe_work *w, moe_shard *shard) {
+void moe_work_free(moe_work *w, moe_shard *shard, moe_blocks *blocks) {
     for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a)) moe_shard_release(shard, w->layer, w->expert_of[a]);
-    moe_free(w->x);
+    moe_blocks_give_back(blocks, w->block);
     moe_free(w);
 }
 
@@ -58,20 +60,15 @@ uint64_t moe_work_digest(const moe_work *w, const moe_shard *shard) {
     return digest;
 }
 
-static bool is_finite(const float *row, int32_t count) {
-    uint32_t infinite = 0;
-    for (int32_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, &row[i], sizeof bits);
-        infinite |= (bits & 0x7f800000u) == 0x7f800000u;
-    }
-    return !infinite;
-}
-
-void moe_work_check_finite(moe_work *w, int32_t hidden) {
-    int32_t out_rows = moe_work_out_rows(w), bad = 0;
+void moe_work_check_finite(moe_work *w, const moe_shard *shard) {
+    int32_t hidden = shard->model->config.hidden, out_rows = moe_work_out_rows(w), bad = 0;
+    moe_dtype dtype = moe_work_out_dtype(w, shard);
     if (w->status != MOE_OK) return;
-    while (bad < out_rows && is_finite(w->out + (int64_t)bad * hidden, hidden)) bad++;
+    const uint8_t *row = w->out;
+    while (bad < out_rows && moe_elements_finite(row, dtype, (size_t)hidden)) {
+        bad++;
+        row += moe_row_bytes(dtype, hidden);
+    }
     if (bad == out_rows) return;
     int32_t a = bad; /* exact: the assignment; partial: one of those whose sum it is */
     if (w->mode == MOE_COMBINE_PARTIAL)

@@ -2,6 +2,7 @@
 #pragma once
 #include <sys/queue.h>
 
+#include "expert-worker/blocks.h"
 #include "expert-worker/shard.h"
 #include "proto/forward.h"
 
@@ -13,7 +14,8 @@ typedef struct moe_work {
     moe_combine_mode mode;
     int64_t arrived_ns, started_ns;
     bool queued;              /* in the queue; else in a batch */
-    float *x;                 /* [rows, H], 64-byte aligned; owned, and the arrays below lie in the same block */
+    moe_block block;          /* owned: x and the arrays below */
+    void *x;                  /* [rows, H] of the backend's dtype, 64-byte aligned */
     const int32_t *row_of;    /* [assignments] */
     const int32_t *expert_of; /* [assignments], ascending */
     const float *weight_of;   /* [assignments]; NULL in exact mode */
@@ -21,7 +23,7 @@ typedef struct moe_work {
     /* the outcome */
     moe_status status;
     char message[128]; /* where status is not OK */
-    const float *out;  /* exact [assignments, H], partial [rows, H]; borrowed from the batch */
+    const void *out;   /* exact [assignments, H], partial [rows, H] of moe_work_out_dtype; borrowed from the batch */
     int64_t compute_ns;
 } moe_work;
 
@@ -29,8 +31,8 @@ TAILQ_HEAD(moe_work_list, moe_work);
 
 /* Copies a decoded call (once: what arrives is unaligned and goes with the message) and takes its experts, all held, into use.
  * NULL when out of memory. */
-moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_shard *shard, int64_t now_ns);
-void moe_work_free(moe_work *work, moe_shard *shard); /* lets go of the experts */
+moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_shard *shard, moe_blocks *blocks, int64_t now_ns);
+void moe_work_free(moe_work *work, moe_shard *shard, moe_blocks *blocks); /* lets go of the experts */
 
 /* The first assignment behind `first` that is of another expert. */
 static inline int32_t moe_work_group_end(const moe_work *work, int32_t first) {
@@ -47,5 +49,9 @@ static inline int32_t moe_work_out_rows(const moe_work *work) {
     return work->mode == MOE_COMBINE_EXACT ? work->assignments : work->rows;
 }
 
+static inline moe_dtype moe_work_out_dtype(const moe_work *work, const moe_shard *shard) {
+    return moe_expert_output_dtype(work->mode, shard->backend->dtype);
+}
+
 /* Sets the status to INTERNAL, naming layer and expert, where a computed row is not finite. */
-void moe_work_check_finite(moe_work *work, int32_t hidden);
+void moe_work_check_finite(moe_work *work, const moe_shard *shard);

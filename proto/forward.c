@@ -17,7 +17,7 @@ moe_status moe_forward_start(moe_rpc *rpc, moe_peer peer, const moe_forward_call
     header.micro_batch = call->micro_batch;
     header.attempt = call->attempt;
     header.layer = (uint32_t)call->layer;
-    header.dtype = MOESAIC__V1__DTYPE__FLOAT32;
+    header.dtype = moe_forward_wire_dtype(call->dtype);
     header.rows = (uint32_t)call->rows;
     header.width = (uint32_t)width;
     header.assignments = (uint32_t)call->assignments;
@@ -29,7 +29,7 @@ moe_status moe_forward_start(moe_rpc *rpc, moe_peer peer, const moe_forward_call
     header.hint = (uint32_t *)call->hints;
     size_t rows = (size_t)call->rows, assignments = (size_t)call->assignments;
     const moe_frame payload[4] = {
-        {call->activations, rows * (size_t)width * sizeof(float)},
+        {call->activations, rows * moe_row_bytes(call->dtype, width)},
         {call->assignment_rows, assignments * sizeof(uint32_t)},
         {call->assignment_experts, assignments * sizeof(uint32_t)},
         {call->assignment_weights, assignments * sizeof(float)},
@@ -45,11 +45,11 @@ void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, i
     header.incarnation = result->incarnation;
     header.epoch = result->epoch;
     header.shard_digest = result->shard_digest;
-    header.dtype = MOESAIC__V1__DTYPE__FLOAT32;
+    header.dtype = moe_forward_wire_dtype(result->dtype);
     header.rows = (uint32_t)out_rows;
     header.width = (uint32_t)width;
     header.compute_ns = result->compute_ns;
     header.queue_ns = result->queue_ns;
-    const moe_frame payload = {result->out, (size_t)out_rows * (size_t)width * sizeof(float)};
+    const moe_frame payload = {result->out, (size_t)out_rows * moe_row_bytes(result->dtype, width)};
     moe_rpc_respond(call, (const ProtobufCMessage *)&header, &payload, 1);
 }

@@ -4,6 +4,7 @@
  * limits before anything is allocated or read. */
 #pragma once
 #include "common/backend.h"
+#include "common/elements.h"
 #include "proto/rpc.h"
 
 #define MOE_FORWARD_METHOD "/moesaic.v1.ExpertService/Forward"
@@ -16,6 +17,7 @@ typedef struct moe_forward_limits {
     uint64_t model_digest;
     const char *cluster_uuid;
     uint64_t incarnation; /* the worker's own */
+    moe_dtype dtype;      /* of its numeric profile */
 } moe_forward_limits;
 
 typedef struct moe_forward_call {
@@ -28,16 +30,18 @@ typedef struct moe_forward_call {
     const char *cluster_uuid; /* when decoded: the limits' */
     int32_t num_hints;
     const uint32_t *hints;
+    moe_dtype dtype; /* of the activations: that of caller's and worker's numeric profiles */
     /* payload; when decoded these point into the message (activations possibly unaligned) */
-    const void *activations;              /* f32 [rows, hidden] */
-    const uint32_t *assignment_rows;      /* [assignments] */
-    const uint32_t *assignment_experts;   /* [assignments], strictly ascending by (expert, row) */
-    const float *assignment_weights;      /* [assignments]; NULL in exact mode */
+    const void *activations;            /* [rows, hidden] of dtype */
+    const uint32_t *assignment_rows;    /* [assignments] */
+    const uint32_t *assignment_experts; /* [assignments], strictly ascending by (expert, row) */
+    const float *assignment_weights;    /* [assignments]; NULL in exact mode */
 } moe_forward_call;
 
 typedef struct moe_forward_result {
     uint64_t incarnation, epoch, shard_digest, compute_ns, queue_ns;
-    const float *out; /* exact [assignments, hidden], partial [rows, hidden]; when decoded possibly unaligned */
+    moe_dtype dtype; /* of out: moe_expert_output_dtype */
+    const void *out; /* exact [assignments, hidden], partial [rows, hidden]; when decoded possibly unaligned */
 } moe_forward_result;
 
 /* Sends the call to `peer`; see moe_rpc_call_start. `width` is the hidden size. Counts and width are positive, partial mode has
@@ -47,7 +51,7 @@ moe_status moe_forward_start(moe_rpc *rpc, moe_peer peer, const moe_forward_call
 
 /* Worker side: checks a received request. The routing arrays are copied to aligned memory where the message is not aligned;
  * *scratch owns that copy and the hints (moe_free it after the call was used). NaN or infinity in activations or weights is
- * INVALID_ARGUMENT, as is all else that does not fit the limits; bfloat16 is UNIMPLEMENTED. A wrong cluster or model is
+ * INVALID_ARGUMENT, as is all else that does not fit the limits, activations of another dtype too. A wrong cluster or model is
  * FAILED_PRECONDITION, a wrong incarnation UNAVAILABLE. On error *scratch is NULL. */
 moe_status moe_forward_decode(const Moesaic__V1__ForwardRequest *header, const moe_frame *payload, int num_payload,
                               const moe_forward_limits *limits, moe_forward_call *out, void **scratch, moe_error *err);
@@ -55,7 +59,20 @@ moe_status moe_forward_decode(const Moesaic__V1__ForwardRequest *header, const m
 /* Worker side: answers. `out_rows` is assignments or rows, by mode. */
 void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, int32_t out_rows, int32_t width);
 
+/* What the answer to a call must be. */
+typedef struct moe_forward_expected {
+    moe_dtype dtype; /* moe_expert_output_dtype of the call */
+    int32_t rows, width;
+    uint64_t incarnation; /* that was asked */
+} moe_forward_expected;
+
 /* Router side: checks a reply with status OK against the call it answers: dtype, shape, exact length, finite values only (else
- * DATA_LOSS), the worker that was asked (else UNAVAILABLE). Another status is returned as it is. `out->out` points into the reply. */
-moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, int32_t out_rows, int32_t width, uint64_t incarnation,
-                                    moe_forward_result *out, moe_error *err);
+ * DATA_LOSS), the worker that was asked (else UNAVAILABLE). Another status is returned as it is. `out->out` points into the
+ * reply. */
+moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, const moe_forward_expected *expected, moe_forward_result *out,
+                                    moe_error *err);
+
+/* The wire's name of an element type that payloads may have. */
+static inline Moesaic__V1__DType moe_forward_wire_dtype(moe_dtype dtype) {
+    return dtype == MOE_BF16 ? MOESAIC__V1__DTYPE__BFLOAT16 : MOESAIC__V1__DTYPE__FLOAT32;
+}

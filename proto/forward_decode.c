@@ -5,25 +5,6 @@
 #include "common/alloc.h"
 #include "proto/forward.h"
 
-#define FLOAT_EXPONENT UINT32_C(0x7f800000)
-#define FLOATS_PER_BLOCK 64
-
-/* True where no f32 of `count` at any address is NaN or infinite. */
-static bool all_finite(const void *data, size_t count) {
-    const uint8_t *at = data;
-    while (count > 0) {
-        uint32_t bits[FLOATS_PER_BLOCK], bad = 0;
-        size_t n = count < FLOATS_PER_BLOCK ? count : FLOATS_PER_BLOCK;
-        memset(bits, 0, sizeof bits);
-        memcpy(bits, at, n * sizeof *bits);
-        for (int i = 0; i < FLOATS_PER_BLOCK; i++) bad |= (bits[i] & FLOAT_EXPONENT) == FLOAT_EXPONENT;
-        if (bad) return false;
-        at += n * sizeof *bits;
-        count -= n;
-    }
-    return true;
-}
-
 static uint32_t load_u32(const void *array, size_t index) {
     uint32_t value;
     memcpy(&value, (const uint8_t *)array + index * sizeof value, sizeof value);
@@ -49,9 +30,12 @@ static moe_status check_identity(const Moesaic__V1__ForwardRequest *h, const moe
 static moe_status check_shape(const Moesaic__V1__ForwardRequest *h, const moe_forward_limits *limits, moe_error *err) {
     if (h->layer >= (uint32_t)limits->num_moe_layers)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "MoE layer %u of %d", h->layer, limits->num_moe_layers);
-    if (h->dtype == MOESAIC__V1__DTYPE__BFLOAT16)
-        return moe_fail(err, MOE_UNIMPLEMENTED, "bfloat16 activations; this worker takes float32");
-    if (h->dtype != MOESAIC__V1__DTYPE__FLOAT32) return moe_fail(err, MOE_INVALID_ARGUMENT, "unknown dtype %d", (int)h->dtype);
+    if (h->dtype != MOESAIC__V1__DTYPE__FLOAT32 && h->dtype != MOESAIC__V1__DTYPE__BFLOAT16)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "unknown dtype %d", (int)h->dtype);
+    if (h->dtype != moe_forward_wire_dtype(limits->dtype)) {
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "%s activations, this worker computes in %s; give both the same --dtype",
+                        moe_dtype_name(limits->dtype == MOE_F32 ? MOE_BF16 : MOE_F32), moe_dtype_name(limits->dtype));
+    }
     if (h->rows < 1 || h->rows > MOE_FORWARD_MAX_ROWS)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "%u rows, 1 to %d are possible", h->rows, MOE_FORWARD_MAX_ROWS);
     if (h->width != (uint32_t)limits->hidden)
@@ -76,22 +60,25 @@ static moe_status check_shape(const Moesaic__V1__ForwardRequest *h, const moe_fo
     return MOE_OK;
 }
 
-static moe_status check_frame(const moe_frame *frame, const char *name, size_t rows, size_t width, moe_error *err) {
+static moe_status check_frame(const moe_frame *frame, const char *name, size_t rows, size_t width, size_t element_bytes,
+                              moe_error *err) {
     size_t count, bytes;
-    if (!moe_size_mul(rows, width, &count) || !moe_size_mul(count, sizeof(float), &bytes))
+    if (!moe_size_mul(rows, width, &count) || !moe_size_mul(count, element_bytes, &bytes))
         return moe_fail(err, MOE_INVALID_ARGUMENT, "%zu x %zu %s overflow", rows, width, name);
     if (frame->size != bytes)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "the frame of %s has %zu bytes, %zu belong to it", name, frame->size, bytes);
     return MOE_OK;
 }
 
-static moe_status check_frames(const Moesaic__V1__ForwardRequest *h, const moe_frame *payload, int num_payload, moe_error *err) {
+static moe_status check_frames(const Moesaic__V1__ForwardRequest *h, const moe_frame *payload, int num_payload, moe_dtype dtype,
+                               moe_error *err) {
     static const char *const names[] = {"activations", "assignment rows", "assignment experts", "assignment weights"};
     int expected = h->combine == MOESAIC__V1__COMBINE_MODE__PARTIAL ? 4 : 3;
     if (num_payload != expected)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "%d payload frames, the combine mode needs %d", num_payload, expected);
-    moe_status status = check_frame(&payload[0], names[0], h->rows, h->width, err);
-    for (int i = 1; i < num_payload && status == MOE_OK; i++) status = check_frame(&payload[i], names[i], h->assignments, 1, err);
+    moe_status status = check_frame(&payload[0], names[0], h->rows, h->width, moe_dtype_bytes(dtype), err);
+    for (int i = 1; i < num_payload && status == MOE_OK; i++)
+        status = check_frame(&payload[i], names[i], h->assignments, 1, sizeof(uint32_t), err);
     return status;
 }
 
@@ -113,10 +100,13 @@ static moe_status check_assignments(const Moesaic__V1__ForwardRequest *h, const 
     return MOE_OK;
 }
 
-static moe_status check_finite(const moe_frame *payload, int num_payload, moe_error *err) {
-    if (!all_finite(payload[0].data, payload[0].size / sizeof(float)))
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "NaN or infinity in the activations");
-    if (num_payload == 4 && !all_finite(payload[3].data, payload[3].size / sizeof(float)))
+static bool frame_finite(const moe_frame *frame, moe_dtype dtype) {
+    return moe_elements_finite(frame->data, dtype, frame->size / moe_dtype_bytes(dtype));
+}
+
+static moe_status check_finite(const moe_frame *payload, int num_payload, moe_dtype dtype, moe_error *err) {
+    if (!frame_finite(&payload[0], dtype)) return moe_fail(err, MOE_INVALID_ARGUMENT, "NaN or infinity in the activations");
+    if (num_payload == 4 && !frame_finite(&payload[3], MOE_F32))
         return moe_fail(err, MOE_INVALID_ARGUMENT, "NaN or infinity in the assignment weights");
     return MOE_OK;
 }
@@ -157,9 +147,9 @@ moe_status moe_forward_decode(const Moesaic__V1__ForwardRequest *header, const m
     *scratch = NULL;
     moe_status status = check_identity(header, limits, err);
     if (status == MOE_OK) status = check_shape(header, limits, err);
-    if (status == MOE_OK) status = check_frames(header, payload, num_payload, err);
+    if (status == MOE_OK) status = check_frames(header, payload, num_payload, limits->dtype, err);
     if (status == MOE_OK) status = check_assignments(header, payload, limits->num_experts, err);
-    if (status == MOE_OK) status = check_finite(payload, num_payload, err);
+    if (status == MOE_OK) status = check_finite(payload, num_payload, limits->dtype, err);
     if (status != MOE_OK) return status;
     *out = (moe_forward_call){
         .epoch = header->epoch,
@@ -177,35 +167,37 @@ moe_status moe_forward_decode(const Moesaic__V1__ForwardRequest *header, const m
         .combine = num_payload == 4 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT,
         .cluster_uuid = limits->cluster_uuid,
         .num_hints = (int32_t)header->n_hint,
+        .dtype = limits->dtype,
     };
     return take_arrays(header, payload, num_payload, out, scratch, err);
 }
 
-moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, int32_t out_rows, int32_t width, uint64_t incarnation,
-                                    moe_forward_result *out, moe_error *err) {
+moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, const moe_forward_expected *want, moe_forward_result *out,
+                                    moe_error *err) {
     if (reply->status != MOE_OK) return moe_fail(err, reply->status, "%s", reply->message);
     MOE_ASSERT(reply->body && reply->body->descriptor == &moesaic__v1__forward_response__descriptor);
     const Moesaic__V1__ForwardResponse *h = (const Moesaic__V1__ForwardResponse *)reply->body;
-    if (h->incarnation != incarnation) {
+    if (h->incarnation != want->incarnation) {
         return moe_fail(err, MOE_UNAVAILABLE, "answered by incarnation %016llx, %016llx was asked",
-                        (unsigned long long)h->incarnation, (unsigned long long)incarnation);
+                        (unsigned long long)h->incarnation, (unsigned long long)want->incarnation);
     }
-    if (h->dtype != MOESAIC__V1__DTYPE__FLOAT32 || h->rows != (uint32_t)out_rows || h->width != (uint32_t)width) {
-        return moe_fail(err, MOE_DATA_LOSS, "a result of dtype %d, %u x %u; float32, %d x %d were asked for", (int)h->dtype,
-                        h->rows, h->width, out_rows, width);
+    if (h->dtype != moe_forward_wire_dtype(want->dtype) || h->rows != (uint32_t)want->rows || h->width != (uint32_t)want->width) {
+        return moe_fail(err, MOE_DATA_LOSS, "a result of dtype %d, %u x %u; %s, %d x %d were asked for", (int)h->dtype, h->rows,
+                        h->width, moe_dtype_name(want->dtype), want->rows, want->width);
     }
     if (reply->num_payload != 1) return moe_fail(err, MOE_DATA_LOSS, "a result in %d frames, not one", reply->num_payload);
-    moe_status status = check_frame(&reply->payload[0], "results", h->rows, h->width, err);
+    moe_status status = check_frame(&reply->payload[0], "results", h->rows, h->width, moe_dtype_bytes(want->dtype), err);
     if (status != MOE_OK) return moe_fail_prefix(err, MOE_DATA_LOSS, "a broken result");
-    if (!all_finite(reply->payload[0].data, reply->payload[0].size / sizeof(float)))
+    if (!frame_finite(&reply->payload[0], want->dtype))
         return moe_fail(err, MOE_DATA_LOSS, "NaN or infinity in a result of incarnation %016llx",
-                        (unsigned long long)incarnation);
+                        (unsigned long long)want->incarnation);
     *out = (moe_forward_result){
         .incarnation = h->incarnation,
         .epoch = h->epoch,
         .shard_digest = h->shard_digest,
         .compute_ns = h->compute_ns,
         .queue_ns = h->queue_ns,
+        .dtype = want->dtype,
         .out = reply->payload[0].data,
     };
     return MOE_OK;

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/elements.h"
 #include "common/metrics.h"
 #include "proto/forward.h"
 #include "router/engine/internal.h"
@@ -41,17 +42,22 @@ static void end_call_sequences(const expert_call *call, moe_status status, const
         scheduler_end(call->batch->engine, row_sequence(call->batch, call->assignments[i].row), status, message);
 }
 
-static void place_results(const expert_call *call, const float *out) {
+/* Rows of an answer: one an assignment, or one a token. */
+static int32_t out_rows_of(const expert_call *call) {
+    return call->batch->engine->config.combine == MOE_COMBINE_EXACT ? call->num_assignments : call->num_rows;
+}
+
+static void place_results(const expert_call *call, const void *out) {
     micro_batch *b = call->batch;
-    size_t hidden = (size_t)b->engine->model->hidden, row_bytes = hidden * sizeof(float);
-    int64_t top_k = b->engine->model->top_k;
-    const char *from = (const char *)out;
-    bool exact = b->engine->config.combine == MOE_COMBINE_EXACT;
-    int32_t count = exact ? call->num_assignments : call->num_rows;
-    for (int32_t i = 0; i < count; i++, from += row_bytes) {
+    const moe_engine *e = b->engine;
+    size_t row_bytes = moe_row_bytes(e->out_dtype, e->model->hidden);
+    int64_t top_k = e->model->top_k;
+    const uint8_t *from = out;
+    bool exact = e->config.combine == MOE_COMBINE_EXACT;
+    for (int32_t i = 0; i < out_rows_of(call); i++, from += row_bytes) {
         int64_t slot =
             exact ? call->assignments[i].row * top_k + call->assignments[i].slot : call->rows[i] * top_k + call->row_slots[i];
-        memcpy(b->expert_out + (size_t)slot * hidden, from, row_bytes);
+        memcpy(moe_row_at(b->expert_out, e->out_dtype, e->model->hidden, slot), from, row_bytes);
         if (!exact) b->combine_weights[slot] = 1.0f;
     }
 }
@@ -69,10 +75,10 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
         call_failed(call, reply->message);
         return;
     }
-    int32_t out_rows = e->config.combine == MOE_COMBINE_EXACT ? call->num_assignments : call->num_rows;
+    const moe_forward_expected expected = {e->out_dtype, out_rows_of(call), e->model->hidden, call->incarnation};
     moe_forward_result result;
     moe_error err;
-    if (moe_forward_decode_reply(reply, out_rows, e->model->hidden, call->incarnation, &result, &err) != MOE_OK) {
+    if (moe_forward_decode_reply(reply, &expected, &result, &err) != MOE_OK) {
         call_failed(call, err.message);
         return;
     }
@@ -83,7 +89,8 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     engine_worker *w = &e->workers[call->worker];
     int64_t took = engine_now(e) - call->sent_ns;
     w->call_ns = w->call_ns ? (7 * w->call_ns + took) / 8 : took;
-    moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED, (int64_t)out_rows * e->model->hidden * (int64_t)sizeof(float));
+    moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED,
+                   expected.rows * (int64_t)moe_row_bytes(expected.dtype, e->model->hidden));
     int64_t compute_ns = result.compute_ns < (uint64_t)took ? (int64_t)result.compute_ns : took;
     if (compute_ns > b->expert_ns) b->expert_ns = compute_ns;
     place_results(call, result.out);
@@ -129,13 +136,15 @@ static int32_t collect_hints(const micro_batch *b, int32_t placed, int32_t next_
 
 /* Numbers the rows that a call needs (each once, ascending) and gathers the message's arrays into scratch. */
 static void build_message(const micro_batch *b, expert_call *call, plan_scratch *s) {
-    size_t hidden = (size_t)b->engine->model->hidden;
+    moe_dtype dtype = b->engine->dtype;
+    int32_t hidden = b->engine->model->hidden;
     for (int32_t t = 0; t < b->num_rows; t++) s->local_row[t] = -1;
     for (int32_t i = 0; i < call->num_assignments; i++) s->local_row[call->assignments[i].row] = 0;
     call->num_rows = 0;
     for (int32_t t = 0; t < b->num_rows; t++) {
         if (s->local_row[t] < 0) continue;
-        memcpy(s->activations + (size_t)call->num_rows * hidden, b->activations + (size_t)t * hidden, hidden * sizeof(float));
+        memcpy(moe_row_at(s->activations, dtype, hidden, call->num_rows), moe_row_at(b->activations, dtype, hidden, t),
+               moe_row_bytes(dtype, hidden));
         call->row_slots[call->num_rows] = -1;
         call->rows[call->num_rows] = t;
         s->local_row[t] = call->num_rows++;
@@ -194,6 +203,7 @@ static void start_call(micro_batch *b, int32_t placed, const moe_assignment *ass
                                 .cluster_uuid = e->config.cluster_uuid,
                                 .hints = s->hints,
                                 .num_hints = collect_hints(b, placed, b->segment.index + 1, s),
+                                .dtype = e->dtype,
                                 .activations = s->activations,
                                 .assignment_rows = s->message_rows,
                                 .assignment_experts = s->message_experts,
@@ -202,7 +212,7 @@ static void start_call(micro_batch *b, int32_t placed, const moe_assignment *ass
     moe_status status = moe_forward_start(e->channels[w->transport].rpc, w->peer, &message, e->model->hidden,
                                           call->sent_ns + e->config.call_timeout_ns, on_reply, call, &call->rpc_call, &err);
     moe_metric_add(MOE_METRIC_EXPERT_CALLS, 1);
-    moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_SENT, (int64_t)call->num_rows * e->model->hidden * (int64_t)sizeof(float));
+    moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_SENT, call->num_rows * (int64_t)moe_row_bytes(e->dtype, e->model->hidden));
     if (status != MOE_OK) call_failed(call, err.message);
 }
 
@@ -231,12 +241,6 @@ static void plan_and_send(micro_batch *b, int32_t count) {
     }
 }
 
-static bool row_is_finite(const float *row, int32_t width) {
-    float sum = 0; /* infinities and NaNs make x - x a NaN, which stays */
-    for (int32_t i = 0; i < width; i++) sum += row[i] - row[i];
-    return sum == 0.0f;
-}
-
 void dispatch_begin(micro_batch *b) {
     moe_engine *e = b->engine;
     plan_scratch *s = &e->scratch;
@@ -249,7 +253,8 @@ void dispatch_begin(micro_batch *b) {
     b->num_orphans = 0;
     b->last_failure[0] = '\0';
     for (int32_t t = 0; t < b->num_rows; t++) {
-        if (!row_is_finite(b->activations + (int64_t)t * e->model->hidden, e->model->hidden))
+        const void *row = moe_row_at(b->activations, e->dtype, e->model->hidden, t);
+        if (!moe_elements_finite(row, e->dtype, (size_t)e->model->hidden))
             scheduler_end(e, row_sequence(b, t), MOE_INTERNAL, "the model produced a value that is not finite");
         bool live = row_sequence(b, t)->ended == MOE_OK;
         b->combine_counts[t] = live ? top_k : 0;

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/elements.h"
 #include "common/log.h"
 #include "common/metrics.h"
 #include "common/progress.h"
@@ -32,7 +33,7 @@ static moe_status scratch_init(moe_engine *e, moe_error *err) {
     s->cost = moe_calloc(MOE_PLACEMENT_MAX_WORKERS, sizeof *s->cost);
     s->fitness = moe_calloc(MOE_PLACEMENT_MAX_WORKERS, sizeof *s->fitness);
     s->local_row = moe_calloc(rows, sizeof *s->local_row);
-    s->activations = moe_alloc_aligned(rows * (size_t)e->model->hidden, sizeof *s->activations);
+    s->activations = moe_alloc_aligned(rows, moe_row_bytes(e->dtype, e->model->hidden));
     s->message_rows = moe_calloc(slots, sizeof *s->message_rows);
     s->message_experts = moe_calloc(slots, sizeof *s->message_experts);
     s->message_weights = moe_calloc(slots, sizeof *s->message_weights);
@@ -64,7 +65,7 @@ static moe_status channels_open(moe_engine *e, moe_error *err) {
                                  .hello = {.cluster_uuid = e->config.cluster_uuid,
                                            .role = "router",
                                            .id = e->config.id,
-                                           .profile = "",
+                                           .profile = e->config.backend->ops->profile(e->config.backend),
                                            .incarnation = e->config.incarnation,
                                            .model_digest = e->config.model->digest},
                                  .ctx = c,
@@ -131,6 +132,8 @@ moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe
     if (!e) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     e->config = *config;
     e->model = &config->model->config;
+    e->dtype = config->backend->dtype;
+    e->out_dtype = moe_expert_output_dtype(config->combine, e->dtype);
     e->inbox_tail = &e->inbox;
     e->load_epoch_ns = engine_now(e);
     e->view_dirty = true;

@@ -127,11 +127,11 @@ struct micro_batch {
     moe_segment segment;
     moe_job job;
     _Atomic bool job_done;
-    pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
+    pthread_t submitter;                      /* of the job: needs no wake for what is done inside the submission */
     moe_route route, next_route, spare_route; /* [max rows, top_k] each */
     bool have_next_route;                     /* next_route predicts or decides the layer to come */
-    float *activations;                       /* [max rows, H] */
-    float *expert_out;                        /* [max rows, top_k, H] */
+    void *activations;                        /* [max rows, H] of engine->dtype */
+    void *expert_out;                         /* [max rows, top_k, H] of engine->out_dtype */
     float *combine_weights;                   /* [max rows, top_k] */
     int32_t *combine_counts;                  /* [max rows] */
     float *logits;                            /* [max logit rows, V] */
@@ -166,7 +166,7 @@ typedef struct plan_scratch {
     int64_t *cost;                        /* [MOE_PLACEMENT_MAX_WORKERS] */
     uint8_t *fitness;                     /* [MOE_PLACEMENT_MAX_WORKERS] */
     int32_t *local_row;                   /* [max rows]: row of the message, or -1 */
-    float *activations;                   /* [max rows, H]: rows of one message */
+    void *activations;                    /* [max rows, H] of engine->dtype: rows of one message */
     uint32_t *message_rows, *message_experts;
     float *message_weights; /* [max rows × top_k] each */
     uint32_t *hints;        /* [num_experts] */
@@ -176,6 +176,7 @@ typedef struct plan_scratch {
 struct moe_engine {
     moe_engine_config config;
     const moe_model_config *model;
+    moe_dtype dtype, out_dtype; /* of activations and of expert outputs */
     moe_base *base;
     moe_kv *kv;
     moe_kv_blocks blocks;

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/elements.h"
 #include "common/metrics.h"
 #include "router/engine/internal.h"
 
@@ -26,7 +27,8 @@ static void route_free(moe_route *route) {
 
 moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_error *err) {
     size_t rows = (size_t)e->config.max_num_batched_tokens, seqs = (size_t)e->config.max_num_seqs;
-    size_t top_k = (size_t)(e->model->top_k ? e->model->top_k : 1), hidden = (size_t)e->model->hidden;
+    size_t top_k = (size_t)(e->model->top_k ? e->model->top_k : 1);
+    moe_backend *backend = e->config.backend;
     b->engine = e;
     b->index = index;
     b->max_calls = 2 * MOE_PLACEMENT_MAX_WORKERS;
@@ -36,11 +38,11 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
     b->positions = moe_calloc(rows, sizeof *b->positions);
     b->row_seq = moe_calloc(rows, sizeof *b->row_seq);
     b->logit_rows = moe_calloc((size_t)e->max_logit_rows, sizeof *b->logit_rows);
-    b->activations = moe_alloc_aligned(rows * hidden, sizeof *b->activations);
-    b->expert_out = moe_alloc_aligned(rows * top_k * hidden, sizeof *b->expert_out);
+    b->activations = backend->ops->host_alloc(backend, rows * moe_row_bytes(e->dtype, e->model->hidden));
+    b->expert_out = backend->ops->host_alloc(backend, rows * top_k * moe_row_bytes(e->out_dtype, e->model->hidden));
     b->combine_weights = moe_calloc(rows * top_k, sizeof *b->combine_weights);
     b->combine_counts = moe_calloc(rows, sizeof *b->combine_counts);
-    b->logits = moe_alloc_aligned((size_t)e->max_logit_rows * (size_t)e->model->vocab, sizeof *b->logits);
+    b->logits = backend->ops->host_alloc(backend, (size_t)e->max_logit_rows * moe_row_bytes(MOE_F32, e->model->vocab));
     b->calls = moe_calloc((size_t)b->max_calls, sizeof *b->calls);
     b->orphans = moe_calloc(rows * top_k, sizeof *b->orphans);
     bool routes = route_alloc(&b->route, rows * top_k) && route_alloc(&b->next_route, rows * top_k) &&
@@ -48,7 +50,7 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
     if (!routes || !b->seqs || !b->views || !b->token_ids || !b->positions || !b->row_seq || !b->logit_rows || !b->activations ||
         !b->expert_out || !b->combine_weights || !b->combine_counts || !b->logits || !b->calls || !b->orphans)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch of %zu rows", rows);
-    return e->config.backend->ops->rows_create(e->config.backend, e->base, (int32_t)rows, &b->segment.rows, err);
+    return backend->ops->rows_create(backend, e->base, (int32_t)rows, &b->segment.rows, err);
 }
 
 void micro_batch_destroy(micro_batch *b) {
@@ -63,10 +65,12 @@ void micro_batch_destroy(micro_batch *b) {
     route_free(&b->route);
     route_free(&b->next_route);
     route_free(&b->spare_route);
-    void *const owned[] = {b->seqs,       b->views,       b->token_ids,  b->positions,       b->row_seq,
-                           b->logit_rows, b->activations, b->expert_out, b->combine_weights, b->combine_counts,
-                           b->logits,     b->calls,       b->orphans};
+    void *const owned[] = {b->seqs,       b->views,           b->token_ids,      b->positions, b->row_seq,
+                           b->logit_rows, b->combine_weights, b->combine_counts, b->calls,     b->orphans};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
+    void *const of_backend[] = {b->activations, b->expert_out, b->logits};
+    for (size_t i = 0; i < sizeof of_backend / sizeof *of_backend; i++)
+        e->config.backend->ops->host_free(e->config.backend, of_backend[i]);
 }
 
 /* What segment s must route, by gating mode. */
@@ -93,7 +97,7 @@ static void submit_segment(micro_batch *b, int32_t index) {
     s->sequences = b->row_seq;
     s->views = b->views;
     s->num_views = b->num_seqs;
-    s->combine = (moe_combine){b->expert_out, MOE_F32, b->combine_weights, b->combine_counts};
+    s->combine = (moe_combine){b->expert_out, e->out_dtype, b->combine_weights, b->combine_counts};
     s->activations = b->activations;
     s->want_gate = e->config.gating != MOE_GATING_PRE_GATE || index == 0;
     s->route = b->route;

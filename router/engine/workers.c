@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/elements.h"
 #include "common/log.h"
 #include "common/metrics.h"
 #include "router/engine/internal.h"
@@ -30,6 +31,10 @@ moe_status workers_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *er
         return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s at %s has another model revision (%016llx, here %016llx)",
                         peer->id, w->endpoint, (unsigned long long)peer->model_digest,
                         (unsigned long long)e->config.model->digest);
+    const char *own = e->config.backend->ops->profile(e->config.backend);
+    if (!moe_profiles_share_dtype(peer->profile, own))
+        return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s computes as %s, this router as %s; give both the same --dtype",
+                        peer->id, peer->profile, own);
     w->up = true;
     w->suspect = false;
     w->peer = peer->peer;
@@ -167,7 +172,8 @@ void workers_adopt(moe_engine *e, moe_placement *placement) {
     placed_map_unref(e, &previous);
     moe_info("placement map of epoch %llu: %d workers", (unsigned long long)placement->epoch, placement->num_workers);
     moe_metric_set(MOE_METRIC_EPOCH, (int64_t)placement->epoch);
-    for (int32_t i = 0; i < e->config.num_transports; i++) moe_rpc_set_known(e->channels[i].rpc, placement->epoch, placement->fence);
+    for (int32_t i = 0; i < e->config.num_transports; i++)
+        moe_rpc_set_known(e->channels[i].rpc, placement->epoch, placement->fence);
     topology_changed(e);
 }
 

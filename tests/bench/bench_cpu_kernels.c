@@ -242,7 +242,7 @@ static void bench_attention(const bench *b, int32_t context, int32_t rows, int32
     int32_t blocks = context / MOE_KV_BLOCK_TOKENS;
     int64_t block_floats = (int64_t)kv_heads * dim * MOE_KV_BLOCK_TOKENS;
     moe_cpu_kv_layer kv = {
-        .key_block_floats = block_floats, .value_block_floats = block_floats, .kv_heads = kv_heads, .head_dim = dim};
+        .key_block_bytes = 4 * block_floats, .value_block_bytes = 4 * block_floats, .kv_heads = kv_heads, .head_dim = dim};
     kv.padded_dim = dim;
     kv.keys = allocate(block_floats * blocks * 4);
     kv.values = allocate(block_floats * blocks * 4);

@@ -123,18 +123,16 @@ static ProtobufCMessage *unpack(const ProtobufCMessageDescriptor *type, const mo
     return message;
 }
 
-static void fuzz_forward_request(moe_cursor *c) {
-    static const moe_forward_limits limits = {
-        .num_moe_layers = 4, .num_experts = 8, .top_k = 2, .hidden = 4, .model_digest = 0, .cluster_uuid = "", .incarnation = 0};
-    moe_frame frames[MOE_MAX_FRAMES];
-    int num_frames = take_frames(c, frames);
-    ProtobufCMessage *header = num_frames > 0 ? unpack(&moesaic__v1__forward_request__descriptor, &frames[0]) : NULL;
-    if (!header) return;
+/* As a worker of that dtype decodes it. */
+static void decode_forward_request(const ProtobufCMessage *header, const moe_frame *payload, int num_payload, moe_dtype dtype) {
+    const moe_forward_limits limits = {
+        .num_moe_layers = 4, .num_experts = 8, .top_k = 2, .hidden = 4, .cluster_uuid = "", .dtype = dtype};
     moe_forward_call call;
     void *scratch;
-    if (moe_forward_decode((Moesaic__V1__ForwardRequest *)header, frames + 1, num_frames - 1, &limits, &call, &scratch, NULL) ==
+    if (moe_forward_decode((const Moesaic__V1__ForwardRequest *)header, payload, num_payload, &limits, &call, &scratch, NULL) ==
         MOE_OK) {
         check(call.layer < 4 && call.rows > 0 && call.assignments > 0 && call.num_hints <= MOE_FORWARD_MAX_HINTS);
+        check(moe_elements_finite(call.activations, dtype, (size_t)call.rows * 4)); /* and all of them can be read */
         for (int32_t i = 0; i < call.assignments; i++)
             check(call.assignment_rows[i] < (uint32_t)call.rows && call.assignment_experts[i] < 8);
         for (int32_t i = 0; i < call.num_hints; i++) check(call.hints[i] < 8);
@@ -142,6 +140,15 @@ static void fuzz_forward_request(moe_cursor *c) {
             check(call.assignment_weights[i] - call.assignment_weights[i] == 0); /* finite */
     }
     moe_free(scratch);
+}
+
+static void fuzz_forward_request(moe_cursor *c) {
+    moe_frame frames[MOE_MAX_FRAMES];
+    int num_frames = take_frames(c, frames);
+    ProtobufCMessage *header = num_frames > 0 ? unpack(&moesaic__v1__forward_request__descriptor, &frames[0]) : NULL;
+    if (!header) return;
+    decode_forward_request(header, frames + 1, num_frames - 1, MOE_F32);
+    decode_forward_request(header, frames + 1, num_frames - 1, MOE_BF16);
     moe_wire_free(header);
 }
 
@@ -152,7 +159,7 @@ static void fuzz_forward_response(moe_cursor *c) {
     if (!body) return;
     moe_rpc_reply reply = {.message = "", .last = true, .body = body, .payload = frames + 1, .num_payload = num_frames - 1};
     moe_forward_result result;
-    if (moe_forward_decode_reply(&reply, 2, 4, 0, &result, NULL) == MOE_OK) {
+    if (moe_forward_decode_reply(&reply, &(moe_forward_expected){MOE_F32, 2, 4, 0}, &result, NULL) == MOE_OK) {
         float last;
         memcpy(&last, (const uint8_t *)result.out + 7 * sizeof last, sizeof last);
         check(last - last == 0);

@@ -149,7 +149,7 @@ static void test_header_fields(void **state) {
     static uint32_t many[MOE_FORWARD_MAX_HINTS + 1];
     SPOIL(MOE_INVALID_ARGUMENT, EXACT, h->layer = 4);
     SPOIL(MOE_INVALID_ARGUMENT, EXACT, h->layer = UINT32_MAX);
-    SPOIL(MOE_UNIMPLEMENTED, EXACT, h->dtype = MOESAIC__V1__DTYPE__BFLOAT16);
+    SPOIL(MOE_INVALID_ARGUMENT, EXACT, h->dtype = MOESAIC__V1__DTYPE__BFLOAT16);
     SPOIL(MOE_INVALID_ARGUMENT, EXACT, h->dtype = MOESAIC__V1__DTYPE__DTYPE_UNSPECIFIED);
     SPOIL(MOE_INVALID_ARGUMENT, EXACT, h->dtype = (Moesaic__V1__DType)-7);
     SPOIL(MOE_INVALID_ARGUMENT, EXACT, h->rows = 0);
@@ -215,6 +215,40 @@ static void test_not_finite(void **state) {
     SPOIL(MOE_OK, EXACT, s.weights[0] = NAN); /* not sent in exact mode */
 }
 
+/* A worker of the bfloat16 profile: half the bytes, the same checks. */
+static void test_bfloat16(void **state) {
+    (void)state;
+    static const uint16_t bad[] = {0x7f80, 0xff80, 0x7fc0, 0xff81};
+    moe_forward_limits narrow = limits;
+    narrow.dtype = MOE_BF16;
+    sample s;
+    uint16_t activations[ROWS * WIDTH];
+    moe_forward_call call;
+    moe_error err;
+    void *scratch;
+    sample_init(&s, MOE_COMBINE_EXACT);
+    assert_int_equal(moe_forward_decode(&s.header, s.payload, 3, &narrow, &call, &scratch, &err), MOE_INVALID_ARGUMENT);
+    assert_non_null(strstr(err.message, "float32 activations, this worker computes in bfloat16"));
+    s.header.dtype = MOESAIC__V1__DTYPE__BFLOAT16;
+    assert_int_equal(moe_forward_decode(&s.header, s.payload, 3, &narrow, &call, &scratch, NULL), MOE_INVALID_ARGUMENT);
+    moe_elements_narrow(s.activations, MOE_BF16, ROWS * WIDTH, activations);
+    s.payload[0] = (moe_frame){activations, sizeof activations};
+    assert_int_equal(moe_forward_decode(&s.header, s.payload, 3, &narrow, &call, &scratch, NULL), MOE_OK);
+    assert_int_equal(call.dtype, MOE_BF16);
+    assert_ptr_equal(call.activations, activations);
+    moe_free(scratch);
+    for (int b = 0; b < 4; b++)
+        for (int i = 0; i < ROWS * WIDTH; i++) {
+            uint16_t kept = activations[i];
+            activations[i] = bad[b];
+            assert_int_equal(moe_forward_decode(&s.header, s.payload, 3, &narrow, &call, &scratch, NULL), MOE_INVALID_ARGUMENT);
+            activations[i] = kept;
+        }
+    activations[0] = 0x7f7f, activations[1] = 0xff7f, activations[2] = 0x8000; /* the largest, the least, -0 */
+    assert_int_equal(moe_forward_decode(&s.header, s.payload, 3, &narrow, &call, &scratch, NULL), MOE_OK);
+    moe_free(scratch);
+}
+
 static void test_more_assignments_than_top_k(void **state) {
     (void)state;
     moe_forward_limits top1 = limits;
@@ -250,7 +284,8 @@ static void test_overflow(void **state) {
     moe_frame frame = {"", 0}; /* 2^31-1 squared, times 4, cut to 64 bits is not 0, but near */
     moe_rpc_reply reply = {.message = "", .body = (ProtobufCMessage *)&response, .payload = &frame, .num_payload = 1};
     moe_forward_result result;
-    assert_int_equal(moe_forward_decode_reply(&reply, INT32_MAX, INT32_MAX, 0, &result, NULL), MOE_DATA_LOSS);
+    assert_int_equal(moe_forward_decode_reply(&reply, &(moe_forward_expected){MOE_F32, INT32_MAX, INT32_MAX, 0}, &result, NULL),
+                     MOE_DATA_LOSS);
 }
 
 /* Any change of a byte, in frames of exactly the size that they had: never a read beyond, never a crash, a value or an error. */
@@ -305,6 +340,8 @@ typedef struct result_sample {
     moe_rpc_reply reply;
 } result_sample;
 
+static const moe_forward_expected expected_reply = {MOE_F32, ASSIGNMENTS, WIDTH, 77};
+
 static void result_init(result_sample *s) {
     *s = (result_sample){.header = MOESAIC__V1__FORWARD_RESPONSE__INIT};
     for (int i = 0; i < ASSIGNMENTS * WIDTH; i++) s->out[i] = (float)i;
@@ -316,13 +353,13 @@ static void result_init(result_sample *s) {
         (moe_rpc_reply){.message = "", .last = true, .body = (ProtobufCMessage *)h, .payload = s->payload, .num_payload = 1};
 }
 
-#define SPOIL_REPLY(expected, ...)                                                                          \
-    do {                                                                                                    \
-        result_sample s;                                                                                    \
-        moe_forward_result out;                                                                             \
-        result_init(&s);                                                                                    \
-        __VA_ARGS__;                                                                                        \
-        assert_int_equal(moe_forward_decode_reply(&s.reply, ASSIGNMENTS, WIDTH, 77, &out, NULL), expected); \
+#define SPOIL_REPLY(expected, ...)                                                                   \
+    do {                                                                                             \
+        result_sample s;                                                                             \
+        moe_forward_result out;                                                                      \
+        result_init(&s);                                                                             \
+        __VA_ARGS__;                                                                                 \
+        assert_int_equal(moe_forward_decode_reply(&s.reply, &expected_reply, &out, NULL), expected); \
     } while (0)
 
 static void test_reply(void **state) {
@@ -330,12 +367,12 @@ static void test_reply(void **state) {
     result_sample s;
     moe_forward_result out;
     result_init(&s);
-    assert_int_equal(moe_forward_decode_reply(&s.reply, ASSIGNMENTS, WIDTH, 77, &out, NULL), MOE_OK);
+    assert_int_equal(moe_forward_decode_reply(&s.reply, &expected_reply, &out, NULL), MOE_OK);
     assert_true(out.incarnation == 77 && out.epoch == 9 && out.shard_digest == 123 && out.compute_ns == 10 && out.queue_ns == 20);
     assert_ptr_equal(out.out, s.out);
     moe_error err = {0};
     s.payload[0].size = 4;
-    assert_int_equal(moe_forward_decode_reply(&s.reply, ASSIGNMENTS, WIDTH, 77, &out, &err), MOE_DATA_LOSS);
+    assert_int_equal(moe_forward_decode_reply(&s.reply, &expected_reply, &out, &err), MOE_DATA_LOSS);
     assert_int_equal(err.code, MOE_DATA_LOSS);
 }
 
@@ -353,6 +390,24 @@ static void test_spoiled_replies(void **state) {
     SPOIL_REPLY(MOE_DATA_LOSS, s.payload[0].size += 4);
     SPOIL_REPLY(MOE_DATA_LOSS, s.out[ASSIGNMENTS * WIDTH - 1] = NAN);
     SPOIL_REPLY(MOE_DATA_LOSS, s.out[0] = -INFINITY);
+}
+
+/* Partial sums of the bfloat16 profile. */
+static void test_bfloat16_reply(void **state) {
+    (void)state;
+    const moe_forward_expected narrow = {MOE_BF16, ASSIGNMENTS, WIDTH, 77};
+    result_sample s;
+    uint16_t sums[ASSIGNMENTS * WIDTH] = {0};
+    moe_forward_result out;
+    result_init(&s);
+    assert_int_equal(moe_forward_decode_reply(&s.reply, &narrow, &out, NULL), MOE_DATA_LOSS);
+    s.header.dtype = MOESAIC__V1__DTYPE__BFLOAT16;
+    assert_int_equal(moe_forward_decode_reply(&s.reply, &narrow, &out, NULL), MOE_DATA_LOSS);
+    s.payload[0] = (moe_frame){sums, sizeof sums};
+    assert_int_equal(moe_forward_decode_reply(&s.reply, &narrow, &out, NULL), MOE_OK);
+    assert_true(out.dtype == MOE_BF16 && out.out == sums);
+    sums[ASSIGNMENTS * WIDTH - 1] = 0x7f80;
+    assert_int_equal(moe_forward_decode_reply(&s.reply, &narrow, &out, NULL), MOE_DATA_LOSS);
 }
 
 /* ---- over the wire, both modes ---- */
@@ -406,7 +461,7 @@ static void on_forward_reply(void *ctx, const moe_rpc_reply *reply) {
     moe_forward_result result;
     int32_t rows = w->mode == MOE_COMBINE_EXACT ? ASSIGNMENTS : ROWS;
     w->replies++;
-    w->status = moe_forward_decode_reply(reply, rows, WIDTH, 77, &result, NULL);
+    w->status = moe_forward_decode_reply(reply, &(moe_forward_expected){MOE_F32, rows, WIDTH, 77}, &result, NULL);
     if (w->not_held) {
         const Moesaic__V1__ForwardResponse *body = (const Moesaic__V1__ForwardResponse *)reply->body;
         assert_true(body && body->n_not_held == 2 && body->not_held[1] == 7 && body->epoch == 10);
@@ -496,12 +551,20 @@ static void test_over_the_wire(void **state) {
 int main(void) {
     moe_log_init(MOE_LOG_OFF, "test");
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_decode_valid),  cmocka_unit_test(test_decode_unaligned),
-        cmocka_unit_test(test_identity),      cmocka_unit_test(test_header_fields),
-        cmocka_unit_test(test_frames),        cmocka_unit_test(test_assignments),
-        cmocka_unit_test(test_not_finite),    cmocka_unit_test(test_more_assignments_than_top_k),
-        cmocka_unit_test(test_overflow),      cmocka_unit_test(test_mutations),
-        cmocka_unit_test(test_reply),         cmocka_unit_test(test_spoiled_replies),
+        cmocka_unit_test(test_decode_valid),
+        cmocka_unit_test(test_decode_unaligned),
+        cmocka_unit_test(test_identity),
+        cmocka_unit_test(test_header_fields),
+        cmocka_unit_test(test_frames),
+        cmocka_unit_test(test_assignments),
+        cmocka_unit_test(test_not_finite),
+        cmocka_unit_test(test_bfloat16),
+        cmocka_unit_test(test_more_assignments_than_top_k),
+        cmocka_unit_test(test_overflow),
+        cmocka_unit_test(test_mutations),
+        cmocka_unit_test(test_reply),
+        cmocka_unit_test(test_bfloat16_reply),
+        cmocka_unit_test(test_spoiled_replies),
         cmocka_unit_test(test_over_the_wire),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -140,7 +140,9 @@ static void keep_body(reply *to, const moe_rpc_reply *from) {
         memcpy(to->not_held, body->not_held, body->n_not_held * sizeof *body->not_held);
         to->result.epoch = body->epoch;
     } else if (type == &moesaic__v1__forward_response__descriptor) {
-        assert_int_equal(moe_forward_decode_reply(from, to->out_rows, H, INCARNATION, &to->result, NULL), MOE_OK);
+        assert_int_equal(
+            moe_forward_decode_reply(from, &(moe_forward_expected){MOE_F32, to->out_rows, H, INCARNATION}, &to->result, NULL),
+            MOE_OK);
         memcpy(to->out, to->result.out, (size_t)to->out_rows * H * sizeof *to->out);
     } else if (type == &moesaic__v1__load_response__descriptor) {
         const Moesaic__V1__LoadResponse *body = (const void *)from->body;
