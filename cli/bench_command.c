@@ -116,8 +116,7 @@ static moe_status start_processes(const bench *b, target *t, moe_error *err) {
 }
 
 static moe_status open_node(const bench *b, target *t, moe_error *err) {
-    moe_router_node_config config = {.model_dir = moe_options_positional(b->options),
-                                     .skip_tokenizer = moe_option_bool(b->options, "skip-tokenizer-init"),
+    moe_router_node_config config = {.skip_tokenizer = moe_option_bool(b->options, "skip-tokenizer-init"),
                                      .embedded = t->workers == 0,
                                      .store = {.address = t->cluster.file.redis, .cluster = "default"},
                                      .keys_dir = t->cluster.file.keys[0] ? t->cluster.file.keys : NULL,
@@ -126,8 +125,11 @@ static moe_status open_node(const bench *b, target *t, moe_error *err) {
                                      .replicas = 1,
                                      .initial_workers = t->workers,
                                      .new_cluster = true};
-    moe_engine_options(b->options, &config);
-    config.threads = t->threads;
+    moe_status status = moe_engine_options(b->options, &config, err);
+    if (status == MOE_OK) status = moe_router_device_option(b->options, &config.backend.device, err);
+    if (status != MOE_OK) return status;
+    config.skip_tokenizer = config.skip_tokenizer || config.source.dummy;
+    config.backend.threads = t->threads;
     return moe_router_node_open(&config, &t->node, err);
 }
 

@@ -24,7 +24,7 @@ static moe_status evaluate(const moe_options *o, moe_router_node *node, json_t *
 }
 
 int moe_command_eval(const moe_options *o) {
-    moe_router_node_config config = {.model_dir = moe_options_positional(o), .embedded = true, .id = "eval"};
+    moe_router_node_config config = {.embedded = true, .id = "eval"};
     moe_router_node *node;
     moe_error err;
     json_t *result = NULL;
@@ -33,8 +33,8 @@ int moe_command_eval(const moe_options *o) {
         fprintf(stderr, "moesaic: eval needs --data FILE\n");
         return 2;
     }
-    moe_engine_options(o, &config);
-    moe_status status = moe_router_node_open(&config, &node, &err);
+    moe_status status = moe_engine_options(o, &config, &err);
+    if (status == MOE_OK) status = moe_router_node_open(&config, &node, &err);
     if (status != MOE_OK) return moe_command_failed(&err);
     status = evaluate(o, node, &result, &err);
     moe_router_node_close(&node);

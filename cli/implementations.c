@@ -12,24 +12,32 @@
 #define MOE_STORE_TIMEOUT_MS 500
 #define MOE_NETWORK_LINGER_MS 100
 
-#ifdef MOESAIC_HAS_CUDA
-#define MOE_BACKEND_NAMES "cpu, cpu-ref, cuda"
-#else
-#define MOE_BACKEND_NAMES "cpu, cpu-ref"
-#endif
+moe_status moe_model_source_open(const moe_model_source *source, moe_model **out, moe_error *err) {
+    if (source->dummy) return moe_model_open_dummy(source->dir, &source->generated, out, err);
+    if (source->generated.num_layers)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--layers %d: a checkpoint is used whole; layers are for --load-format dummy",
+                        source->generated.num_layers);
+    return moe_model_open(source->dir, out, err);
+}
 
 moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err) {
     moe_cpu_config cpu = {.threads = config->threads, .isa = NULL};
     if (strcmp(config->name, "cpu") == 0) return moe_cpu_open(&cpu, out, err);
     if (strcmp(config->name, "cpu-ref") == 0) return moe_cpu_ref_open(&cpu, out, err);
 #ifdef MOESAIC_HAS_CUDA
-    moe_cuda_config cuda = {.device = config->device,
-                            .dtype = config->dtype,
-                            .deterministic = config->deterministic,
-                            .tune_file = config->tune_file};
-    if (strcmp(config->name, "cuda") == 0) return moe_cuda_open(&cuda, out, err);
+    moe_cuda_config cuda = {
+        .device = config->device, .dtype = config->dtype, .deterministic = config->deterministic, .tune_file = config->tune_file};
+    if (strcmp(config->name, "cuda") == 0) {
+        moe_status status = moe_cuda_open(&cuda, out, err);
+        return status == MOE_UNAVAILABLE ? moe_fail_prefix(err, status, "--backend cuda (--backend cpu needs no GPU)") : status;
+    }
+#else
+    if (strcmp(config->name, "cuda") == 0)
+        return moe_fail(err, MOE_UNIMPLEMENTED,
+                        "--backend cuda: this build has no CUDA backend (it needs the CUDA toolkit when it is "
+                        "configured; -DMOESAIC_CUDA=ON says what is missing); --backend cpu works");
 #endif
-    return moe_fail(err, MOE_INVALID_ARGUMENT, "no backend is called '%s'; this build has: " MOE_BACKEND_NAMES, config->name);
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "no backend is called '%s'; there are: cpu, cpu-ref, cuda", config->name);
 }
 
 moe_status moe_network_open(const char *keys_dir, moe_role role, moe_transport **out, moe_error *err) {

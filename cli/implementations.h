@@ -5,6 +5,16 @@
 #include "common/store.h"
 #include "common/transport.h"
 
+/* Where a model's weights come from. */
+typedef struct moe_model_source {
+    const char *dir;
+    bool dummy; /* generated for DIR/config.json's shape; else DIR's safetensors */
+    moe_dummy_options generated;
+} moe_model_source;
+
+/* As moe_model_open and moe_model_open_dummy. INVALID_ARGUMENT: a number of layers for a checkpoint. */
+moe_status moe_model_source_open(const moe_model_source *source, moe_model **out, moe_error *err);
+
 typedef struct moe_backend_config {
     const char *name;      /* "cpu", "cpu-ref" or "cuda" */
     int32_t threads;       /* compute threads of the CPU backends */

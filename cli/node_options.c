@@ -6,6 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "cli/device_list.h"
+
 static const char random_prefix[] = "random:";
 
 int32_t moe_threads_option(const moe_options *options) {
@@ -21,9 +23,36 @@ int32_t moe_threads_share(const moe_options *options, int32_t processes) {
     return threads / processes > 0 ? threads / processes : 1;
 }
 
-void moe_engine_options(const moe_options *o, moe_router_node_config *c) {
-    c->backend = moe_option_text(o, "backend");
-    c->threads = moe_threads_option(o);
+moe_model_source moe_model_option(const moe_options *o, const char *dir) {
+    return (moe_model_source){
+        .dir = dir,
+        .dummy = strcmp(moe_option_text(o, "load-format"), "dummy") == 0,
+        .generated = {.seed = (uint64_t)moe_option_int(o, "seed"), .num_layers = (int32_t)moe_option_int(o, "layers")}};
+}
+
+moe_status moe_backend_option(const moe_options *o, int32_t index, moe_backend_config *out, int32_t *num_devices,
+                              moe_error *err) {
+    moe_device_list devices;
+    moe_status status = moe_device_list_parse(moe_option_text(o, "devices"), &devices, err);
+    if (status != MOE_OK) return status;
+    *out = (moe_backend_config){.name = moe_option_text(o, "backend"),
+                                .threads = moe_threads_option(o),
+                                .device = devices.ids[index % devices.count],
+                                .deterministic = moe_option_bool(o, "deterministic"),
+                                .tune_file = moe_option_text(o, "tune-file")};
+    if (num_devices) *num_devices = devices.count;
+    return MOE_OK;
+}
+
+moe_status moe_router_device_option(const moe_options *o, int32_t *out, moe_error *err) {
+    moe_device_list devices;
+    moe_status status = moe_device_list_parse(moe_option_text(o, "devices"), &devices, err);
+    *out = moe_option_given(o, "router-device") ? (int32_t)moe_option_int(o, "router-device") : devices.ids[0];
+    return status;
+}
+
+moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, moe_error *err) {
+    c->source = moe_model_option(o, moe_options_positional(o));
     c->gating = (moe_gating)moe_option_choice(o, "gating");
     c->combine = (moe_combine_mode)moe_option_choice(o, "combine");
     c->max_num_seqs = (int32_t)moe_option_int(o, "max-num-seqs");
@@ -33,6 +62,7 @@ void moe_engine_options(const moe_options *o, moe_router_node_config *c) {
     c->micro_batches = (int32_t)moe_option_int(o, "micro-batches");
     c->kv_cache_bytes = moe_option_int(o, "kv-cache-memory");
     c->replica_wait_ns = moe_option_ns(o, "replica-wait");
+    return moe_backend_option(o, 0, &c->backend, NULL, err);
 }
 
 moe_status moe_placement_option(const moe_options *o, moe_router_node_config *c, moe_error *err) {

@@ -3,8 +3,20 @@
 #include "cli/router_node.h"
 #include "common/options.h"
 
-/* The engine's settings, shared by serve, router and eval. */
-void moe_engine_options(const moe_options *options, moe_router_node_config *config);
+/* The settings of model, backend and engine, shared by router, eval and bench; the model is the command's argument.
+ * INVALID_ARGUMENT: --devices. */
+moe_status moe_engine_options(const moe_options *options, moe_router_node_config *config, moe_error *err);
+
+/* --load-format, --layers, --seed; dir is borrowed. */
+moe_model_source moe_model_option(const moe_options *options, const char *dir);
+
+/* --backend and what belongs to it, for the i-th of --devices, which are taken in turn (--threads: moe_threads_option). *num_devices
+ * (may be NULL) receives how many there are. INVALID_ARGUMENT. */
+moe_status moe_backend_option(const moe_options *options, int32_t index, moe_backend_config *out, int32_t *num_devices,
+                              moe_error *err);
+
+/* --router-device, else the first of --devices. INVALID_ARGUMENT. */
+moe_status moe_router_device_option(const moe_options *options, int32_t *out, moe_error *err);
 
 /* --placement: balanced, random:SEED or a file. INVALID_ARGUMENT for a bad seed. */
 moe_status moe_placement_option(const moe_options *options, moe_router_node_config *config, moe_error *err);

@@ -16,6 +16,7 @@ enum {
     BENCH = 1 << MOE_COMMAND_BENCH,
     NODES = SERVE | ROUTER | WORKER,
     FRONTS = SERVE | ROUTER,
+    MODELS = NODES | EVAL | BENCH,
     ENGINES = SERVE | ROUTER | EVAL | BENCH,
     ALL = (1 << MOE_COMMAND_COUNT) - 1
 };
@@ -79,6 +80,12 @@ static const moe_option_row rows[] = {
      "key folder of `moesaic keygen`; authenticates and encrypts tcp endpoints"},
 
     {"served-model-name", TEXT, FRONTS, "Model", NULL, 0, 0, NULL, "NAME", "name in the API; default: the model folder's"},
+    {"load-format", CHOICE, MODELS, "Model", "auto", 0, 0, "auto|dummy", NULL,
+     "where the weights come from; auto: MODEL's safetensors; dummy: random ones for MODEL's config.json, which alone is needed "
+     "(with --skip-tokenizer-init)"},
+    {"layers", INT, MODELS, "Model", "0", 0, 512, NULL, "N", "with --load-format dummy: the model's first N layers alone; 0: all"},
+    {"seed", INT, CHAT | MODELS, "Model", NULL, 0, 9007199254740991.0, NULL, "N",
+     "of --load-format dummy: other weights (default 0); chat: makes answers repeatable"},
     {"max-model-len", INT, ENGINES, "Model", "0", 0, 1 << 24, NULL, "N", "tokens of prompt and output; 0: what the model allows"},
     {"skip-tokenizer-init", BOOL, FRONTS | BENCH, "Model", "false", 0, 0, NULL, NULL,
      "serve token ids alone, for checkpoints without a tokenizer"},
@@ -94,7 +101,16 @@ static const moe_option_row rows[] = {
     {"max-batch-rows", INT, SERVE | WORKER | BENCH, "Experts", "16384", 1, 1 << 20, NULL, "N",
      "expert rows that a worker computes in one batch"},
 
-    {"backend", CHOICE, NODES | EVAL | BENCH, "Performance", "cpu", 0, 0, "cpu|cpu-ref", NULL, "what computes"},
+    {"backend", CHOICE, NODES | EVAL | BENCH, "Performance", "cpu", 0, 0, "cpu|cpu-ref|cuda", NULL, "what computes"},
+    {"devices", TEXT, MODELS, "Performance", "0", 0, 0, NULL, "LIST",
+     "GPUs of --backend cuda, by number. serve and bench: worker i gets the i-th of them, in turn; worker: one expert worker for "
+     "each; otherwise the first counts"},
+    {"router-device", INT, SERVE | BENCH, "Performance", NULL, 0, 63, NULL, "N",
+     "GPU of the router or engine; default: the first of --devices"},
+    {"deterministic", BOOL, MODELS, "Performance", "false", 0, 0, NULL, NULL,
+     "--backend cuda: the same bits at every batch size (the CPU backends always do that)"},
+    {"tune-file", TEXT, MODELS, "Performance", NULL, 0, 0, NULL, "FILE",
+     "--backend cuda: thresholds between kernels as `bench --tune` measured them; default: those built in"},
     {"threads", INT, NODES | EVAL | BENCH, "Performance", "0", 0, 1024, NULL, "N",
      "compute threads of a process; 0: the machine's cores, shared out by serve"},
     {"max-num-seqs", INT, ENGINES, "Performance", "64", 1, 4096, NULL, "N", "sequences computed at once"},
@@ -119,7 +135,6 @@ static const moe_option_row rows[] = {
     {"system", TEXT, CHAT, "Client", NULL, 0, 0, NULL, "TEXT", "system message"},
     {"temperature", FLOAT, CHAT, "Client", NULL, 0, 10, NULL, "T", "sampling temperature; 0 is greedy; default: the model's"},
     {"max-tokens", INT, CHAT, "Client", "512", 1, 1 << 20, NULL, "N", "tokens of an answer at most"},
-    {"seed", INT, CHAT, "Client", NULL, 0, 9007199254740991.0, NULL, "N", "makes answers repeatable"},
 
     {"data", TEXT, EVAL, "Evaluation", NULL, 0, 0, NULL, "FILE", "texts, one {\"domain\", \"text\"} a line (required)"},
     {"limit", INT, EVAL, "Evaluation", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},

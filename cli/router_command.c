@@ -12,8 +12,8 @@
 #define POLL_NS (50 * MOE_NS_PER_MS)
 
 static moe_status read_options(const moe_options *o, char *id, size_t id_size, moe_router_node_config *c, moe_error *err) {
-    moe_engine_options(o, c);
-    c->model_dir = moe_options_positional(o);
+    moe_status status = moe_engine_options(o, c, err);
+    if (status != MOE_OK) return status;
     c->served_name = moe_option_text(o, "served-model-name");
     c->skip_tokenizer = moe_option_bool(o, "skip-tokenizer-init");
     c->chat_template_fallback = moe_option_text(o, "chat-template-fallback");

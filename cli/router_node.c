@@ -77,8 +77,8 @@ static void take_maps(moe_router_node *n) {
 /* --served-model-name, else the folder's name. */
 static moe_status name_model(moe_router_node *n, moe_error *err) {
     char path[PATH_MAX];
-    if (!realpath(n->config.model_dir, path))
-        return moe_fail(err, MOE_NOT_FOUND, "cannot find %s: %s", n->config.model_dir, strerror(errno));
+    if (!realpath(n->config.source.dir, path))
+        return moe_fail(err, MOE_NOT_FOUND, "cannot find %s: %s", n->config.source.dir, strerror(errno));
     const char *slash = strrchr(path, '/');
     const char *name = n->config.served_name ? n->config.served_name : slash && slash[1] ? slash + 1 : path;
     if (strlen(name) >= sizeof n->served_name)
@@ -88,19 +88,18 @@ static moe_status name_model(moe_router_node *n, moe_error *err) {
 }
 
 static moe_status open_model(moe_router_node *n, moe_error *err) {
-    moe_status status = moe_model_open(n->config.model_dir, &n->model, err);
+    moe_status status = moe_model_source_open(&n->config.source, &n->model, err);
     if (status == MOE_OK) status = name_model(n, err);
     if (status != MOE_OK) return status;
     if (!n->config.skip_tokenizer) {
-        status = moe_tokenizer_load(n->config.model_dir, &n->tokenizer, err);
+        status = moe_tokenizer_load(n->config.source.dir, &n->tokenizer, err);
         if (status == MOE_NOT_FOUND) moe_fail_prefix(err, status, "serve token ids alone with --skip-tokenizer-init, or");
         if (status != MOE_OK) return status;
-        status = moe_chat_template_load(n->config.model_dir, n->config.chat_template_fallback, &n->chat_template, err);
+        status = moe_chat_template_load(n->config.source.dir, n->config.chat_template_fallback, &n->chat_template, err);
         if (status == MOE_NOT_FOUND) moe_warn("no chat: %s", err->message);
         if (status != MOE_OK && status != MOE_NOT_FOUND) return status;
     }
-    moe_backend_config backend = {.name = n->config.backend, .threads = n->config.threads};
-    return moe_backend_open(&backend, &n->backend, err);
+    return moe_backend_open(&n->config.backend, &n->backend, err);
 }
 
 static moe_status open_embedded(moe_router_node *n, moe_error *err) {

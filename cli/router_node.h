@@ -9,8 +9,9 @@
 typedef struct moe_router_node moe_router_node;
 
 typedef struct moe_router_node_config {
-    const char *model_dir, *backend, *served_name; /* served_name NULL: the folder's name */
-    int32_t threads;
+    moe_model_source source;
+    moe_backend_config backend;
+    const char *served_name; /* NULL: the folder's name */
     bool skip_tokenizer;
     const char *chat_template_fallback; /* NULL: none */
 

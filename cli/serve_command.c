@@ -59,12 +59,16 @@ static moe_status prepare(supervisor *s, moe_error *err) {
 /* ---- children ---- */
 
 /* What the router is told on its own; the rest of what was given to serve is passed on as it is. */
-static const char *const own_options[] = {"listen", "keys", "threads", "port", "host", NULL};
+static const char *const own_options[] = {"listen", "keys", "threads", "port", "host", "devices", NULL};
 
 static moe_status start_router(supervisor *s, moe_error *err) {
-    char store[PATH_MAX + 16], listen[PATH_MAX + 16], keys[PATH_MAX + 16], workers[48], threads[48], port[48], host[300];
+    char store[PATH_MAX + 16], listen[PATH_MAX + 16], keys[PATH_MAX + 16], workers[48], threads[48], port[48], host[300],
+        devices[32];
     const char *argv[MOE_CHILD_MAX_ARGS];
+    int32_t device;
     int n = 0;
+    moe_status status = moe_router_device_option(s->options, &device, err);
+    if (status != MOE_OK) return status;
     snprintf(store, sizeof store, "--store=%s", s->cluster.file.redis);
     snprintf(listen, sizeof listen, "--listen=%s", s->cluster.file.router);
     snprintf(keys, sizeof keys, "--keys=%s", s->cluster.file.keys);
@@ -72,8 +76,9 @@ static moe_status start_router(supervisor *s, moe_error *err) {
     snprintf(threads, sizeof threads, "--threads=%d", s->threads_each);
     snprintf(port, sizeof port, "--port=%s", moe_option_text(s->options, "port"));
     snprintf(host, sizeof host, "--host=%s", moe_option_text(s->options, "host"));
-    const char *own[] = {
-        s->cluster.self, "router", s->cluster.file.model, "--id=r0", store, listen, workers, threads, port, host};
+    snprintf(devices, sizeof devices, "--devices=%d", device);
+    const char *own[] = {s->cluster.self, "router", s->cluster.file.model, "--id=r0", store, listen, workers, threads, port, host,
+                         devices};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) argv[n++] = own[i];
     if (s->cluster.file.keys[0]) argv[n++] = keys;
     n += moe_options_pass_on(s->options, MOE_COMMAND_ROUTER, own_options, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);
@@ -151,8 +156,13 @@ static int serve_cluster(supervisor *s, moe_error *err) {
 /* --workers 0: this process becomes the router. */
 static int become_router(const supervisor *s, moe_error *err) {
     const char *argv[MOE_CHILD_MAX_ARGS] = {s->cluster.self, "router", moe_options_positional(s->options), "--id=r0"};
-    static const char *const none[] = {"listen", "keys", NULL};
+    static const char *const none[] = {"listen", "keys", "devices", NULL};
+    char devices[32];
+    int32_t device;
     int n = 4;
+    if (moe_router_device_option(s->options, &device, err) != MOE_OK) return moe_command_failed(err);
+    snprintf(devices, sizeof devices, "--devices=%d", device);
+    argv[n++] = devices;
     n += moe_options_pass_on(s->options, MOE_COMMAND_ROUTER, none, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);
     argv[n] = NULL;
     execv(s->cluster.self, (char *const *)argv);

@@ -1,9 +1,10 @@
-/* `moesaic worker`: one expert worker of a cluster, until a signal ends it. */
+/* `moesaic worker`: one expert worker of a cluster, or one for each of several GPUs, until a signal ends it. */
 #include <stdio.h>
 #include <string.h>
 
 #include "cli/cluster_file.h"
 #include "cli/commands.h"
+#include "cli/device_list.h"
 #include "cli/node_options.h"
 #include "cli/signals.h"
 #include "cli/worker_node.h"
@@ -63,52 +64,103 @@ static moe_status find_cluster(const worker_settings *s, moe_store *store, char 
     }
 }
 
-static moe_status run(const moe_options *o, worker_settings *s, moe_model *model, moe_backend *backend, moe_error *err) {
+/* The expert worker of one GPU, or the one there is. */
+typedef struct device_worker {
+    moe_backend *backend;
+    moe_worker_node *node;
+    char id[MOE_WORKER_ID_BYTES];
+    char listen[PATH_MAX];
+} device_worker;
+
+typedef struct worker_process {
+    const moe_options *options;
+    worker_settings settings;
+    moe_model *model;
+    char uuid[MOE_UUID_BYTES]; /* "" until the cluster was found */
+    int32_t num_workers;
+    device_worker workers[MOE_MAX_DEVICES];
+} worker_process;
+
+/* Of several workers in a process each needs a name and an endpoint of its own: both get the GPU's number at their end. */
+static moe_status name_worker(const worker_settings *s, device_worker *w, int32_t device, bool alone, moe_error *err) {
+    char suffix[16] = "";
+    bool tcp = strncmp(s->listen, "tcp:", 4) == 0;
+    const char *port = strrchr(s->listen, ':');
+    if (!alone) snprintf(suffix, sizeof suffix, "-%d", device);
+    if (!alone && tcp && (!port || strcmp(port, ":0") != 0))
+        return moe_fail(err, MOE_INVALID_ARGUMENT,
+                        "--listen %s: several --devices need a port each; give port 0, or run one worker for each", s->listen);
+    if ((size_t)snprintf(w->id, sizeof w->id, "%s%s", s->id, suffix) >= sizeof w->id)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--id %s: too long", s->id);
+    if ((size_t)snprintf(w->listen, sizeof w->listen, "%s%s", s->listen, tcp ? "" : suffix) >= sizeof w->listen)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--listen %s: too long", s->listen);
+    return MOE_OK;
+}
+
+static moe_status open_worker(worker_process *p, device_worker *w, moe_error *err) {
+    const worker_settings *s = &p->settings;
     moe_curve_keys keys = {.public_key = ""};
-    char uuid[MOE_UUID_BYTES];
     moe_store *store;
     moe_transport *transport;
-    moe_worker_node *node;
     moe_status status = s->keys_dir ? moe_curve_keys_read(s->keys_dir, MOE_ROLE_WORKER, &keys, err) : MOE_OK;
     if (status == MOE_OK) status = moe_store_open(&s->store, &store, err);
     if (status != MOE_OK) return status;
-    status = find_cluster(s, store, uuid, err);
+    if (!p->uuid[0]) status = find_cluster(s, store, p->uuid, err);
     if (status == MOE_OK) status = moe_network_open(s->keys_dir, MOE_ROLE_WORKER, &transport, err);
     if (status != MOE_OK) {
         store->ops->close(store);
         return status;
     }
-    moe_worker_node_config config = {.model = model,
-                                     .backend = backend,
+    moe_worker_node_config config = {.model = p->model,
+                                     .backend = w->backend,
                                      .transport = transport,
                                      .store = store,
-                                     .listen = s->listen,
-                                     .advertise = moe_option_text(o, "advertise"),
+                                     .listen = w->listen,
+                                     .advertise = moe_option_text(p->options, "advertise"),
                                      .public_key = keys.public_key,
-                                     .id = s->id,
-                                     .cluster_uuid = uuid,
-                                     .max_queued_calls = (int32_t)moe_option_int(o, "max-queued-calls"),
-                                     .max_batch_rows = (int32_t)moe_option_int(o, "max-batch-rows")};
-    status = moe_worker_node_open(&config, &node, err);
-    if (status != MOE_OK) return status;
-    while (!moe_signals_wait(MOE_NS_PER_S)) continue;
-    moe_info("leaving");
-    moe_worker_node_close(&node);
-    return MOE_OK;
+                                     .id = w->id,
+                                     .cluster_uuid = p->uuid,
+                                     .max_queued_calls = (int32_t)moe_option_int(p->options, "max-queued-calls"),
+                                     .max_batch_rows = (int32_t)moe_option_int(p->options, "max-batch-rows")};
+    return moe_worker_node_open(&config, &w->node, err);
+}
+
+/* One worker for each of --devices; the CPU backends have one device. */
+static moe_status open_workers(worker_process *p, moe_error *err) {
+    moe_backend_config config;
+    int32_t count = 1;
+    moe_status status = moe_backend_option(p->options, 0, &config, &count, err);
+    if (status == MOE_OK && count > 1 && strcmp(config.name, "cuda") != 0)
+        status = moe_fail(err, MOE_INVALID_ARGUMENT, "--devices %s: several are for --backend cuda",
+                          moe_option_text(p->options, "devices"));
+    if (status == MOE_OK && count > 1 && moe_option_text(p->options, "advertise"))
+        status = moe_fail(err, MOE_INVALID_ARGUMENT,
+                          "--advertise: several --devices listen at several endpoints; run one worker for each");
+    for (int32_t i = 0; i < count && status == MOE_OK; i++) {
+        device_worker *w = &p->workers[p->num_workers++];
+        status = moe_backend_option(p->options, i, &config, NULL, err);
+        if (status == MOE_OK) status = name_worker(&p->settings, w, config.device, count == 1, err);
+        if (status == MOE_OK) status = moe_backend_open(&config, &w->backend, err);
+        if (status == MOE_OK) status = open_worker(p, w, err);
+    }
+    return status;
 }
 
 int moe_command_worker(const moe_options *o) {
-    worker_settings s = {0};
-    moe_model *model = NULL;
-    moe_backend *backend = NULL;
+    static worker_process p; /* large, and one per process */
     moe_error err;
+    p.options = o;
     moe_signals_block();
-    moe_status status = read_options(o, &s, &err);
-    if (status == MOE_OK) status = moe_model_open(s.model_dir, &model, &err);
-    moe_backend_config config = {.name = moe_option_text(o, "backend"), .threads = moe_threads_option(o)};
-    if (status == MOE_OK) status = moe_backend_open(&config, &backend, &err);
-    if (status == MOE_OK) status = run(o, &s, model, backend, &err);
-    if (backend) backend->ops->close(backend);
-    moe_model_close(&model);
+    moe_status status = read_options(o, &p.settings, &err);
+    moe_model_source source = moe_model_option(o, p.settings.model_dir);
+    if (status == MOE_OK) status = moe_model_source_open(&source, &p.model, &err);
+    if (status == MOE_OK) status = open_workers(&p, &err);
+    while (status == MOE_OK && !moe_signals_wait(MOE_NS_PER_S)) continue;
+    if (status == MOE_OK) moe_info("leaving");
+    for (int32_t i = 0; i < p.num_workers; i++) {
+        moe_worker_node_close(&p.workers[i].node);
+        if (p.workers[i].backend) p.workers[i].backend->ops->close(p.workers[i].backend);
+    }
+    moe_model_close(&p.model);
     return status == MOE_OK || status == MOE_CANCELLED ? 0 : moe_command_failed(&err);
 }
