@@ -38,7 +38,7 @@ typedef struct moe_job {
     moe_status status;                 /* valid once done was called */
     int64_t compute_ns;                /* time from start to end of the computation */
     int64_t combine_ns, logits_ns;     /* of a segment: how much of it went to these */
-    char message[128];                 /* when status is not OK */
+    char message[256];                 /* when status is not OK */
 } moe_job;
 
 /* The blocks of one sequence of a micro-batch. Block table borrowed until the job is done. */
@@ -78,7 +78,7 @@ typedef struct moe_segment {
     moe_kv *kv;
     const int32_t *token_ids; /* [rows]; read by segment 0 */
     const int32_t *positions; /* [rows], absolute; rows of a sequence are consecutive and ascending */
-    const int32_t *sequences; /* [rows], index into views */
+    const int32_t *sequences; /* [rows], index into views. Positions, sequences, views: the same in all segments of a step */
     const moe_kv_view *views; /* [num_views] */
     int32_t num_views;
     moe_combine combine; /* read by segments 1 … M */

@@ -1,5 +1,5 @@
-/* The backend for NVIDIA GPUs (compute capability 8.0 and later). One backend is one device; several may be open in a process. Any
- * thread may submit and poll; jobs end inside `poll`. */
+/* The backend for NVIDIA GPUs (compute capability 8.0 and later). One backend is one device; several may be open in a process.
+ * Any thread may submit and poll; jobs end inside `poll`. */
 #pragma once
 #include "common/backend.h"
 

@@ -1,0 +1,80 @@
+#include "cuda/rows.h"
+
+#include "common/alloc.h"
+
+#define ADVICE "lower --max-num-batched-tokens"
+
+static size_t widest(const moe_model_config *c) {
+    int32_t width = c->dense_intermediate > c->shared_intermediate ? c->dense_intermediate : c->shared_intermediate;
+    return ((size_t)width + 7) / 8 * 8;
+}
+
+static void lay_out(moe_rows *r, const moe_model_config *c, size_t element, moe_cuda_arena *arena) {
+    size_t rows = (size_t)r->max_rows, hidden = (size_t)c->hidden, head_dim = (size_t)c->head_dim;
+    size_t q_width = (size_t)c->num_heads * head_dim, kv_width = (size_t)c->num_kv_heads * head_dim;
+    size_t routed = rows * (size_t)c->top_k;
+    r->hidden = moe_cuda_arena_take(arena, rows * hidden * sizeof(float));
+    r->normed = moe_cuda_arena_take(arena, rows * hidden * element);
+    r->qkv = moe_cuda_arena_take(arena, rows * (q_width + 2 * kv_width) * sizeof(float));
+    r->q = moe_cuda_arena_take(arena, rows * q_width * element);
+    r->attention = moe_cuda_arena_take(arena, rows * q_width * element);
+    r->inner = moe_cuda_arena_take(arena, rows * widest(c) * element);
+    r->delta = moe_cuda_arena_take(arena, rows * hidden * sizeof(float));
+    r->router = moe_cuda_arena_take(arena, rows * (size_t)c->num_experts * sizeof(float));
+    r->shared_logits = moe_cuda_arena_take(arena, rows * sizeof(float));
+    r->cosine = moe_cuda_arena_take(arena, rows * head_dim / 2 * sizeof(float));
+    r->sine = moe_cuda_arena_take(arena, rows * head_dim / 2 * sizeof(float));
+    r->identity = moe_cuda_arena_take(arena, rows * sizeof(int32_t));
+    r->outputs = moe_cuda_arena_take(arena, routed * hidden * sizeof(float));
+    for (int i = 0; i < 2; i++) r->routes[i] = moe_cuda_arena_take(arena, routed * (sizeof(int32_t) + sizeof(float)));
+    r->logits = moe_cuda_arena_take(arena, (size_t)r->logits_rows * (size_t)c->vocab * sizeof(float));
+    r->top_ids = moe_cuda_arena_take(arena, rows * MOE_MAX_TOP_LOGITS * sizeof(int32_t));
+    r->top_logits = moe_cuda_arena_take(arena, rows * MOE_MAX_TOP_LOGITS * sizeof(float));
+}
+
+static moe_status fill_identity(const moe_rows *rows, moe_error *err) {
+    int32_t *numbers = moe_calloc((size_t)rows->max_rows, sizeof *numbers);
+    if (!numbers) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch");
+    for (int32_t i = 0; i < rows->max_rows; i++) numbers[i] = i;
+    cudaError_t code = cudaMemcpy(rows->identity, numbers, (size_t)rows->max_rows * sizeof *numbers, cudaMemcpyHostToDevice);
+    moe_free(numbers);
+    return moe_cuda_check(code, "preparing a micro-batch", err);
+}
+
+moe_status moe_cuda_rows_create(moe_cuda *cuda, const moe_base *base, int32_t max_rows, moe_rows **out, moe_error *err) {
+    const moe_model_config *c = &base->model->config;
+    size_t row_bytes = (size_t)c->vocab * sizeof(float), element = moe_dtype_bytes(cuda->public.dtype);
+    moe_rows *rows = moe_calloc(1, sizeof *rows);
+    moe_cuda_arena arena = {0};
+    *out = NULL;
+    if (!rows) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch");
+    size_t at_once = MOE_CUDA_LOGITS_BYTES / row_bytes ? MOE_CUDA_LOGITS_BYTES / row_bytes : 1;
+    rows->max_rows = max_rows;
+    rows->logits_rows = at_once < (size_t)max_rows ? (int32_t)at_once : max_rows;
+    rows->step_in.pinned = rows->segment_in.pinned = rows->outputs_in.pinned = rows->out.pinned = true;
+    lay_out(rows, c, element, &arena);
+    moe_status status =
+        moe_cuda_device_alloc(&cuda->device, arena.used, "the working memory of a micro-batch", ADVICE, &rows->memory, err);
+    if (status == MOE_OK) {
+        arena = (moe_cuda_arena){.memory = rows->memory};
+        lay_out(rows, c, element, &arena);
+        status = fill_identity(rows, err);
+    }
+    if (status == MOE_OK)
+        status = moe_cuda_check(cudaStreamCreateWithFlags(&rows->stream, cudaStreamNonBlocking), "creating a stream", err);
+    if (status == MOE_OK)
+        *out = rows;
+    else
+        moe_cuda_rows_free(rows);
+    return status;
+}
+
+void moe_cuda_rows_free(moe_rows *rows) {
+    if (!rows) return;
+    moe_cuda_buffer *buffers[] = {&rows->step_in,        &rows->step_device, &rows->segment_in,
+                                  &rows->segment_device, &rows->outputs_in,  &rows->out};
+    if (rows->stream) cudaStreamDestroy(rows->stream);
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) moe_cuda_buffer_free(buffers[i]);
+    moe_cuda_device_free(rows->memory);
+    moe_free(rows);
+}
