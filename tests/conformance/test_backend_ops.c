@@ -1,10 +1,12 @@
-/* One table of operations, run over every CPU implementation: cpu-ref against double-precision mathematics written here, and
- * each instruction path of `cpu` against cpu-ref, within the bounds of the row, with guards around outputs, NaN and infinity. */
+/* One table of operations, run over every implementation: cpu-ref against double-precision mathematics written here, and each
+ * instruction path of `cpu` and each profile of `cuda` against cpu-ref, within the bounds of the row, with guards around outputs,
+ * NaN and infinity. Without a GPU the tests of `cuda` are skipped. */
 #include <math.h>
 #include <stdlib.h>
 
 #include "common/random.h"
 #include "cpu/cpu.h"
+#include "tests/support/cuda_backends.h"
 #include "tests/support/test.h"
 
 #define GUARD 64 /* floats on each side of an output */
@@ -32,6 +34,7 @@ typedef struct op_row {
     void (*run)(const moe_ops *ops, const op_data *d, float *out);
     void (*truth)(const op_data *d, double *want, double *scale);
     double bound_ref, bound_cpu; /* cpu-ref to the truth; cpu to cpu-ref */
+    double bound_cuda, bound_bf16; /* cuda to cpu-ref: float32; bfloat16, where inputs and results are rounded (2^-9 each) */
 } op_row;
 
 typedef struct op_case {
@@ -42,6 +45,7 @@ typedef struct op_case {
 
 static moe_backend *backends[MAX_BACKENDS]; /* [0]: cpu-ref */
 static int num_backends;
+static moe_backend *cuda[2]; /* float32, bfloat16; NULL where there is no GPU */
 
 /* ---- data ---- */
 
@@ -116,7 +120,7 @@ static void embed_run(const moe_ops *ops, const op_data *d, float *out) { ops->e
 static void embed_truth(const op_data *d, double *want, double *scale) {
     for (int64_t i = 0; i < d->out_count; i++) {
         want[i] = at(&d->w, d->ids[i / d->k], i % d->k);
-        scale[i] = 0;
+        scale[i] = fabs(want[i]);
     }
 }
 
@@ -362,14 +366,14 @@ static void ffn_truth(const op_data *d, double *want, double *scale) {
 
 /* ---- the table ---- */
 
-static const op_row embed = {"embed", embed_fill, embed_run, embed_truth, 0, 0};
-static const op_row rms_norm = {"rms_norm", norm_fill, norm_run, norm_truth, 1e-6, 2e-7};
-static const op_row linear = {"linear", linear_fill, linear_run, linear_truth, 1e-6, 1e-7};
-static const op_row rotary = {"rotary", rotary_fill, rotary_run, rotary_truth, 4e-7, 1e-7};
-static const op_row attention = {"attention", attention_fill, attention_run, attention_truth, 2e-6, 1e-6};
-static const op_row gate_topk = {"gate_topk", gate_fill, gate_run, gate_truth, 1e-6, 1e-6};
-static const op_row combine = {"combine", combine_fill, combine_run, combine_truth, 4e-7, 1e-7};
-static const op_row ffn = {"ffn", ffn_fill, ffn_run, ffn_truth, 1e-6, 3e-7};
+static const op_row embed = {"embed", embed_fill, embed_run, embed_truth, 0, 0, 0, 4e-3};
+static const op_row rms_norm = {"rms_norm", norm_fill, norm_run, norm_truth, 1e-6, 2e-7, 1e-6, 4e-3};
+static const op_row linear = {"linear", linear_fill, linear_run, linear_truth, 1e-6, 1e-7, 1e-6, 4e-3};
+static const op_row rotary = {"rotary", rotary_fill, rotary_run, rotary_truth, 4e-7, 1e-7, 4e-7, 4e-3};
+static const op_row attention = {"attention", attention_fill, attention_run, attention_truth, 2e-6, 1e-6, 2e-6, 3e-2};
+static const op_row gate_topk = {"gate_topk", gate_fill, gate_run, gate_truth, 1e-6, 1e-6, 1e-6, 1e-6};
+static const op_row combine = {"combine", combine_fill, combine_run, combine_truth, 4e-7, 1e-7, 4e-7, 4e-7};
+static const op_row ffn = {"ffn", ffn_fill, ffn_run, ffn_truth, 1e-6, 3e-7, 1e-6, 1.2e-2};
 
 static const op_case cases[] = {
     {&embed, MOE_F32, {.rows = 3, .n = 7, .k = 33}},
@@ -435,34 +439,55 @@ static bool close_enough(double got, double want, double allowed) {
     return isfinite(got) && fabs(got - want) <= allowed;
 }
 
-static void run_case(const op_case *c, flavour f) {
+typedef struct held {
+    double *want, *scale; /* the truth, then cpu-ref's results */
+} held;
+
+static void check(const op_case *c, flavour f, moe_backend *backend, double bound, const op_data *d, const held *h, float *got) {
+    for (int64_t i = 0; i < d->out_count; i++) {
+        double allowed = isfinite(h->scale[i]) ? bound * h->scale[i] + TINY : INFINITY;
+        if (!close_enough(got[i], h->want[i], allowed))
+            fail_msg("%s, case %d, flavour %d, %s: element %d is %.9g, not %.9g within %.3g", c->op->name, (int)(c - cases), f,
+                     backend->ops->profile(backend), (int)i, got[i], h->want[i], allowed);
+    }
+}
+
+static void run_on(const op_case *c, flavour f, moe_backend *backend, double bound, const op_data *d, const held *h) {
+    float *got = run_guarded(backend->ops->single, c->op, d);
+    check(c, f, backend, bound, d, h, got);
+    free(got);
+}
+
+static void run_case(const op_case *c, flavour f, bool on_cuda) {
     op_data d = c->shape;
     moe_random random = {.state = (uint64_t)(c - cases) * FLAVOURS + f};
     d.dtype = c->dtype;
     c->op->fill(&d, &random, f);
-    double *want = allocate(d.out_count, sizeof *want), *scale = allocate(d.out_count, sizeof *scale);
-    c->op->truth(&d, want, scale);
-    for (int b = 0; b < num_backends; b++) {
-        float *got = run_guarded(backends[b]->ops->single, c->op, &d);
-        for (int64_t i = 0; i < d.out_count; i++) {
-            double allowed = isfinite(scale[i]) ? (b ? c->op->bound_cpu : c->op->bound_ref) * scale[i] + TINY : INFINITY;
-            if (!close_enough(got[i], want[i], allowed))
-                fail_msg("%s, case %d, flavour %d, %s: element %d is %.9g, not %.9g within %.3g", c->op->name, (int)(c - cases),
-                         f, backends[b]->ops->profile(backends[b]), (int)i, got[i], want[i], allowed);
-            if (b == 0) want[i] = got[i]; /* the others are held against cpu-ref */
-        }
-        free(got);
-    }
-    free(want);
-    free(scale);
+    held h = {allocate(d.out_count, sizeof(double)), allocate(d.out_count, sizeof(double))};
+    c->op->truth(&d, h.want, h.scale);
+    float *ref = run_guarded(backends[0]->ops->single, c->op, &d);
+    check(c, f, backends[0], c->op->bound_ref, &d, &h, ref);
+    for (int64_t i = 0; i < d.out_count; i++) h.want[i] = ref[i]; /* the others are held against cpu-ref */
+    for (int b = 1; b < num_backends && !on_cuda; b++) run_on(c, f, backends[b], c->op->bound_cpu, &d, &h);
+    for (int b = 0; b < 2 && on_cuda; b++) run_on(c, f, cuda[b], b ? c->op->bound_bf16 : c->op->bound_cuda, &d, &h);
+    free(ref);
+    free(h.want);
+    free(h.scale);
     free_data(&d);
 }
 
-static void run_op(void **state) {
+static void run_cases(const op_row *op, bool on_cuda) {
     int count = 0;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        for (int f = PLAIN; f < FLAVOURS && cases[i].op == *state; f++, count++) run_case(&cases[i], (flavour)f);
+        for (int f = PLAIN; f < FLAVOURS && cases[i].op == op; f++, count++) run_case(&cases[i], (flavour)f, on_cuda);
     assert_true(count > 0);
+}
+
+static void run_op(void **state) { run_cases(*state, false); }
+
+static void run_op_on_cuda(void **state) {
+    if (!cuda[0] || !cuda[1]) skip();
+    run_cases(*state, true);
 }
 
 static int open_backends(void **state) {
@@ -479,6 +504,8 @@ static int open_backends(void **state) {
         else
             print_message("not tested: %s\n", err.message);
     }
+    cuda[0] = moe_test_cuda_open(MOE_F32, false);
+    cuda[1] = cuda[0] ? moe_test_cuda_open(MOE_BF16, false) : NULL;
     return num_backends < 2 ? -1 : 0;
 }
 
@@ -488,13 +515,22 @@ static int close_backends(void **state) {
         num_backends--;
         backends[num_backends]->ops->close(backends[num_backends]);
     }
+    for (int i = 0; i < 2; i++)
+        if (cuda[i]) cuda[i]->ops->close(cuda[i]);
     return 0;
 }
 
 int main(void) {
     const op_row *const ops[] = {&embed, &rms_norm, &linear, &rotary, &attention, &gate_topk, &combine, &ffn};
-    struct CMUnitTest tests[sizeof ops / sizeof *ops];
-    for (size_t i = 0; i < sizeof ops / sizeof *ops; i++)
+    enum { OPS = sizeof ops / sizeof *ops };
+    struct CMUnitTest tests[2 * OPS];
+    char names[OPS][32];
+    for (size_t i = 0; i < OPS; i++) {
+        snprintf(names[i], sizeof names[i], "cuda, %s", ops[i]->name);
         tests[i] = (struct CMUnitTest){.name = ops[i]->name, .test_func = run_op, .initial_state = (void *)(uintptr_t)ops[i]};
+        tests[OPS + i] = tests[i];
+        tests[OPS + i].name = names[i];
+        tests[OPS + i].test_func = run_op_on_cuda;
+    }
     return cmocka_run_group_tests(tests, open_backends, close_backends);
 }

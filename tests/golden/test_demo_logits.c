@@ -4,13 +4,15 @@
 #include <stdlib.h>
 
 #include "tests/support/cpu_backends.h"
+#include "tests/support/cuda_backends.h"
 #include "tests/support/reference_driver.h"
 #include "tests/support/test.h"
 
 #define MAX_IDS 256
 #define ABSOLUTE_ERROR 1e-3
+#define BACKENDS (MOE_TEST_CPU_BACKENDS + 1) /* the last one: cuda, in float32 */
 /* Greedy tokens of each case, by backend: few for those without SIMD. */
-static const int32_t greedy_tokens[MOE_TEST_CPU_BACKENDS] = {4, 1, MAX_IDS, MAX_IDS};
+static const int32_t greedy_tokens[BACKENDS] = {4, 1, MAX_IDS, MAX_IDS, MAX_IDS};
 
 static moe_model *model;
 static json_t *golden;
@@ -58,7 +60,7 @@ static void check_case(moe_driver *driver, const json_t *golden_case, bool pre_g
 }
 
 static void run_backend(int index, bool pre_gate) {
-    moe_backend *backend = moe_test_cpu_open(index, 2);
+    moe_backend *backend = index < MOE_TEST_CPU_BACKENDS ? moe_test_cpu_open(index, 2) : moe_test_cuda_open(MOE_F32, false);
     if (!backend) skip();
     moe_driver_options options = {.pre_gate = pre_gate, .num_sequences = 1, .max_tokens = 2 * MAX_IDS, .max_rows = MAX_IDS};
     moe_driver *driver = moe_driver_open(backend, model, &options);
@@ -92,11 +94,11 @@ static int close_demo(void **state) {
 }
 
 int main(void) {
-    static const char *const names[2 * MOE_TEST_CPU_BACKENDS] = {"cpu-ref, gate",    "cpu-ref, pre-gate", "scalar, gate",
-                                                                 "scalar, pre-gate", "avx2, gate",        "avx2, pre-gate",
-                                                                 "avx512, gate",     "avx512, pre-gate"};
-    struct CMUnitTest tests[2 * MOE_TEST_CPU_BACKENDS];
-    for (intptr_t i = 0; i < 2 * MOE_TEST_CPU_BACKENDS; i++)
+    static const char *const names[2 * BACKENDS] = {"cpu-ref, gate", "cpu-ref, pre-gate", "scalar, gate", "scalar, pre-gate",
+                                                    "avx2, gate",    "avx2, pre-gate",    "avx512, gate", "avx512, pre-gate",
+                                                    "cuda, gate",    "cuda, pre-gate"};
+    struct CMUnitTest tests[2 * BACKENDS];
+    for (intptr_t i = 0; i < 2 * BACKENDS; i++)
         tests[i] = (struct CMUnitTest){.name = names[i], .test_func = run, .initial_state = (void *)i};
     return cmocka_run_group_tests(tests, open_demo, close_demo);
 }

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "tests/support/cpu_backends.h"
+#include "tests/support/cuda_backends.h"
 #include "tests/support/reference_driver.h"
 #include "tests/support/test.h"
 
@@ -72,30 +73,49 @@ static void check_greedy(const fixture *f, moe_driver *driver, float *logits, co
     }
 }
 
+static void check_backend(const fixture *f, moe_backend *backend, moe_combine_mode combine) {
+    float *logits = calloc((size_t)MAX_IDS * (size_t)f->model->config.vocab, sizeof *logits);
+    moe_driver_options options = {.combine = combine, .num_sequences = 1, .max_tokens = 2 * MAX_IDS, .max_rows = MAX_IDS};
+    moe_driver *driver = moe_driver_open(backend, f->model, &options);
+    moe_driver_prefill(driver, f->ids, f->num_ids, MAX_IDS, logits);
+    check_logits(f, logits, backend->ops->profile(backend));
+    check_greedy(f, driver, logits, backend->ops->profile(backend));
+    moe_driver_close(driver);
+    backend->ops->close(backend);
+    free(logits);
+}
+
 static void run_fixture(void **state) {
     fixture f = open_fixture(*state);
-    float *logits = calloc((size_t)MAX_IDS * (size_t)f.model->config.vocab, sizeof *logits);
     for (int b = 0; b < 2 * MOE_TEST_CPU_BACKENDS; b++) {
         moe_backend *backend = moe_test_cpu_open(b / 2, b % 2 * 2);
-        if (!backend) continue;
-        moe_driver_options options = {.num_sequences = 1, .max_tokens = 2 * MAX_IDS, .max_rows = MAX_IDS};
-        options.combine = b % 2 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT;
-        moe_driver *driver = moe_driver_open(backend, f.model, &options);
-        moe_driver_prefill(driver, f.ids, f.num_ids, MAX_IDS, logits);
-        check_logits(&f, logits, backend->ops->profile(backend));
-        check_greedy(&f, driver, logits, backend->ops->profile(backend));
-        moe_driver_close(driver);
-        backend->ops->close(backend);
+        if (backend) check_backend(&f, backend, b % 2 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT);
     }
-    free(logits);
     close_fixture(&f);
+}
+
+static void run_fixture_on_cuda(void **state) {
+    for (int b = 0; b < 4; b++) {
+        moe_backend *backend = moe_test_cuda_open(MOE_F32, b / 2);
+        if (!backend) skip();
+        fixture f = open_fixture(*state);
+        check_backend(&f, backend, b % 2 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT);
+        close_fixture(&f);
+    }
 }
 
 int main(void) {
     static const char *const families[] = {"llama_dense", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"};
-    struct CMUnitTest tests[sizeof families / sizeof *families];
-    for (size_t i = 0; i < sizeof families / sizeof *families; i++)
+    enum { FAMILIES = sizeof families / sizeof *families };
+    struct CMUnitTest tests[2 * FAMILIES];
+    char names[FAMILIES][32];
+    for (size_t i = 0; i < FAMILIES; i++) {
+        snprintf(names[i], sizeof names[i], "cuda, %s", families[i]);
         tests[i] =
             (struct CMUnitTest){.name = families[i], .test_func = run_fixture, .initial_state = (void *)(uintptr_t)families[i]};
+        tests[FAMILIES + i] = tests[i];
+        tests[FAMILIES + i].name = names[i];
+        tests[FAMILIES + i].test_func = run_fixture_on_cuda;
+    }
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -32,8 +32,9 @@ static void *allocate(int64_t count, size_t size) {
 
 static void post(moe_job *job) { sem_post(job->owner); }
 
-static void wait_for(sem_t *done, const moe_job *job) {
-    while (sem_wait(done) != 0) continue;
+static void wait_for(moe_backend *backend, sem_t *done, const moe_job *job) {
+    while (backend->ops->poll ? sem_trywait(done) != 0 : sem_wait(done) != 0)
+        if (backend->ops->poll) backend->ops->poll(backend);
     sem_destroy(done);
     MOE_ASSERT(job->status == MOE_OK);
 }
@@ -43,7 +44,7 @@ void moe_driver_run_segment(moe_backend *backend, moe_base *base, const moe_segm
     sem_init(&done, 0, 0);
     moe_job job = {.done = post, .owner = &done};
     backend->ops->segment_submit(backend, base, segment, &job);
-    wait_for(&done, &job);
+    wait_for(backend, &done, &job);
 }
 
 void moe_driver_run_ffn(moe_backend *backend, const moe_ffn_batch *batch) {
@@ -51,7 +52,7 @@ void moe_driver_run_ffn(moe_backend *backend, const moe_ffn_batch *batch) {
     sem_init(&done, 0, 0);
     moe_job job = {.done = post, .owner = &done};
     backend->ops->ffn_submit(backend, batch, &job);
-    wait_for(&done, &job);
+    wait_for(backend, &done, &job);
 }
 
 static void load(moe_driver *d) {
