@@ -2,6 +2,7 @@
  * instruction path of `cpu` and each profile of `cuda` against cpu-ref, within the bounds of the row, with guards around outputs,
  * NaN and infinity. Without a GPU the tests of `cuda` are skipped. */
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #include "common/random.h"

@@ -2,6 +2,7 @@
  * flight from several threads, pinned and pageable memory, top logits, and faults. Skipped where there is no GPU. */
 #include <math.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
