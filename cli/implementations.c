@@ -40,14 +40,17 @@ moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out,
     return moe_fail(err, MOE_INVALID_ARGUMENT, "no backend is called '%s'; there are: cpu, cpu-ref, cuda", config->name);
 }
 
-moe_status moe_network_open(const char *keys_dir, moe_role role, moe_transport **out, moe_error *err) {
+moe_status moe_network_open(const char *keys_dir, moe_role role, int64_t poll_us, moe_transport **out, moe_error *err) {
     moe_curve_keys keys;
     bool authenticated = keys_dir && *keys_dir;
     if (authenticated) {
         moe_status status = moe_curve_keys_read(keys_dir, role, &keys, err);
         if (status != MOE_OK) return status;
     }
-    moe_zmq_config config = {.clock = moe_clock_real(), .keys = authenticated ? &keys : NULL, .linger_ms = MOE_NETWORK_LINGER_MS};
+    moe_zmq_config config = {.clock = moe_clock_real(),
+                             .keys = authenticated ? &keys : NULL,
+                             .linger_ms = MOE_NETWORK_LINGER_MS,
+                             .poll_ns = poll_us * MOE_NS_PER_US};
     return moe_zmq_open(&config, out, err);
 }
 

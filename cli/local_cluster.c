@@ -84,11 +84,11 @@ moe_status moe_local_cluster_start_redis(moe_local_cluster *c, bool restart, moe
 }
 
 /* What a worker is told on its own or finds in cluster.json; the rest of what was given is passed on as it is. */
-static const char *const own_options[] = {"listen", "keys", "threads", "devices", NULL};
+static const char *const own_options[] = {"listen", "keys", "threads", "poll-us", "devices", NULL};
 
-moe_status moe_local_cluster_start_worker(moe_local_cluster *c, const moe_options *options, int index, int threads_each,
+moe_status moe_local_cluster_start_worker(moe_local_cluster *c, const moe_options *options, int index, int processes,
                                           bool restart, moe_error *err) {
-    char name[16], id[32], cluster[PATH_MAX + 16], threads[48], device[32];
+    char name[16], id[32], cluster[PATH_MAX + 16], threads[48], poll[48], device[32];
     moe_backend_config backend;
     moe_status status = moe_backend_option(options, index, &backend, NULL, err);
     if (status != MOE_OK) return status;
@@ -97,9 +97,10 @@ moe_status moe_local_cluster_start_worker(moe_local_cluster *c, const moe_option
     snprintf(name, sizeof name, "w%d", index);
     snprintf(id, sizeof id, "--id=%s", name);
     snprintf(cluster, sizeof cluster, "--cluster=%s", c->file.run_dir);
-    snprintf(threads, sizeof threads, "--threads=%d", threads_each);
+    snprintf(threads, sizeof threads, "--threads=%d", moe_threads_share(options, processes));
+    snprintf(poll, sizeof poll, "--poll-us=%lld", (long long)moe_poll_us_option(options, processes));
     snprintf(device, sizeof device, "--devices=%d", backend.device);
-    const char *own[] = {c->self, "worker", c->file.model, id, cluster, threads, device};
+    const char *own[] = {c->self, "worker", c->file.model, id, cluster, threads, poll, device};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) argv[n++] = own[i];
     n += moe_options_pass_on(options, MOE_COMMAND_WORKER, own_options, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);
     argv[n] = NULL;

@@ -7,14 +7,24 @@
 #include <unistd.h>
 
 #include "cli/device_list.h"
+#include "common/zmq/zmq_transport.h"
 
 static const char random_prefix[] = "random:";
 
-int32_t moe_threads_option(const moe_options *options) {
-    int64_t wanted = moe_option_int(options, "threads");
-    if (wanted > 0) return (int32_t)wanted;
+static int32_t machine_cores(void) {
     long cores = sysconf(_SC_NPROCESSORS_ONLN);
     return cores > 0 ? (int32_t)cores : 1;
+}
+
+int32_t moe_threads_option(const moe_options *options) {
+    int64_t wanted = moe_option_int(options, "threads");
+    return wanted > 0 ? (int32_t)wanted : machine_cores();
+}
+
+int64_t moe_poll_us_option(const moe_options *options, int32_t processes) {
+    int64_t wanted = moe_option_int(options, "poll-us");
+    if (wanted >= 0) return wanted;
+    return machine_cores() >= 2 * processes ? MOE_ZMQ_POLL_US : 0;
 }
 
 int32_t moe_threads_share(const moe_options *options, int32_t processes) {
@@ -62,6 +72,7 @@ moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, m
     c->micro_batches = (int32_t)moe_option_int(o, "micro-batches");
     c->kv_cache_bytes = moe_option_int(o, "kv-cache-memory");
     c->replica_wait_ns = moe_option_ns(o, "replica-wait");
+    c->poll_us = moe_poll_us_option(o, 1); /* of all processes of the machine only the engine's thread, where cores are few */
     return moe_backend_option(o, 0, &c->backend, NULL, err);
 }
 

@@ -27,5 +27,9 @@ int32_t moe_threads_option(const moe_options *options);
 /* Threads of each of `processes` that share this machine: --threads where given, else an equal share of the cores, at least 1. */
 int32_t moe_threads_share(const moe_options *options, int32_t processes);
 
+/* --poll-us, where -1 means: MOE_ZMQ_POLL_US where this machine has two cores or more for each of `processes`, that of the thread
+ * that polls and one for who answers it; else 0. */
+int64_t moe_poll_us_option(const moe_options *options, int32_t processes);
+
 /* Prints "moesaic: message" and returns the exit status of a command that failed. */
 int moe_command_failed(const moe_error *err);

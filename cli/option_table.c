@@ -83,7 +83,8 @@ static const moe_option_row rows[] = {
     {"load-format", CHOICE, MODELS, "Model", "auto", 0, 0, "auto|dummy", NULL,
      "where the weights come from; auto: MODEL's safetensors; dummy: random ones for MODEL's config.json, which alone is needed "
      "(with --skip-tokenizer-init)"},
-    {"layers", INT, MODELS, "Model", "0", 0, 512, NULL, "N", "with --load-format dummy: the model's first N layers alone; 0: all"},
+    {"layers", INT, MODELS, "Model", "0", 0, 512, NULL, "N",
+     "with --load-format dummy: the model's first N layers alone; 0: all"},
     {"seed", INT, CHAT | MODELS, "Model", NULL, 0, 9007199254740991.0, NULL, "N",
      "of --load-format dummy: other weights (default 0); chat: makes answers repeatable"},
     {"max-model-len", INT, ENGINES, "Model", "0", 0, 1 << 24, NULL, "N", "tokens of prompt and output; 0: what the model allows"},
@@ -121,6 +122,10 @@ static const moe_option_row rows[] = {
     {"micro-batches", INT, ENGINES, "Performance", "0", 0, 8, NULL, "N",
      "micro-batches in flight: while one waits for experts another computes attention; 0: 2, or 1 where the experts are in the "
      "router's process"},
+    {"poll-us", INT, NODES | BENCH, "Performance", "-1", -1, 1000000, NULL, "N",
+     "microseconds that a wait for messages may poll before it sleeps, while messages come faster than that; 0: never; -1: 500 "
+     "in "
+     "the router on two cores or more, and in workers where each process has two"},
     {"kv-cache-memory", BYTES, ENGINES, "Performance", "256MiB", 1, MAX_BYTES, NULL, "SIZE", "memory for keys and values"},
 
     {"shutdown-timeout", DURATION, NODES, "Operation", "30s", 0, 86400, NULL, "TIME",
@@ -140,7 +145,8 @@ static const moe_option_row rows[] = {
     {"limit", INT, EVAL, "Evaluation", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
 
     {"experts", TEXT, BENCH, "Benchmark", "inproc,ipc,tcp", 0, 0, NULL, "LIST",
-     "where the experts are, measured side by side: in the engine's process, in workers over ipc, in workers over tcp with CURVE"},
+     "where the experts are, measured side by side: in the engine's process, in workers over ipc, in workers over tcp with "
+     "CURVE"},
     {"concurrency", TEXT, BENCH, "Benchmark", "1,8,32", 0, 0, NULL, "LIST", "requests decoded at once, one measurement each"},
     {"prompt-tokens", INT, BENCH, "Benchmark", "32", 1, 1 << 20, NULL, "N", "tokens of a prompt before its decode"},
     {"output-tokens", INT, BENCH, "Benchmark", "128", 2, 1 << 20, NULL, "N", "tokens decoded of each request"},

@@ -132,8 +132,8 @@ static moe_status open_embedded(moe_router_node *n, moe_error *err) {
 }
 
 static moe_status open_remote(moe_router_node *n, moe_error *err) {
-    moe_status status = moe_network_open(n->config.keys_dir, MOE_ROLE_ROUTER, &n->engine_transport, err);
-    if (status == MOE_OK) status = moe_network_open(n->config.keys_dir, MOE_ROLE_ROUTER, &n->controller_transport, err);
+    moe_status status = moe_network_open(n->config.keys_dir, MOE_ROLE_ROUTER, n->config.poll_us, &n->engine_transport, err);
+    if (status == MOE_OK) status = moe_network_open(n->config.keys_dir, MOE_ROLE_ROUTER, 0, &n->controller_transport, err);
     if (status == MOE_OK) status = moe_store_open(&n->config.store, &n->store, err);
     return status;
 }
@@ -230,7 +230,7 @@ static moe_status open_fronts(moe_router_node *n, moe_error *err) {
     const moe_cluster_view *view = moe_cluster_reporter_view(n->reporter);
     if (c->rpc_listen) {
         char bound[MOE_ENDPOINT_BYTES];
-        status = moe_network_open(c->keys_dir, MOE_ROLE_ROUTER, &n->rpc_transport, err);
+        status = moe_network_open(c->keys_dir, MOE_ROLE_ROUTER, 0, &n->rpc_transport, err);
         if (status == MOE_OK) status = n->rpc_transport->ops->listen(n->rpc_transport, c->rpc_listen, bound, err);
         moe_rpc_front_config front = {.transport = n->rpc_transport,
                                       .clock = moe_clock_real(),

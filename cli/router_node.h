@@ -28,6 +28,7 @@ typedef struct moe_router_node_config {
     int32_t micro_batches; /* 0: 1 where embedded, else 2 */
     int64_t kv_cache_bytes;
     int64_t replica_wait_ns;
+    int64_t poll_us; /* how long the engine polls for its workers' messages before it sleeps */
     int32_t replicas, initial_workers;
     bool new_cluster; /* as in moe_controller_config */
     moe_placement_kind layout;

@@ -94,7 +94,7 @@ static moe_status start_all(supervisor *s, moe_error *err) {
     setenv("MOESAIC_SERVE_CLUSTER_UUID", s->cluster.file.uuid, 1);
     status = moe_cluster_file_write(&s->cluster.file, &s->cluster.children, err);
     for (int i = 0; i < s->workers && status == MOE_OK; i++)
-        status = moe_local_cluster_start_worker(&s->cluster, s->options, i, s->threads_each, s->restart != RESTART_NEVER, err);
+        status = moe_local_cluster_start_worker(&s->cluster, s->options, i, s->workers + 1, s->restart != RESTART_NEVER, err);
     setenv("MOESAIC_SERVE_NEW_CLUSTER", "1", 1); /* for this start only: a router that is started again may find an older map */
     if (status == MOE_OK) status = start_router(s, err);
     unsetenv("MOESAIC_SERVE_NEW_CLUSTER");

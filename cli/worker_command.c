@@ -12,6 +12,8 @@
 #include "common/zmq/zmq_transport.h"
 #include "expert-worker/registry.h"
 
+#define WORKER_AND_ROUTER 2 /* processes that may share this machine; serve knows better and says --poll-us */
+
 typedef struct worker_settings {
     moe_cluster_file file; /* of --cluster; all "" without it */
     char id[MOE_WORKER_ID_BYTES];
@@ -106,7 +108,8 @@ static moe_status open_worker(worker_process *p, device_worker *w, moe_error *er
     if (status == MOE_OK) status = moe_store_open(&s->store, &store, err);
     if (status != MOE_OK) return status;
     if (!p->uuid[0]) status = find_cluster(s, store, p->uuid, err);
-    if (status == MOE_OK) status = moe_network_open(s->keys_dir, MOE_ROLE_WORKER, &transport, err);
+    int64_t poll_us = moe_poll_us_option(p->options, WORKER_AND_ROUTER);
+    if (status == MOE_OK) status = moe_network_open(s->keys_dir, MOE_ROLE_WORKER, poll_us, &transport, err);
     if (status != MOE_OK) {
         store->ops->close(store);
         return status;

@@ -42,7 +42,7 @@ static moe_status open_zap(zmq_transport *t, moe_error *err) {
         return status;
     }
     t->zap = zap;
-    return MOE_OK;
+    return moe_zmq_watch(t, zap, &t->zap_ready) ? MOE_OK : moe_zmq_fail(err, "watch", ZAP_ENDPOINT);
 }
 
 moe_status moe_zmq_auth_server(zmq_transport *t, void *socket, moe_error *err) {

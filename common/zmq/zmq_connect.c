@@ -15,8 +15,8 @@
     (5 * MOE_NS_PER_MS) /* libzmq reports the end of a connection a moment before it hands over its last messages \
                          */
 
-static void close_sockets(zmq_connection *c, int64_t linger_ms) {
-    moe_zmq_socket_close(c->dealer, c->monitor, linger_ms);
+static void close_sockets(zmq_transport *t, zmq_connection *c, int64_t linger_ms) {
+    moe_zmq_socket_close(t, c->dealer, c->monitor, linger_ms);
     moe_zmq_account_release(c->account);
     c->dealer = c->monitor = NULL;
     c->account = NULL;
@@ -48,12 +48,12 @@ static moe_status open_sockets(zmq_transport *t, zmq_connection *c, moe_error *e
     }
     if (strchr(address, '[')) moe_zmq_set_int(c->dealer, ZMQ_IPV6, 1);
     c->monitor = moe_zmq_monitor_new(t, c->dealer, MONITORED_EVENTS);
-    if (!c->monitor) return moe_zmq_fail(err, "monitor", address);
+    if (!c->monitor || !moe_zmq_watch(t, c->monitor, &c->monitor_ready)) return moe_zmq_fail(err, "monitor", address);
     return zmq_connect(c->dealer, address) == 0 ? MOE_OK : moe_zmq_fail(err, "connect", address);
 }
 
-static void wait_before_next(zmq_connection *c, int64_t now_ns) {
-    close_sockets(c, 0);
+static void wait_before_next(zmq_transport *t, zmq_connection *c, int64_t now_ns) {
+    close_sockets(t, c, 0);
     c->state = LINK_WAITING;
     c->timer_ns = now_ns + c->backoff_ns;
     c->backoff_ns *= 2;
@@ -64,7 +64,7 @@ static void wait_before_next(zmq_connection *c, int64_t now_ns) {
 static moe_status attempt(zmq_transport *t, zmq_connection *c, int64_t now_ns, moe_error *err) {
     moe_status status = open_sockets(t, c, err);
     if (status != MOE_OK) {
-        wait_before_next(c, now_ns);
+        wait_before_next(t, c, now_ns);
         return status;
     }
     c->state = LINK_CONNECTING;
@@ -99,7 +99,7 @@ moe_status moe_zmq_connect(moe_transport *transport, const char *endpoint, uint6
 }
 
 void moe_zmq_connection_close(zmq_transport *t, zmq_connection *c, int64_t linger_ms) {
-    close_sockets(c, linger_ms);
+    close_sockets(t, c, linger_ms);
     t->connections[c->slot] = NULL;
     moe_free(c);
 }
@@ -120,7 +120,7 @@ void moe_zmq_connection_tick(zmq_transport *t, zmq_connection *c, int64_t now_ns
         moe_error err;
         if (attempt(t, c, now_ns, &err) != MOE_OK) moe_debug("%s", err.message);
     } else if (c->state == LINK_CONNECTING) {
-        wait_before_next(c, now_ns);
+        wait_before_next(t, c, now_ns);
     } else {
         c->ready = true; /* a last look, then PEER_DOWN */
     }
@@ -134,13 +134,18 @@ static void log_refusal(zmq_connection *c, int event) {
              c->endpoint.address, c->endpoint.tcp ? moe_zmq_role_name(c->endpoint.role) : "process");
 }
 
-static void begin_up(zmq_transport *t, zmq_connection *c, moe_event *event) {
+/* False: out of descriptors; the connection is given up and made again later. */
+static bool begin_up(zmq_transport *t, zmq_connection *c, int64_t now_ns, moe_event *event) {
+    if (!moe_zmq_watch(t, c->dealer, &c->ready)) {
+        wait_before_next(t, c, now_ns);
+        return false;
+    }
     c->state = LINK_UP;
-    c->ready = true;
     c->told_refusal = false;
     c->backoff_ns = MOE_ZMQ_RECONNECT_MIN_MS * MOE_NS_PER_MS;
     c->peer = moe_zmq_new_peer(t, c->slot);
     *event = (moe_event){.kind = MOE_EVENT_PEER_UP, .peer = c->peer, .role = c->endpoint.role, .link = c->link};
+    return true;
 }
 
 bool moe_zmq_connection_read_monitor(zmq_transport *t, zmq_connection *c, int64_t now_ns, moe_event *event) {
@@ -149,11 +154,10 @@ bool moe_zmq_connection_read_monitor(zmq_transport *t, zmq_connection *c, int64_
         if (!number) {
             c->monitor_ready = false;
         } else if (number == ZMQ_EVENT_HANDSHAKE_SUCCEEDED && c->state == LINK_CONNECTING) {
-            begin_up(t, c, event);
-            return true;
+            if (begin_up(t, c, now_ns, event)) return true;
         } else if (c->state == LINK_CONNECTING) {
             log_refusal(c, number);
-            wait_before_next(c, now_ns);
+            wait_before_next(t, c, now_ns);
         } else if (number == ZMQ_EVENT_DISCONNECTED && c->state == LINK_UP) {
             c->state = LINK_DRAINING;
             c->ready = true;
@@ -175,6 +179,6 @@ bool moe_zmq_connection_receive(zmq_transport *t, zmq_connection *c, int64_t now
     }
     if (c->state != LINK_DRAINING || now_ns < c->timer_ns) return false;
     *event = (moe_event){.kind = MOE_EVENT_PEER_DOWN, .peer = c->peer, .role = c->endpoint.role, .link = c->link};
-    wait_before_next(c, now_ns);
+    wait_before_next(t, c, now_ns);
     return true;
 }

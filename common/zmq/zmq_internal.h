@@ -77,6 +77,8 @@ typedef struct zmq_transport {
     bool zap_ready;
     int64_t refusal_logged_ns;
     int wake_fd;
+    int epoll_fd;         /* of wake_fd and the descriptors of all watched sockets */
+    bool poll_pays;       /* the last wait took less than config.poll_ns */
     uint64_t last_number; /* serials of peers, links, monitors */
     zmq_listener listener;
     zmq_connection *connections[MOE_ZMQ_MAX_CONNECTIONS]; /* by slot; NULL where free */
@@ -97,8 +99,11 @@ moe_status moe_zmq_parse_endpoint(const char *text, zmq_endpoint *out, moe_error
 void *moe_zmq_socket_new(zmq_transport *t, int type);
 bool moe_zmq_set_int(void *socket, int option, int64_t value);         /* int options; false and errno on failure */
 void *moe_zmq_monitor_new(zmq_transport *t, void *socket, int events); /* NULL and errno on failure */
+/* From now on poll sets *ready when the socket may have something to receive. It must stay set until the socket was asked and had
+ * nothing, and be set after each send, because that too may take the signal. False and errno on failure. */
+bool moe_zmq_watch(zmq_transport *t, void *socket, bool *ready);
 /* Closes both, at most linger_ms after; either may be NULL. */
-void moe_zmq_socket_close(void *socket, void *monitor, int64_t linger_ms);
+void moe_zmq_socket_close(zmq_transport *t, void *socket, void *monitor, int64_t linger_ms);
 /* Next event of a monitor: its number, or 0 for none; *value is what libzmq's documentation says of that event. */
 int moe_zmq_monitor_read(void *monitor, int *value);
 

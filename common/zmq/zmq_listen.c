@@ -78,8 +78,10 @@ static moe_status open_listener(zmq_transport *t, const zmq_endpoint *endpoint, 
     moe_status status = endpoint->tcp ? moe_zmq_auth_server(t, l->router, err) : MOE_OK;
     if (status != MOE_OK) return moe_fail_prefix(err, status, "listen %s", endpoint->address);
     l->monitor = moe_zmq_monitor_new(t, l->router, ZMQ_EVENT_DISCONNECTED);
-    if (!l->monitor) return moe_zmq_fail(err, "monitor", endpoint->address);
-    return bind_endpoint(l, endpoint, err);
+    if (!l->monitor || !moe_zmq_watch(t, l->monitor, &l->monitor_ready)) return moe_zmq_fail(err, "monitor", endpoint->address);
+    status = bind_endpoint(l, endpoint, err);
+    if (status == MOE_OK && !moe_zmq_watch(t, l->router, &l->ready)) status = moe_zmq_fail(err, "watch", endpoint->address);
+    return status;
 }
 
 moe_status moe_zmq_listen(moe_transport *transport, const char *text, char *bound, moe_error *err) {
@@ -101,7 +103,7 @@ void moe_zmq_listener_close(zmq_transport *t) {
     zmq_listener *l = &t->listener;
     /* Before the socket ends: after that, the name may be a successor's. */
     if (l->socket_file[0]) unlink(l->socket_file);
-    moe_zmq_socket_close(l->router, l->monitor, t->config.linger_ms);
+    moe_zmq_socket_close(t, l->router, l->monitor, t->config.linger_ms);
     for (int i = 0; i < l->num_accepted; i++) moe_zmq_account_release(l->accepted[i].account);
     moe_free(l->accepted);
     *l = (zmq_listener){.router = NULL};
@@ -242,6 +244,7 @@ moe_status moe_zmq_send_accepted(zmq_transport *t, int index, moe_peer peer, con
     }
     moe_status status =
         moe_zmq_send_frames(t, t->listener.router, a->account, a->routing_id, a->routing_id_bytes, frames, num_frames, err);
+    t->listener.ready = true;
     if (status == MOE_UNAVAILABLE) begin_closing(&t->listener, a);
     return status;
 }

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/un.h>
 
 #include "common/zmq/zmq_internal.h"
@@ -90,7 +91,24 @@ void *moe_zmq_monitor_new(zmq_transport *t, void *socket, int events) {
     return NULL;
 }
 
-void moe_zmq_socket_close(void *socket, void *monitor, int64_t linger_ms) {
+/* libzmq's descriptor of a socket says that the socket has something to do, not that it has a message: it falls silent once the
+ * socket was asked for a message and had none. */
+static int descriptor_of(void *socket) {
+    int fd = -1;
+    size_t size = sizeof fd;
+    return zmq_getsockopt(socket, ZMQ_FD, &fd, &size) == 0 ? fd : -1;
+}
+
+bool moe_zmq_watch(zmq_transport *t, void *socket, bool *ready) {
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = ready};
+    *ready = true; /* what came before is not signalled any more */
+    return epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, descriptor_of(socket), &event) == 0;
+}
+
+void moe_zmq_socket_close(zmq_transport *t, void *socket, void *monitor, int64_t linger_ms) {
+    /* libzmq closes the descriptors later, on a thread of its own. */
+    if (socket) epoll_ctl(t->epoll_fd, EPOLL_CTL_DEL, descriptor_of(socket), NULL);
+    if (monitor) epoll_ctl(t->epoll_fd, EPOLL_CTL_DEL, descriptor_of(monitor), NULL);
     if (socket) {
         /* The monitor first: libzmq would wait for a reader of an open monitor that nobody reads. */
         zmq_socket_monitor(socket, NULL, 0);

@@ -3,7 +3,9 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <sched.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -11,7 +13,7 @@
 #include "common/zmq/zmq_internal.h"
 
 #define MAX_EVENTS_WITHOUT_WAIT 64 /* then all sockets are asked again, so that a busy one does not hide the others */
-#define FIXED_POLL_ITEMS 4         /* wake, ZAP, listener, listener's monitor */
+#define MAX_EVENTS_PER_LOOK 64     /* epoll takes turns among the descriptors, so none is hidden for long */
 
 moe_status moe_zmq_fail(moe_error *err, const char *what, const char *where) {
     int reason = errno;
@@ -43,6 +45,7 @@ static moe_status zmq_send_op(moe_transport *transport, moe_peer peer, const moe
     if (!c || c->state != LINK_UP || c->peer != peer) {
         return moe_fail(err, MOE_UNAVAILABLE, "peer %llu is gone", (unsigned long long)peer);
     }
+    c->ready = true;
     return moe_zmq_send_frames(t, c->dealer, c->account, NULL, 0, frames, num_frames, err);
 }
 
@@ -90,13 +93,11 @@ static int64_t next_timer_ns(const zmq_transport *t) {
     return next_ns;
 }
 
-static long timeout_ms(int64_t until_ns, int64_t now_ns) {
+static int timeout_ms(int64_t until_ns, int64_t now_ns) {
     if (until_ns <= now_ns) return 0;
     int64_t ms = (until_ns - now_ns) / MOE_NS_PER_MS;
-    return ms >= INT_MAX ? INT_MAX : (long)ms + ((until_ns - now_ns) % MOE_NS_PER_MS != 0);
+    return ms >= INT_MAX ? INT_MAX : (int)ms + ((until_ns - now_ns) % MOE_NS_PER_MS != 0);
 }
-
-static zmq_pollitem_t item(void *socket) { return (zmq_pollitem_t){.socket = socket, .fd = -1, .events = ZMQ_POLLIN}; }
 
 static void drain_wake(int fd) {
     uint64_t count;
@@ -104,39 +105,43 @@ static void drain_wake(int fd) {
     (void)got; /* EAGAIN: somebody else's wake was taken with the last one */
 }
 
-/* Sleeps until something may be received, at most until `until_ns`, and notes what. *woken: by wake or a signal. */
-static moe_status wait_ready(zmq_transport *t, int64_t until_ns, int64_t now_ns, bool *woken, moe_error *err) {
-    zmq_pollitem_t items[FIXED_POLL_ITEMS + 2 * MOE_ZMQ_MAX_CONNECTIONS];
-    bool *ready[FIXED_POLL_ITEMS + 2 * MOE_ZMQ_MAX_CONNECTIONS];
-    bool wake_ready = false;
-    int count = 0;
-    items[count] = (zmq_pollitem_t){.fd = t->wake_fd, .events = ZMQ_POLLIN};
-    ready[count++] = &wake_ready;
-    void *const fixed[] = {t->zap, t->listener.router, t->listener.monitor};
-    bool *const fixed_ready[] = {&t->zap_ready, &t->listener.ready, &t->listener.monitor_ready};
-    for (int i = 0; i < FIXED_POLL_ITEMS - 1; i++) {
-        if (!fixed[i]) continue;
-        items[count] = item(fixed[i]);
-        ready[count++] = fixed_ready[i];
+/* Notes which sockets may have something to receive, sleeping at most sleep_ms for the first. *any: there was something, or a
+ * wake or a signal, and then *woken, too. */
+static moe_status look(zmq_transport *t, int sleep_ms, bool *any, bool *woken, moe_error *err) {
+    struct epoll_event events[MAX_EVENTS_PER_LOOK];
+    int count = epoll_wait(t->epoll_fd, events, MAX_EVENTS_PER_LOOK, sleep_ms);
+    *any = count != 0;
+    *woken = count < 0;
+    if (count < 0) return errno == EINTR ? MOE_OK : moe_zmq_fail(err, "poll", "the sockets");
+    for (int i = 0; i < count; i++) {
+        if (events[i].data.ptr) {
+            *(bool *)events[i].data.ptr = true;
+        } else {
+            drain_wake(t->wake_fd);
+            *woken = true;
+        }
     }
-    for (int i = 0; i < t->num_connections; i++) {
-        zmq_connection *c = t->connections[i];
-        if (!c || !c->dealer) continue;
-        items[count] = item(c->monitor);
-        ready[count++] = &c->monitor_ready;
-        if (c->state == LINK_CONNECTING) continue;
-        items[count] = item(c->dealer);
-        ready[count++] = &c->ready;
-    }
-    t->events_since_wait = 0;
-    if (zmq_poll(items, count, timeout_ms(until_ns, now_ns)) < 0) {
-        *woken = errno == EINTR;
-        return *woken ? MOE_OK : moe_zmq_fail(err, "poll", "the sockets");
-    }
-    for (int i = 0; i < count; i++) *ready[i] = *ready[i] || items[i].revents != 0;
-    if (wake_ready) drain_wake(t->wake_fd);
-    *woken = wake_ready;
     return MOE_OK;
+}
+
+/* Waits until something may be received, at most until `until_ns`. *woken: by wake or a signal. When the last wait was short, it
+ * polls before it sleeps, in turns with whatever else wants the core: to wake a thread, and a core, takes longer than to yield.
+ */
+static moe_status wait_ready(zmq_transport *t, int64_t until_ns, int64_t now_ns, bool *woken, moe_error *err) {
+    bool any;
+    t->events_since_wait = 0;
+    moe_status status = look(t, 0, &any, woken, err);
+    if (status != MOE_OK || any || until_ns <= now_ns) return status;
+    int64_t began_ns = now_ns, poll_until_ns = t->poll_pays ? now_ns + t->config.poll_ns : now_ns;
+    if (poll_until_ns > until_ns) poll_until_ns = until_ns;
+    while (!any && status == MOE_OK && now_ns < poll_until_ns) {
+        sched_yield();
+        status = look(t, 0, &any, woken, err);
+        now_ns = moe_now_ns(t->config.clock);
+    }
+    if (!any && status == MOE_OK && now_ns < until_ns) status = look(t, timeout_ms(until_ns, now_ns), &any, woken, err);
+    t->poll_pays = any && moe_now_ns(t->config.clock) - began_ns <= t->config.poll_ns;
+    return status;
 }
 
 static moe_status zmq_poll_op(moe_transport *transport, int64_t deadline_ns, moe_event *event, moe_error *err) {
@@ -179,6 +184,7 @@ static void zmq_close_op(moe_transport *transport) {
     moe_zmq_listener_close(t);
     if (t->zap) zmq_close(t->zap);
     while (t->context && zmq_ctx_term(t->context) != 0 && errno == EINTR) continue;
+    if (t->epoll_fd >= 0) close(t->epoll_fd);
     if (t->wake_fd >= 0) close(t->wake_fd);
     explicit_bzero(&t->keys, sizeof t->keys);
     moe_free(t);
@@ -200,9 +206,9 @@ static int64_t value_or(int64_t value, int64_t otherwise) { return value ? value
 
 moe_status moe_zmq_open(const moe_zmq_config *config, moe_transport **out, moe_error *err) {
     *out = NULL;
-    if (config->linger_ms < 0 || config->handshake_timeout_ms < 0 || config->heartbeat_ms < 0 || config->max_queued_bytes < 0 ||
-        config->max_message_bytes < 0 || config->max_message_bytes > MOE_MAX_MESSAGE_BYTES || config->max_accepted < 0 ||
-        config->max_accepted > MOE_ZMQ_MAX_ACCEPTED) {
+    if (config->linger_ms < 0 || config->poll_ns < 0 || config->handshake_timeout_ms < 0 || config->heartbeat_ms < 0 ||
+        config->max_queued_bytes < 0 || config->max_message_bytes < 0 || config->max_message_bytes > MOE_MAX_MESSAGE_BYTES ||
+        config->max_accepted < 0 || config->max_accepted > MOE_ZMQ_MAX_ACCEPTED) {
         return moe_fail(err, MOE_INVALID_ARGUMENT,
                         "zmq transport: a limit is negative, or beyond %lld bytes of a message or %d accepted peers",
                         (long long)MOE_MAX_MESSAGE_BYTES, MOE_ZMQ_MAX_ACCEPTED);
@@ -219,7 +225,10 @@ moe_status moe_zmq_open(const moe_zmq_config *config, moe_transport **out, moe_e
     t->config.max_queued_bytes = value_or(config->max_queued_bytes, MOE_MAX_PEER_QUEUED_BYTES);
     if (!config->max_accepted) t->config.max_accepted = MOE_ZMQ_MAX_ACCEPTED;
     t->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    t->context = t->wake_fd >= 0 ? zmq_ctx_new() : NULL;
+    t->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    struct epoll_event wake = {.events = EPOLLIN};
+    bool watched = t->wake_fd >= 0 && t->epoll_fd >= 0 && epoll_ctl(t->epoll_fd, EPOLL_CTL_ADD, t->wake_fd, &wake) == 0;
+    t->context = watched ? zmq_ctx_new() : NULL;
     if (!t->context) {
         moe_status status = moe_zmq_fail(err, "open", "the zmq transport");
         zmq_close_op(&t->base);

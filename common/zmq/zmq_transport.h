@@ -21,6 +21,7 @@
 #define MOE_ZMQ_RECEIVE_QUEUE_MESSAGES 256 /* per peer, not yet polled: then the network pushes back on the sender */
 #define MOE_ZMQ_HANDSHAKE_TIMEOUT_MS 5000
 #define MOE_ZMQ_HEARTBEAT_MS 1000   /* a peer whose network thread is silent for three of these is down */
+#define MOE_ZMQ_POLL_US 500         /* of `--poll-us -1`, where the cores allow it: some waits for a layer's experts */
 #define MOE_ZMQ_RECONNECT_MIN_MS 50 /* doubles with each failed attempt */
 #define MOE_ZMQ_RECONNECT_MAX_MS 1000
 
@@ -31,9 +32,10 @@ typedef struct moe_curve_keys {
 } moe_curve_keys;
 
 typedef struct moe_zmq_config {
-    const moe_clock *clock;                     /* the real clock */
-    const moe_curve_keys *keys;                 /* copied; NULL: ipc only */
-    int64_t linger_ms;                          /* at close */
+    const moe_clock *clock;     /* the real clock */
+    const moe_curve_keys *keys; /* copied; NULL: ipc only */
+    int64_t linger_ms;          /* at close */
+    int64_t poll_ns; /* how long a wait may poll before it sleeps; it does while the waits are shorter than this. 0: never */
     int64_t handshake_timeout_ms, heartbeat_ms; /* 0: defaults */
     int64_t max_message_bytes;                  /* 0: MOE_MAX_MESSAGE_BYTES. A peer that sends a larger frame is disconnected */
     int64_t max_queued_bytes;                   /* 0: MOE_MAX_PEER_QUEUED_BYTES */

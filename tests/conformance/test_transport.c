@@ -42,6 +42,7 @@
 #define QUIET_NS (200 * MOE_NS_PER_MS) /* how long we watch that something does not happen */
 #define TURN_NS (2 * MOE_NS_PER_MS)    /* one node's poll while all are pumped */
 #define INPROC_QUEUE_LIMIT_BYTES (INT64_C(1) << 20)
+#define POLL_NS (50 * MOE_NS_PER_MS) /* of the transport that polls */
 #define ZMQ_QUEUE_LIMIT_BYTES (INT64_C(20) << 20)
 #define KEY_BYTES MOE_CURVE_KEY_BYTES
 #define MAX_NODES 4
@@ -933,12 +934,21 @@ static moe_transport *ipc_open(world *w, bool listener) {
     return open_zmq(&config);
 }
 
+static moe_transport *polling_open(world *w, bool listener) {
+    (void)w;
+    (void)listener;
+    moe_zmq_config config = zmq_config(NULL);
+    config.poll_ns = POLL_NS;
+    return open_zmq(&config);
+}
+
 static moe_transport *tcp_open(world *w, bool listener) {
     moe_zmq_config config = zmq_config(&w->keys[listener ? MOE_ROLE_WORKER : MOE_ROLE_ROUTER]);
     return open_zmq(&config);
 }
 
 static const implementation zmq_ipc = {"zmq-ipc", ipc_setup, ipc_teardown, ipc_open, ZMQ_QUEUE_LIMIT_BYTES, false};
+static const implementation zmq_polling = {"zmq-polling", ipc_setup, ipc_teardown, polling_open, ZMQ_QUEUE_LIMIT_BYTES, false};
 static const implementation zmq_tcp = {"zmq-tcp", tcp_setup, tcp_teardown, tcp_open, ZMQ_QUEUE_LIMIT_BYTES, false};
 
 /* A node on a configuration of its own. */
@@ -980,6 +990,36 @@ static pid_t start_echo(world *w) {
 static void kill_child(pid_t pid) {
     assert_int_equal(kill(pid, SIGKILL), 0);
     assert_int_equal(waitpid(pid, NULL, 0), pid);
+}
+
+/* What a wait in which nothing comes costs this thread. */
+static int64_t cpu_ns_of_idle_wait(world *w, int index) {
+    struct timespec before, after;
+    moe_event event;
+    moe_transport *t = w->nodes[index].t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &before);
+    assert_int_equal(t->ops->poll(t, moe_now_ns(moe_clock_real()) + 2 * POLL_NS, &event, &w->err), MOE_OK);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &after);
+    assert_int_equal(event.kind, MOE_EVENT_NONE);
+    return (after.tv_sec - before.tv_sec) * MOE_NS_PER_S + after.tv_nsec - before.tv_nsec;
+}
+
+/* After an answer that came fast a wait polls; after one in vain it sleeps at once. */
+static void test_polls_while_it_pays(void **state) {
+    world *w = *state;
+    pid_t pid = start_echo(w);
+    int client = open_node(w, false);
+    uint64_t link = connect_to(w, client);
+    moe_peer peer = expect_up(w, client, link);
+    bool polled = false;
+    for (int i = 0; i < 20 && !polled; i++) { /* on a busy machine the echo may take longer than POLL_NS */
+        send_text(w, client, peer, "echo");
+        assert_int_equal(expect_text(w, client, "echo"), peer);
+        polled = cpu_ns_of_idle_wait(w, client) >= POLL_NS / 20;
+    }
+    assert_true(polled);
+    assert_true(cpu_ns_of_idle_wait(w, client) < POLL_NS / 20);
+    kill_child(pid);
 }
 
 static void test_listener_process_dies(void **state) {
@@ -1448,6 +1488,7 @@ static int run_zmq(void) {
     const struct CMUnitTest tests[] = {
         ON(zmq_ipc, test_listener_process_dies),
         ON(zmq_tcp, test_listener_process_dies),
+        ON(zmq_polling, test_polls_while_it_pays),
         ON(zmq_ipc, test_stopped_process),
         ON(zmq_tcp, test_stopped_process),
         ON(zmq_ipc, test_client_process_dies),
@@ -1471,6 +1512,6 @@ static int run_zmq(void) {
 int main(void) {
     moe_log_init(MOE_LOG_ERROR, "test");
     int failed = run_every(&inproc) + run_inproc();
-    if (TEST_ZMQ) failed += run_every(&zmq_ipc) + run_every(&zmq_tcp) + run_zmq();
+    if (TEST_ZMQ) failed += run_every(&zmq_ipc) + run_every(&zmq_polling) + run_every(&zmq_tcp) + run_zmq();
     return failed;
 }
