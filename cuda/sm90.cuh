@@ -102,7 +102,8 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int N>
 __device__ void wgmma(float *d, uint64_t a, uint64_t b, int accumulate);
 
-#define MOE_ACC_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define MOE_ACC_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define MOE_ACC_8(i) MOE_ACC_4(i), MOE_ACC_4(i + 4)
 #define MOE_ACC_16(i) MOE_ACC_8(i), MOE_ACC_8(i + 8)
 #define MOE_ACC_32(i) MOE_ACC_16(i), MOE_ACC_16(i + 16)
 #define MOE_REGS_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
