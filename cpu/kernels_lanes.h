@@ -88,21 +88,27 @@ TILE lanes load_weights(moe_dtype dtype, const uint8_t *p) {
 }
 
 /* The inner loop of everything: acc[p, r] = chain over k of fma(panel[p][k, lane], x[r][k], acc[p, r]).
- * P, R and dtype are constants; panels[p] advances by k_stride elements a step. */
+ * P, R and dtype are constants; panels[p] advances by k_stride elements a step. What is read after panels[p] lies `next_bytes`
+ * beyond its end. */
 TILE void chain(const int P, const int R, const moe_dtype dtype, const uint8_t *const *panels, int64_t k_stride,
-                const float *const *x, int32_t k_count, bool from_zero, lanes *acc) {
+                const float *const *x, int32_t k_count, int64_t next_bytes, bool from_zero, lanes *acc) {
     const int64_t step = k_stride * (dtype == MOE_F32 ? 4 : 2);
     lanes sum[TILE_MAX];
     UNROLL for (int i = 0; i < P * R; i++) sum[i] = from_zero ? lanes_set(0) : acc[i];
-    for (int32_t k = 0; k < k_count; k++) {
-        lanes w[TILE_MAX];
-        UNROLL for (int p = 0; p < P; p++) {
-            __builtin_prefetch(panels[p] + k * step + PREFETCH_BYTES);
-            w[p] = load_weights(dtype, panels[p] + k * step);
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            lanes value = lanes_set(x[r][k]);
-            UNROLL for (int p = 0; p < P; p++) sum[p * R + r] = lanes_fma(w[p], value, sum[p * R + r]);
+    int32_t k = 0, ahead = PREFETCH_BYTES / (int32_t)step;
+    for (int part = 0; part < 2; part++) {
+        const int32_t end = part == 0 ? k_count - ahead : k_count;
+        const int64_t prefetch = PREFETCH_BYTES + (part == 0 ? 0 : next_bytes);
+        for (; k < end; k++) {
+            lanes w[TILE_MAX];
+            UNROLL for (int p = 0; p < P; p++) {
+                __builtin_prefetch(panels[p] + k * step + prefetch);
+                w[p] = load_weights(dtype, panels[p] + k * step);
+            }
+            UNROLL for (int r = 0; r < R; r++) {
+                lanes value = lanes_set(x[r][k]);
+                UNROLL for (int p = 0; p < P; p++) sum[p * R + r] = lanes_fma(w[p], value, sum[p * R + r]);
+            }
         }
     }
     UNROLL for (int i = 0; i < P * R; i++) acc[i] = sum[i];
@@ -112,9 +118,9 @@ TILE void chain(const int P, const int R, const moe_dtype dtype, const uint8_t *
 TILE void kv_chain(const int P, const int R, const moe_cpu_kv_layer *kv, const uint8_t *const *panels, int64_t k_stride,
                    const float *const *x, int32_t k_count, bool from_zero, lanes *acc) {
     if (kv->dtype == MOE_BF16)
-        chain(P, R, MOE_BF16, panels, k_stride, x, k_count, from_zero, acc);
+        chain(P, R, MOE_BF16, panels, k_stride, x, k_count, 0, from_zero, acc);
     else
-        chain(P, R, MOE_F32, panels, k_stride, x, k_count, from_zero, acc);
+        chain(P, R, MOE_F32, panels, k_stride, x, k_count, 0, from_zero, acc);
 }
 
 KERNEL_INLINE float lane_sum(lanes a) {
@@ -158,12 +164,14 @@ TILE void linear_tile(const int P, const int R, int32_t panel, const moe_dtype d
     lanes sums[MOE_FFN_BLOCKS][TILE_MAX];
     for (int32_t b = 0; b < a->num_blocks; b++) {
         int32_t k = a->k_bounds[b];
+        const int64_t next_bytes =
+            b + 1 < a->num_blocks ? 0 : (P - 1) * panel_bytes; /* the next tile's panel, or this one's rest */
         const uint8_t *panels[TILE_MAX];
         const float *x[TILE_MAX];
         UNROLL for (int p = 0; p < P; p++) panels[p] =
             (const uint8_t *)a->w->data + (panel + p) * panel_bytes + (int64_t)k * 16 * (dtype == MOE_F32 ? 4 : 2);
         UNROLL for (int r = 0; r < R; r++) x[r] = a->x + (row + r) * a->x_stride + k;
-        chain(P, R, dtype, panels, 16, x, a->k_bounds[b + 1] - k, true, sums[b]);
+        chain(P, R, dtype, panels, 16, x, a->k_bounds[b + 1] - k, next_bytes, true, sums[b]);
     }
     for (int32_t step = 1; step < a->num_blocks; step *= 2)
         for (int32_t b = 0; b < a->num_blocks; b += 2 * step)
