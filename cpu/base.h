@@ -66,6 +66,9 @@ void moe_cpu_kv_store(const moe_cpu_kv_layer *kv, const int32_t *blocks, int32_t
 moe_status moe_cpu_rows_create(const moe_model_config *config, int32_t max_rows, moe_rows **out, moe_error *err);
 void moe_cpu_rows_free(moe_rows *rows); /* NULL is allowed */
 
+/* The rows from `first` on as a micro-batch of its own, on the same memory; attention_scratch is the whole's. */
+moe_rows moe_cpu_rows_from(const moe_rows *rows, const moe_model_config *config, int32_t first);
+
 /* theta^(-2i / head_dim), in float32 as transformers computes it; out [head_dim / 2]. */
 void moe_cpu_inverse_frequency(float theta, int32_t head_dim, float *out);
 /* cosine and sine [head_dim / 2] of position · inverse_frequency. */

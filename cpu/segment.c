@@ -10,6 +10,13 @@
 #define TASK_SMALL_ROWS 4 /* of a task of element-wise work */
 #define ATTENTION_ROWS 8  /* of one sequence in an attention task */
 
+/* From PART_ROWS rows a thread, and up to PART_LAYER_BYTES of base weights a layer, each thread takes rows of its own through a
+ * whole segment: every thread reads all weights, from the caches where they are that few, but no thread waits for another or
+ * reads what another wrote. */
+#define PART_ROWS 8
+#define PART_LAYER_BYTES (INT64_C(1) << 20)
+#define MAX_PARTS 64
+
 typedef struct stage {
     const moe_cpu_kernels *kernels;
     moe_dtype dtype; /* of what is handed out */
@@ -24,6 +31,7 @@ typedef struct stage {
     int64_t scratch_positions, scratch_floats; /* of attention, per thread */
     void (*row_fn)(const struct stage *stage, int32_t row);
     moe_route route; /* where route_row writes */
+    int64_t combine_ns;
 } stage;
 
 /* ---- parallel loops ---- */
@@ -159,8 +167,23 @@ static void combine_row(const stage *s, int32_t row) {
 
 /* ---- attention ---- */
 
-/* Cuts the rows into spans of one sequence, and makes room for attention scores up to the last position. */
-static moe_status plan_attention(stage *s, moe_error *err) {
+/* Cuts the rows into spans of one sequence. */
+static void cut_spans(stage *s) {
+    const moe_segment *segment = s->segment;
+    moe_rows *rows = s->rows;
+    for (int32_t row = 0; row < segment->num_rows; row++) {
+        int32_t sequence = segment->sequences[row];
+        moe_cpu_row_span *span = s->num_spans ? &rows->spans[s->num_spans - 1] : NULL;
+        bool same = span && segment->sequences[span->first] == sequence && span->count < ATTENTION_ROWS;
+        if (same)
+            span->count++;
+        else
+            rows->spans[s->num_spans++] = (moe_cpu_row_span){.first = row, .count = 1};
+    }
+}
+
+/* Makes room for every thread's attention scores up to the last position. */
+static moe_status reserve_scores(stage *s, moe_error *err) {
     const moe_segment *segment = s->segment;
     moe_rows *rows = s->rows;
     int32_t last_position = 0;
@@ -168,12 +191,6 @@ static moe_status plan_attention(stage *s, moe_error *err) {
         int32_t position = segment->positions[row], sequence = segment->sequences[row];
         MOE_ASSERT(sequence >= 0 && sequence < segment->num_views && position >= 0);
         MOE_ASSERT(position / MOE_KV_BLOCK_TOKENS < segment->views[sequence].num_blocks);
-        moe_cpu_row_span *span = s->num_spans ? &rows->spans[s->num_spans - 1] : NULL;
-        bool same = span && segment->sequences[span->first] == sequence && span->count < ATTENTION_ROWS;
-        if (same)
-            span->count++;
-        else
-            rows->spans[s->num_spans++] = (moe_cpu_row_span){.first = row, .count = 1};
         if (position > last_position) last_position = position;
     }
     s->scratch_positions = (int64_t)(last_position / MOE_KV_BLOCK_TOKENS + 1) * MOE_KV_BLOCK_TOKENS;
@@ -288,6 +305,97 @@ static void run_layer(stage *s, int32_t layer) {
     }
 }
 
+/* The layers that a segment computes wholly or in part: it combines the first and ends before the experts of the last. */
+typedef struct layer_range {
+    int32_t first, last; /* first: -1 in segment 0 */
+} layer_range;
+
+static layer_range layers_of(const moe_model_config *c, const moe_segment *segment) {
+    return (layer_range){segment->index == 0 ? -1 : c->moe_layers[segment->index - 1],
+                         segment->index == c->num_moe_layers ? c->num_layers - 1 : c->moe_layers[segment->index]};
+}
+
+static void run_layers(stage *s) {
+    layer_range layers = layers_of(s->config, s->segment);
+    int64_t start_ns = moe_now_ns(moe_clock_real());
+    cut_spans(s);
+    if (layers.first < 0) {
+        for_each_row(s, embed_row);
+    } else {
+        combine(s, layers.first);
+        s->combine_ns = moe_now_ns(moe_clock_real()) - start_ns;
+    }
+    for (int32_t layer = layers.first + 1; layer <= layers.last; layer++) run_layer(s, layer);
+}
+
+/* ---- parts: rows of whole sequences, each computed by one thread ---- */
+
+typedef struct part_loop {
+    stage *whole;
+    int32_t starts[MAX_PARTS + 1];
+} part_loop;
+
+static int64_t matrix_size(const moe_cpu_matrix *m) { return (int64_t)m->n * m->k; }
+
+static int64_t layer_size(const moe_cpu_layer *layer) {
+    return matrix_size(&layer->qkv) + matrix_size(&layer->o) +
+           3 * (matrix_size(&layer->dense.gate) + matrix_size(&layer->shared.gate));
+}
+
+static bool layers_are_small(const stage *s) {
+    layer_range layers = layers_of(s->config, s->segment);
+    for (int32_t i = layers.first < 0 ? 0 : layers.first; i <= layers.last; i++) {
+        const moe_cpu_layer *layer = &s->base->layers[i];
+        if (layer_size(layer) * (int64_t)moe_dtype_bytes(layer->qkv.dtype) > PART_LAYER_BYTES) return false;
+    }
+    return true;
+}
+
+/* Parts of about equal rows, a sequence in one of them; 0 where it is better to share every loop's work. */
+static int32_t cut_parts(const stage *s, int32_t *starts) {
+    const moe_segment *segment = s->segment;
+    int32_t rows = segment->num_rows, parts = moe_cpu_pool_threads(s->run->pool), most = rows / parts + rows / parts / 2 + 1;
+    if (parts < 2 || parts > MAX_PARTS || rows < parts * PART_ROWS || !layers_are_small(s)) return 0;
+    starts[0] = 0;
+    for (int32_t p = 1, row = 0; p <= parts; p++) {
+        while (row < rows && (row < (int64_t)rows * p / parts || segment->sequences[row] == segment->sequences[row - 1])) row++;
+        starts[p] = row;
+        if (starts[p] == starts[p - 1] || starts[p] - starts[p - 1] > most) return 0;
+    }
+    return parts;
+}
+
+static void part_task(void *ctx, int32_t index, int32_t thread) {
+    const part_loop *loop = ctx;
+    int32_t first = loop->starts[index], top_k = loop->whole->config->top_k, hidden = loop->whole->config->hidden;
+    moe_cpu_run run = {.progress = loop->whole->run->progress, .job = loop->whole->run->job};
+    moe_rows rows = moe_cpu_rows_from(loop->whole->rows, loop->whole->config, first);
+    rows.attention_scratch += thread * loop->whole->scratch_floats;
+    moe_segment segment = *loop->whole->segment;
+    size_t slots = (size_t)first * (size_t)top_k, slot_bytes = moe_row_bytes(segment.combine.dtype, hidden);
+    segment.num_rows = loop->starts[index + 1] - first;
+    segment.token_ids += first;
+    segment.positions += first;
+    segment.sequences += first;
+    if (segment.activations) segment.activations = moe_row_at(segment.activations, loop->whole->dtype, hidden, first);
+    if (segment.index > 0) {
+        segment.combine.outputs = (const uint8_t *)segment.combine.outputs + slots * slot_bytes;
+        segment.combine.weights += slots;
+        segment.combine.counts += first;
+    }
+    moe_route *const routes[] = {&segment.route, &segment.next};
+    for (int i = 0; i < 2; i++) {
+        if (routes[i]->experts) routes[i]->experts += slots;
+        if (routes[i]->weights) routes[i]->weights += slots;
+    }
+    stage part = *loop->whole;
+    part.run = &run;
+    part.segment = &segment;
+    part.rows = &rows;
+    run_layers(&part);
+    if (index == 0) loop->whole->combine_ns = part.combine_ns;
+}
+
 moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, const moe_cpu_run *run, const moe_base *base,
                                const moe_segment *segment, moe_error *err) {
     const moe_model_config *c = &base->model->config;
@@ -295,35 +403,27 @@ moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, 
         .kernels = kernels, .dtype = dtype, .run = run, .base = base, .config = c, .segment = segment, .rows = segment->rows};
     MOE_ASSERT(segment->index >= 0 && segment->index <= c->num_moe_layers);
     MOE_ASSERT(segment->num_rows > 0 && segment->num_rows <= segment->rows->max_rows);
-    moe_status status = plan_attention(&s, err);
+    moe_status status = reserve_scores(&s, err);
     if (status != MOE_OK) return status;
-    int32_t previous = segment->index == 0 ? -1 : c->moe_layers[segment->index - 1];
-    int32_t last = segment->index == c->num_moe_layers ? c->num_layers - 1 : c->moe_layers[segment->index];
-    int64_t start_ns = moe_now_ns(moe_clock_real());
-    if (segment->index == 0)
-        for_each_row(&s, embed_row);
+    part_loop loop = {.whole = &s};
+    int32_t parts = cut_parts(&s, loop.starts);
+    if (parts)
+        moe_cpu_parallel_for(run->pool, parts, part_task, &loop, run->progress);
     else
-        combine(&s, previous);
-    run->job->combine_ns = segment->index == 0 ? 0 : moe_now_ns(moe_clock_real()) - start_ns;
-    for (int32_t layer = previous + 1; layer <= last; layer++) run_layer(&s, layer);
-    start_ns = moe_now_ns(moe_clock_real());
+        run_layers(&s);
+    run->job->combine_ns = s.combine_ns;
+    int64_t start_ns = moe_now_ns(moe_clock_real());
     if (segment->index == c->num_moe_layers) logits(&s);
     run->job->logits_ns = moe_now_ns(moe_clock_real()) - start_ns;
     return MOE_OK;
 }
 
-static int64_t matrix_size(const moe_cpu_matrix *m) { return (int64_t)m->n * m->k; }
-
 int64_t moe_cpu_segment_multiply_adds(const moe_base *base, const moe_segment *segment) {
     const moe_model_config *c = &base->model->config;
-    int32_t first = segment->index == 0 ? 0 : c->moe_layers[segment->index - 1];
-    int32_t last = segment->index == c->num_moe_layers ? c->num_layers - 1 : c->moe_layers[segment->index];
+    layer_range layers = layers_of(c, segment);
+    int32_t first = layers.first < 0 ? 0 : layers.first, last = layers.last;
     int64_t weights = 0, positions = 0;
-    for (int32_t i = first; i <= last; i++) {
-        const moe_cpu_layer *layer = &base->layers[i];
-        weights += matrix_size(&layer->qkv) + matrix_size(&layer->o);
-        weights += 3 * (matrix_size(&layer->dense.gate) + matrix_size(&layer->shared.gate));
-    }
+    for (int32_t i = first; i <= last; i++) weights += layer_size(&base->layers[i]);
     for (int32_t r = 0; r < segment->num_rows; r++) positions += segment->positions[r] + 1;
     int64_t attention = positions * (last - first + 1) * c->num_heads * c->head_dim * 2;
     int64_t logits = segment->index == c->num_moe_layers ? segment->num_logit_rows * matrix_size(&base->lm_head) : 0;
