@@ -12,6 +12,8 @@
 
 #define ROWS 21 /* more than two of the widest tile, and odd */
 #define TOKENS 45
+#define CROWD 25 /* sequences */
+#define MINE 13  /* one in the middle of them */
 #define SCALAR 1 /* index of the first `cpu` path for moe_test_cpu_open */
 
 static const char *const families[] = {"llama_dense", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"};
@@ -212,6 +214,41 @@ static void run_mixed(moe_driver *driver, const int32_t *ids, const int32_t *oth
     free(all);
 }
 
+/* CROWD sequences decode together, enough for each thread to take rows of its own; sequence MINE holds `ids`, and the one before
+ * it has two rows a step. */
+static void run_crowd(moe_driver *driver, const int32_t *ids, const int32_t *others, int32_t vocab, float *logits) {
+    int32_t tokens[CROWD + 1], sequences[CROWD + 1];
+    float *all = random_floats(14, (int64_t)(CROWD + 1) * vocab);
+    for (int32_t step = 0; step < TOKENS; step++) {
+        int32_t rows = 0, mine = 0;
+        for (int32_t i = 0; i < CROWD; i++) {
+            if (i == MINE) mine = rows;
+            for (int32_t j = 0; j < (i == MINE - 1 && step < 8 ? 2 : 1); j++, rows++) {
+                tokens[rows] = i == MINE ? ids[step] : others[(step + i + j) % TOKENS];
+                sequences[rows] = i;
+            }
+        }
+        moe_driver_step(driver, tokens, sequences, rows, all);
+        memcpy(logits + (int64_t)step * vocab, all + (int64_t)mine * vocab, (size_t)vocab * sizeof *all);
+    }
+    free(all);
+}
+
+static void check_crowd(const moe_model *model, int index, int32_t threads, const int32_t *ids, const int32_t *others,
+                        const float *want) {
+    int32_t vocab = model->config.vocab;
+    moe_backend *backend = moe_test_cpu_open(index, threads);
+    if (!backend) return;
+    moe_driver_options options = {.num_sequences = CROWD, .max_tokens = 64, .max_rows = CROWD + 1};
+    moe_driver *driver = moe_driver_open(backend, model, &options);
+    float *got = random_floats(15, (int64_t)TOKENS * vocab);
+    run_crowd(driver, ids, others, vocab, got);
+    assert_same_bits(got, want, (int64_t)TOKENS * vocab, "in a crowd");
+    free(got);
+    moe_driver_close(driver);
+    backend->ops->close(backend);
+}
+
 static void check_model(const moe_model *model, int index, int32_t threads, const int32_t *ids, const int32_t *others,
                         const float *want) {
     static const int32_t chunks[] = {1, 7, 16, TOKENS};
@@ -247,7 +284,10 @@ static void chunks_batches_and_threads(void **state) {
     backend->ops->close(backend);
     check_model(model, SCALAR, 2, ids, others, want);
     for (int i = SCALAR + 1; i < MOE_TEST_CPU_BACKENDS; i++)
-        for (int32_t threads = 0; threads < 4; threads++) check_model(model, i, threads, ids, others, want);
+        for (int32_t threads = 0; threads < 4; threads++) {
+            check_model(model, i, threads, ids, others, want);
+            check_crowd(model, i, threads, ids, others, want);
+        }
     free(want);
     moe_model_close(&model);
 }
