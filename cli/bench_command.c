@@ -23,7 +23,7 @@
 /* One place where the experts are, and the engine that uses them there. */
 typedef struct target {
     const char *name;
-    int32_t workers, threads; /* worker processes; threads of every process */
+    int32_t workers, threads; /* worker processes; threads of each, or of the engine where there are none */
     moe_local_cluster cluster;
     moe_router_node *node;
 } target;
@@ -49,7 +49,7 @@ static moe_status add_target(bench *b, const char *name, size_t length, moe_erro
         target *t = &b->targets[b->num_targets++];
         t->name = names[i];
         t->workers = i == 0 ? 0 : (int32_t)moe_option_int(b->options, "workers");
-        t->threads = moe_threads_share(b->options, t->workers + 1);
+        t->threads = moe_share_machine(b->options, t->workers).worker_threads;
         return MOE_OK;
     }
     return moe_fail(err, MOE_INVALID_ARGUMENT, "--experts: '%.*s' is none of inproc, ipc, tcp", (int)length, name);
@@ -111,7 +111,7 @@ static moe_status start_processes(const bench *b, target *t, moe_error *err) {
     if (status == MOE_OK) status = moe_local_cluster_start_redis(c, false, err);
     if (status == MOE_OK) status = moe_cluster_file_write(&c->file, &c->children, err);
     for (int32_t i = 0; i < t->workers && status == MOE_OK; i++)
-        status = moe_local_cluster_start_worker(c, b->options, i, t->workers + 1, false, err);
+        status = moe_local_cluster_start_worker(c, b->options, i, t->workers, false, err);
     return status;
 }
 
@@ -129,7 +129,9 @@ static moe_status open_node(const bench *b, target *t, moe_error *err) {
     if (status == MOE_OK) status = moe_router_device_option(b->options, &config.backend.device, err);
     if (status != MOE_OK) return status;
     config.skip_tokenizer = config.skip_tokenizer || config.source.dummy;
-    config.backend.threads = t->threads;
+    moe_machine_share share = moe_share_machine(b->options, t->workers);
+    config.backend.threads = share.router_threads;
+    config.micro_batches = share.micro_batches;
     return moe_router_node_open(&config, &t->node, err);
 }
 

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "cli/cores.h"
 #include "cli/node_options.h"
 #include "cli/option_table.h"
 #include "cli/signals.h"
@@ -84,24 +85,27 @@ moe_status moe_local_cluster_start_redis(moe_local_cluster *c, bool restart, moe
 }
 
 /* What a worker is told on its own or finds in cluster.json; the rest of what was given is passed on as it is. */
-static const char *const own_options[] = {"listen", "keys", "threads", "poll-us", "devices", NULL};
+static const char *const own_options[] = {"listen", "keys", "threads", "poll-us", "cores", "devices", NULL};
 
-moe_status moe_local_cluster_start_worker(moe_local_cluster *c, const moe_options *options, int index, int processes,
-                                          bool restart, moe_error *err) {
-    char name[16], id[32], cluster[PATH_MAX + 16], threads[48], poll[48], device[32];
+moe_status moe_local_cluster_start_worker(moe_local_cluster *c, const moe_options *options, int index, int workers, bool restart,
+                                          moe_error *err) {
+    char name[16], id[32], cluster[PATH_MAX + 16], threads[48], poll[48], device[32],
+        cores[MOE_CORES_TEXT_BYTES + 16] = "--cores=";
     moe_backend_config backend;
     moe_status status = moe_backend_option(options, index, &backend, NULL, err);
     if (status != MOE_OK) return status;
+    moe_machine_share share = moe_share_machine(options, workers);
     const char *argv[MOE_CHILD_MAX_ARGS];
     int n = 0;
     snprintf(name, sizeof name, "w%d", index);
     snprintf(id, sizeof id, "--id=%s", name);
     snprintf(cluster, sizeof cluster, "--cluster=%s", c->file.run_dir);
-    snprintf(threads, sizeof threads, "--threads=%d", moe_threads_share(options, processes));
-    snprintf(poll, sizeof poll, "--poll-us=%lld", (long long)moe_poll_us_option(options, processes));
+    snprintf(threads, sizeof threads, "--threads=%d", share.worker_threads);
+    snprintf(poll, sizeof poll, "--poll-us=%lld", (long long)share.worker_poll_us);
     snprintf(device, sizeof device, "--devices=%d", backend.device);
     const char *own[] = {c->self, "worker", c->file.model, id, cluster, threads, poll, device};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) argv[n++] = own[i];
+    if (share.bind_workers && moe_cores_share(index, workers, cores + strlen(cores))) argv[n++] = cores;
     n += moe_options_pass_on(options, MOE_COMMAND_WORKER, own_options, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);
     argv[n] = NULL;
     return moe_children_start(&c->children, name, argv, restart, err);

@@ -25,7 +25,7 @@ moe_status moe_local_cluster_prepare(const moe_local_cluster_config *config, moe
 /* Starts Redis and waits until its socket is there. CANCELLED: a termination signal came. */
 moe_status moe_local_cluster_start_redis(moe_local_cluster *cluster, bool restart, moe_error *err);
 
-/* Starts worker w<index> with its share of a machine that `processes` share, on the index-th of --devices (in turn), and what
- * `options` say of workers. It finds the cluster by cluster.json, which must have been written. */
-moe_status moe_local_cluster_start_worker(moe_local_cluster *cluster, const moe_options *options, int index, int processes,
+/* Starts worker w<index> of `workers` with its share of this machine, on the index-th of --devices (in turn), and what `options`
+ * say of workers. It finds the cluster by cluster.json, which must have been written. */
+moe_status moe_local_cluster_start_worker(moe_local_cluster *cluster, const moe_options *options, int index, int workers,
                                           bool restart, moe_error *err);

@@ -6,31 +6,40 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "cli/cores.h"
 #include "cli/device_list.h"
 #include "common/zmq/zmq_transport.h"
 
 static const char random_prefix[] = "random:";
 
-static int32_t machine_cores(void) {
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    return cores > 0 ? (int32_t)cores : 1;
-}
-
 int32_t moe_threads_option(const moe_options *options) {
     int64_t wanted = moe_option_int(options, "threads");
-    return wanted > 0 ? (int32_t)wanted : machine_cores();
+    return wanted > 0 ? (int32_t)wanted : moe_cores_count();
 }
 
 int64_t moe_poll_us_option(const moe_options *options, int32_t processes) {
     int64_t wanted = moe_option_int(options, "poll-us");
     if (wanted >= 0) return wanted;
-    return machine_cores() >= 2 * processes ? MOE_ZMQ_POLL_US : 0;
+    return moe_cores_count() >= 2 * processes ? MOE_ZMQ_POLL_US : 0;
 }
 
-int32_t moe_threads_share(const moe_options *options, int32_t processes) {
-    int32_t threads = moe_threads_option(options);
-    if (moe_option_int(options, "threads") > 0) return threads;
-    return threads / processes > 0 ? threads / processes : 1;
+static int32_t at_least_1(int32_t n) { return n > 0 ? n : 1; }
+
+moe_machine_share moe_share_machine(const moe_options *o, int32_t workers) {
+    int32_t cores = moe_cores_count(), processes = workers + 1;
+    bool cpu = strncmp(moe_option_text(o, "backend"), "cpu", strlen("cpu")) == 0,
+         threads_given = moe_option_int(o, "threads") > 0;
+    moe_machine_share share = {.in_turns = workers > 0 && cpu && cores < 2 * processes,
+                               .router_threads = moe_threads_option(o),
+                               .worker_threads = moe_threads_option(o),
+                               .worker_poll_us = moe_poll_us_option(o, processes),
+                               .micro_batches = (int32_t)moe_option_int(o, "micro-batches")};
+    if (share.in_turns && share.micro_batches == 0) share.micro_batches = 1;
+    if (threads_given) return share;
+    share.bind_workers = share.in_turns;
+    share.router_threads = share.in_turns ? cores : at_least_1(cores / processes);
+    share.worker_threads = at_least_1(cores / (share.in_turns ? workers : processes));
+    return share;
 }
 
 moe_model_source moe_model_option(const moe_options *o, const char *dir) {

@@ -10,8 +10,8 @@ moe_status moe_engine_options(const moe_options *options, moe_router_node_config
 /* --load-format, --layers, --seed; dir is borrowed. */
 moe_model_source moe_model_option(const moe_options *options, const char *dir);
 
-/* --backend and what belongs to it, for the i-th of --devices, which are taken in turn (--threads: moe_threads_option). *num_devices
- * (may be NULL) receives how many there are. INVALID_ARGUMENT. */
+/* --backend and what belongs to it, for the i-th of --devices, which are taken in turn (--threads: moe_threads_option).
+ * *num_devices (may be NULL) receives how many there are. INVALID_ARGUMENT. */
 moe_status moe_backend_option(const moe_options *options, int32_t index, moe_backend_config *out, int32_t *num_devices,
                               moe_error *err);
 
@@ -24,8 +24,17 @@ moe_status moe_placement_option(const moe_options *options, moe_router_node_conf
 /* --threads, where 0 means all of this machine's cores. */
 int32_t moe_threads_option(const moe_options *options);
 
-/* Threads of each of `processes` that share this machine: --threads where given, else an equal share of the cores, at least 1. */
-int32_t moe_threads_share(const moe_options *options, int32_t processes);
+/* How a router and its workers share this machine. With two cores for each process they have equal parts, and while workers
+ * compute for one micro-batch the router computes another. On fewer, and where the CPU computes, they take turns: one
+ * micro-batch, a router of as many threads as cores, and each worker on cores of its own where there is one for each. --threads
+ * (of every process; no worker is bound then) and --micro-batches come first. */
+typedef struct moe_machine_share {
+    bool in_turns, bind_workers;
+    int32_t router_threads, worker_threads;
+    int32_t micro_batches; /* 0: as the router likes */
+    int64_t worker_poll_us;
+} moe_machine_share;
+moe_machine_share moe_share_machine(const moe_options *options, int32_t workers);
 
 /* --poll-us, where -1 means: MOE_ZMQ_POLL_US where this machine has two cores or more for each of `processes`, that of the thread
  * that polls and one for who answers it; else 0. */

@@ -114,6 +114,8 @@ static const moe_option_row rows[] = {
      "--backend cuda: thresholds between kernels as `bench --tune` measured them; default: those built in"},
     {"threads", INT, NODES | EVAL | BENCH, "Performance", "0", 0, 1024, NULL, "N",
      "compute threads of a process; 0: the machine's cores, shared out by serve"},
+    {"cores", TEXT, WORKER, "Performance", NULL, 0, 0, NULL, "LIST",
+     "cores that this process runs on, such as 0-3,8; default: all. serve binds each worker to its own where cores are few"},
     {"max-num-seqs", INT, ENGINES, "Performance", "64", 1, 4096, NULL, "N", "sequences computed at once"},
     {"max-num-batched-tokens", INT, ENGINES, "Performance", "512", 1, 65536, NULL, "N",
      "tokens of one micro-batch; longer prompts are prefilled in chunks"},
@@ -121,7 +123,7 @@ static const moe_option_row rows[] = {
      "requests queued before more are refused with 429"},
     {"micro-batches", INT, ENGINES, "Performance", "0", 0, 8, NULL, "N",
      "micro-batches in flight: while one waits for experts another computes attention; 0: 2, or 1 where the experts are in the "
-     "router's process"},
+     "router's process or, under serve, each process has less than two cores"},
     {"poll-us", INT, NODES | BENCH, "Performance", "-1", -1, 1000000, NULL, "N",
      "microseconds that a wait for messages may poll before it sleeps, while messages come faster than that; 0: never; -1: 500 "
      "in "

@@ -23,7 +23,7 @@ typedef enum restart_policy { RESTART_NEVER, RESTART_WORKERS, RESTART_ALL } rest
 typedef struct supervisor {
     const moe_options *options;
     moe_local_cluster cluster;
-    int workers, threads_each;
+    int workers;
     restart_policy restart;
 } supervisor;
 
@@ -59,11 +59,12 @@ static moe_status prepare(supervisor *s, moe_error *err) {
 /* ---- children ---- */
 
 /* What the router is told on its own; the rest of what was given to serve is passed on as it is. */
-static const char *const own_options[] = {"listen", "keys", "threads", "port", "host", "devices", NULL};
+static const char *const own_options[] = {"listen", "keys", "threads", "micro-batches", "port", "host", "devices", NULL};
 
 static moe_status start_router(supervisor *s, moe_error *err) {
-    char store[PATH_MAX + 16], listen[PATH_MAX + 16], keys[PATH_MAX + 16], workers[48], threads[48], port[48], host[300],
-        devices[32];
+    char store[PATH_MAX + 16], listen[PATH_MAX + 16], keys[PATH_MAX + 16], workers[48], threads[48], batches[48], port[48],
+        host[300], devices[32];
+    moe_machine_share share = moe_share_machine(s->options, s->workers);
     const char *argv[MOE_CHILD_MAX_ARGS];
     int32_t device;
     int n = 0;
@@ -73,12 +74,14 @@ static moe_status start_router(supervisor *s, moe_error *err) {
     snprintf(listen, sizeof listen, "--listen=%s", s->cluster.file.router);
     snprintf(keys, sizeof keys, "--keys=%s", s->cluster.file.keys);
     snprintf(workers, sizeof workers, "--initial-workers=%d", s->workers);
-    snprintf(threads, sizeof threads, "--threads=%d", s->threads_each);
+    snprintf(threads, sizeof threads, "--threads=%d", share.router_threads);
+    snprintf(batches, sizeof batches, "--micro-batches=%d", share.micro_batches);
     snprintf(port, sizeof port, "--port=%s", moe_option_text(s->options, "port"));
     snprintf(host, sizeof host, "--host=%s", moe_option_text(s->options, "host"));
     snprintf(devices, sizeof devices, "--devices=%d", device);
-    const char *own[] = {s->cluster.self, "router", s->cluster.file.model, "--id=r0", store, listen, workers, threads, port, host,
-                         devices};
+    const char *own[] = {
+        s->cluster.self, "router", s->cluster.file.model, "--id=r0", store, listen, workers, threads, batches, port, host,
+        devices};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) argv[n++] = own[i];
     if (s->cluster.file.keys[0]) argv[n++] = keys;
     n += moe_options_pass_on(s->options, MOE_COMMAND_ROUTER, own_options, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);
@@ -94,7 +97,7 @@ static moe_status start_all(supervisor *s, moe_error *err) {
     setenv("MOESAIC_SERVE_CLUSTER_UUID", s->cluster.file.uuid, 1);
     status = moe_cluster_file_write(&s->cluster.file, &s->cluster.children, err);
     for (int i = 0; i < s->workers && status == MOE_OK; i++)
-        status = moe_local_cluster_start_worker(&s->cluster, s->options, i, s->workers + 1, s->restart != RESTART_NEVER, err);
+        status = moe_local_cluster_start_worker(&s->cluster, s->options, i, s->workers, s->restart != RESTART_NEVER, err);
     setenv("MOESAIC_SERVE_NEW_CLUSTER", "1", 1); /* for this start only: a router that is started again may find an older map */
     if (status == MOE_OK) status = start_router(s, err);
     unsetenv("MOESAIC_SERVE_NEW_CLUSTER");
@@ -177,7 +180,6 @@ int moe_command_serve(const moe_options *o) {
     s.workers = (int)moe_option_int(o, "workers");
     s.restart = (restart_policy)moe_option_choice(o, "restart");
     if (check_options(o, s.workers, &err) != MOE_OK) return moe_command_failed(&err);
-    s.threads_each = moe_threads_share(o, s.workers + 1);
     if (s.workers == 0) {
         ssize_t length = readlink("/proc/self/exe", s.cluster.self, sizeof s.cluster.self - 1);
         s.cluster.self[length > 0 ? length : 0] = '\0';

@@ -4,6 +4,7 @@
 
 #include "cli/cluster_file.h"
 #include "cli/commands.h"
+#include "cli/cores.h"
 #include "cli/device_list.h"
 #include "cli/node_options.h"
 #include "cli/signals.h"
@@ -155,6 +156,7 @@ int moe_command_worker(const moe_options *o) {
     p.options = o;
     moe_signals_block();
     moe_status status = read_options(o, &p.settings, &err);
+    if (status == MOE_OK && moe_option_text(o, "cores")) status = moe_cores_restrict(moe_option_text(o, "cores"), &err);
     moe_model_source source = moe_model_option(o, p.settings.model_dir);
     if (status == MOE_OK) status = moe_model_source_open(&source, &p.model, &err);
     if (status == MOE_OK) status = open_workers(&p, &err);

@@ -64,4 +64,5 @@ typedef struct moe_transport_ops {
 
 struct moe_transport {
     const moe_transport_ops *ops;
+    bool computing; /* set by the owner: its process computes on other threads meanwhile, so that poll takes no core from them */
 };

@@ -94,6 +94,7 @@ moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
     bool more = moe_batcher_turn(&w->batcher);
     more |= moe_control_turn(&w->control);
     moe_rpc_set_known(w->rpc, w->control.epoch, w->control.fence);
+    w->config.transport->computing = w->batcher.busy;
     moe_status status = moe_rpc_step(w->rpc, more ? 0 : deadline_ns, err);
     moe_batcher_turn(&w->batcher);
     publish_view(w);

@@ -132,7 +132,7 @@ static moe_status wait_ready(zmq_transport *t, int64_t until_ns, int64_t now_ns,
     t->events_since_wait = 0;
     moe_status status = look(t, 0, &any, woken, err);
     if (status != MOE_OK || any || until_ns <= now_ns) return status;
-    int64_t began_ns = now_ns, poll_until_ns = t->poll_pays ? now_ns + t->config.poll_ns : now_ns;
+    int64_t began_ns = now_ns, poll_until_ns = t->poll_pays && !t->base.computing ? now_ns + t->config.poll_ns : now_ns;
     if (poll_until_ns > until_ns) poll_until_ns = until_ns;
     while (!any && status == MOE_OK && now_ns < poll_until_ns) {
         sched_yield();

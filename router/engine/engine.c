@@ -210,8 +210,15 @@ static int64_t sleep_until(const moe_engine *e, int64_t deadline_ns) {
     return until;
 }
 
+static bool computing(const moe_engine *e) {
+    for (int32_t i = 0; i < e->config.micro_batches; i++)
+        if (e->batches[i].state == BATCH_SEGMENT) return true;
+    return false;
+}
+
 moe_status moe_engine_step(moe_engine *e, int64_t deadline_ns, moe_error *err) {
     moe_status status = MOE_OK;
+    e->channels[0].transport->computing = computing(e);
     for (int32_t i = 0; i < e->config.num_transports && status == MOE_OK; i++)
         status = moe_rpc_step(e->channels[i].rpc, i == 0 ? sleep_until(e, deadline_ns) : 0, err);
     inbox_take(e);
