@@ -19,22 +19,38 @@ static const moe_metric stage_metrics[MOE_BENCH_STAGES] = {
 
 typedef struct reading {
     int64_t at_ns, tokens, sum_ns[MOE_BENCH_STAGES], count[MOE_BENCH_STAGES];
+    int64_t steps, layers, layer_experts, call_bytes;
+    int32_t leader_tokens; /* of the first request */
 } reading;
 
 /* All but `ended` belongs to the engine's thread between the first submission and the last end. */
 typedef struct measurement {
     const moe_bench_case *c;
-    reading first, last;
+    reading first, last;             /* first: when all had their first token */
+    reading begin, end;              /* tokens of the first request while all decoded; at_ns 0: none yet */
     int32_t requests, started, done; /* requests: that were submitted */
+    int32_t leader_tokens;
     int64_t tokens;
     moe_status status;
     moe_error error;
     _Atomic int32_t ended;
 } measurement;
 
+/* One of the requests. */
+typedef struct member {
+    measurement *m;
+    bool leader; /* the first: its tokens mark the steps */
+} member;
+
 static void take_reading(const measurement *m, reading *out) {
     out->at_ns = moe_now_ns(moe_clock_real());
     out->tokens = m->tokens;
+    out->steps = moe_metric_value(MOE_METRIC_STEP_TOKENS);
+    out->layers = moe_metric_value(MOE_METRIC_LAYER_EXPERTS);
+    out->layer_experts = moe_metric_sum(MOE_METRIC_LAYER_EXPERTS);
+    out->call_bytes =
+        moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_SENT) + moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED);
+    out->leader_tokens = m->leader_tokens;
     for (int s = 0; s < MOE_BENCH_STAGES; s++) {
         out->sum_ns[s] = moe_metric_sum(stage_metrics[s]);
         out->count[s] = moe_metric_value(stage_metrics[s]);
@@ -42,11 +58,15 @@ static void take_reading(const measurement *m, reading *out) {
 }
 
 static void on_output(void *ctx, const moe_output *output) {
-    measurement *m = ctx;
-    bool first = output->num_tokens > 0 && output->completion_tokens == output->num_tokens;
+    const member *one = ctx;
+    measurement *m = one->m;
+    bool decode = m->c->output_tokens > 1, first = output->num_tokens > 0 && output->completion_tokens == output->num_tokens;
     m->tokens += output->num_tokens;
     m->started += first;
-    if (first && m->started == m->c->requests && m->c->output_tokens > 1) take_reading(m, &m->first);
+    if (one->leader) m->leader_tokens = output->completion_tokens;
+    if (first && m->started == m->c->requests && decode) take_reading(m, &m->first);
+    if (one->leader && output->num_tokens > 0 && m->started == m->c->requests && decode)
+        take_reading(m, m->begin.at_ns ? &m->end : &m->begin);
     if (output->finish == MOE_FINISH_NONE) return;
     if (output->finish == MOE_FINISH_ERROR && m->status == MOE_OK)
         m->status = moe_fail(&m->error, output->status, "%s", output->message);
@@ -54,7 +74,8 @@ static void on_output(void *ctx, const moe_output *output) {
     atomic_fetch_add(&m->ended, 1);
 }
 
-static moe_status submit(measurement *m, const moe_inference *inference, int32_t *prompt, uint64_t *id, moe_error *err) {
+static moe_status submit(measurement *m, const moe_inference *inference, int32_t *prompt, member *one, uint64_t *id,
+                         moe_error *err) {
     moe_random random = {moe_mix64(m->c->seed * MOE_BENCH_MAX_REQUESTS + (uint64_t)m->requests)};
     for (int32_t i = 0; i < m->c->prompt_tokens; i++) prompt[i] = (int32_t)moe_random_below(&random, (uint64_t)inference->vocab);
     moe_request request = {.id = "bench", .prompt = prompt, .prompt_tokens = m->c->prompt_tokens};
@@ -64,7 +85,8 @@ static moe_status submit(measurement *m, const moe_inference *inference, int32_t
     request.sampling.max_tokens = m->c->output_tokens;
     request.sampling.ignore_eos = true;
     request.sampling.logprobs = request.sampling.prompt_logprobs = -1;
-    return inference->ops->submit(inference->ctx, &request, on_output, m, id, err);
+    *one = (member){.m = m, .leader = m->requests == 0};
+    return inference->ops->submit(inference->ctx, &request, on_output, one, id, err);
 }
 
 /* Until every submitted request has ended, because their last events write into the measurement. */
@@ -79,12 +101,18 @@ static bool await_end(measurement *m, const moe_inference *inference, const uint
 }
 
 static void subtract(const measurement *m, moe_bench_sample *out) {
-    bool prefill = m->c->output_tokens == 1;
-    out->tokens = prefill ? (int64_t)m->c->requests * m->c->prompt_tokens : m->last.tokens - m->first.tokens;
-    out->time_ns = m->last.at_ns - m->first.at_ns;
+    bool prefill = m->c->output_tokens == 1, steady = m->end.at_ns != 0;
+    const reading *from = steady ? &m->begin : &m->first, *to = steady ? &m->end : &m->last;
+    int64_t layers = to->layers - from->layers;
+    out->tokens = prefill ? (int64_t)m->c->requests * m->c->prompt_tokens : to->tokens - from->tokens;
+    out->time_ns = to->at_ns - from->at_ns;
+    out->steps = to->steps - from->steps;
+    out->layer_experts = layers > 0 ? (double)(to->layer_experts - from->layer_experts) / (double)layers : 0;
+    out->context = m->c->prompt_tokens + (from->leader_tokens + to->leader_tokens) / 2.0;
+    out->call_bytes = to->call_bytes - from->call_bytes;
     for (int s = 0; s < MOE_BENCH_STAGES; s++) {
-        int64_t count = m->last.count[s] - m->first.count[s];
-        out->stage_ns[s] = count > 0 ? (double)(m->last.sum_ns[s] - m->first.sum_ns[s]) / (double)count : 0;
+        int64_t count = to->count[s] - from->count[s];
+        out->stage_ns[s] = count > 0 ? (double)(to->sum_ns[s] - from->sum_ns[s]) / (double)count : 0;
     }
 }
 
@@ -92,12 +120,13 @@ moe_status moe_bench_run(const moe_inference *inference, const moe_bench_case *c
     measurement m = {.c = c};
     MOE_ASSERT(c->requests >= 1 && c->requests <= MOE_BENCH_MAX_REQUESTS);
     uint64_t ids[MOE_BENCH_MAX_REQUESTS];
+    member members[MOE_BENCH_MAX_REQUESTS];
     int32_t *prompt = moe_calloc((size_t)c->prompt_tokens, sizeof *prompt);
     if (!prompt) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     take_reading(&m, &m.first);
     moe_status status = MOE_OK;
     while (m.requests < c->requests && status == MOE_OK) {
-        status = submit(&m, inference, prompt, &ids[m.requests], err);
+        status = submit(&m, inference, prompt, &members[m.requests], &ids[m.requests], err);
         if (status == MOE_OK) m.requests++;
     }
     bool interrupted = await_end(&m, inference, ids);

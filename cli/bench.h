@@ -19,8 +19,10 @@ typedef enum moe_bench_stage {
 
 extern const char *const moe_bench_stage_names[MOE_BENCH_STAGES];
 
-/* With output_tokens of 1 the prefill is measured: from submission to the first token. Otherwise the decode: from the moment at
- * which every request has its first token to the last token of all. */
+/* With output_tokens of 1 the prefill is measured: from submission to the first token. Otherwise the decode: the steps in which
+ * all requests decode, from one token of the first request to another, so that each of them counts one token of every request.
+ * (Where the first request ends before the last has its first token there are none: then from that token to the last token of
+ * all.) */
 typedef struct moe_bench_case {
     int32_t requests; /* at once; 1 … MOE_BENCH_MAX_REQUESTS */
     int32_t prompt_tokens, output_tokens;
@@ -30,6 +32,10 @@ typedef struct moe_bench_case {
 typedef struct moe_bench_sample {
     int64_t tokens; /* prefilled or decoded in that time */
     int64_t time_ns;
+    int64_t steps;                     /* micro-batches in that time */
+    double layer_experts;              /* mean number of distinct experts of a MoE layer of a micro-batch */
+    double context;                    /* of a decode: mean number of tokens of a sequence in the KV cache */
+    int64_t call_bytes;                /* payloads of the calls to expert workers, both ways */
     double stage_ns[MOE_BENCH_STAGES]; /* mean of one layer of one micro-batch; logits and sample: of one micro-batch */
 } moe_bench_sample;
 

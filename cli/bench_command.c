@@ -18,7 +18,8 @@
 #define STOP_TIMEOUT_NS (10 * MOE_NS_PER_S)
 #define MAX_TARGETS 3
 #define MAX_CONCURRENCIES 16
-#define MAX_CASES (MAX_CONCURRENCIES + 1)
+#define MAX_PREFILLS 8
+#define MAX_CASES (MAX_CONCURRENCIES + MAX_PREFILLS)
 
 /* One place where the experts are, and the engine that uses them there. */
 typedef struct target {
@@ -55,16 +56,31 @@ static moe_status add_target(bench *b, const char *name, size_t length, moe_erro
     return moe_fail(err, MOE_INVALID_ARGUMENT, "--experts: '%.*s' is none of inproc, ipc, tcp", (int)length, name);
 }
 
-static moe_status add_concurrency(bench *b, const char *text, size_t length, moe_error *err) {
+/* A number of the list --`option`, of which there may be `room`; 0 after a failure. */
+static int32_t list_number(const char *option, const char *text, size_t length, long most, int32_t room, moe_error *err) {
     char *end;
-    long most = (long)moe_option_int(b->options, "max-num-seqs"), requests = strtol(text, &end, 10);
+    long number = strtol(text, &end, 10);
+    if (length == 0 || end != text + length || number < 1 || number > most) {
+        moe_fail(err, MOE_INVALID_ARGUMENT, "--%s: '%.*s' is not a number from 1 to %ld", option, (int)length, text, most);
+        return 0;
+    }
+    if (room <= 0) moe_fail(err, MOE_INVALID_ARGUMENT, "--%s: too many numbers", option);
+    return room > 0 ? (int32_t)number : 0;
+}
+
+static moe_status add_prefill(bench *b, const char *text, size_t length, moe_error *err) {
+    int32_t tokens = list_number("prefill-tokens", text, length, 1 << 20, MAX_CASES - b->num_cases, err);
+    if (tokens == 0) return MOE_INVALID_ARGUMENT;
+    b->cases[b->num_cases++] = (moe_bench_case){.requests = 1, .prompt_tokens = tokens, .output_tokens = 1};
+    return MOE_OK;
+}
+
+static moe_status add_concurrency(bench *b, const char *text, size_t length, moe_error *err) {
+    long most = (long)moe_option_int(b->options, "max-num-seqs");
     if (most > MOE_BENCH_MAX_REQUESTS) most = MOE_BENCH_MAX_REQUESTS;
-    if (length == 0 || end != text + length || requests < 1 || requests > most)
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "--concurrency: '%.*s' is not a number from 1 to %ld (see --max-num-seqs)",
-                        (int)length, text, most);
-    if (b->num_cases == MAX_CONCURRENCIES)
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "--concurrency: more than %d numbers", MAX_CONCURRENCIES);
-    b->cases[b->num_cases++] = (moe_bench_case){.requests = (int32_t)requests,
+    int32_t requests = list_number("concurrency", text, length, most, MAX_CONCURRENCIES - b->num_cases, err);
+    if (requests == 0) return moe_fail_prefix(err, MOE_INVALID_ARGUMENT, "(see --max-num-seqs)");
+    b->cases[b->num_cases++] = (moe_bench_case){.requests = requests,
                                                 .prompt_tokens = (int32_t)moe_option_int(b->options, "prompt-tokens"),
                                                 .output_tokens = (int32_t)moe_option_int(b->options, "output-tokens")};
     return MOE_OK;
@@ -87,9 +103,8 @@ static moe_status read_options(bench *b, moe_error *err) {
     const char *csv = moe_option_text(o, "csv");
     moe_status status = each_of(b, moe_option_text(o, "experts"), add_target, err);
     if (status == MOE_OK) status = each_of(b, moe_option_text(o, "concurrency"), add_concurrency, err);
+    if (status == MOE_OK) status = each_of(b, moe_option_text(o, "prefill-tokens"), add_prefill, err);
     if (status != MOE_OK) return status;
-    b->cases[b->num_cases++] =
-        (moe_bench_case){.requests = 1, .prompt_tokens = (int32_t)moe_option_int(o, "prefill-tokens"), .output_tokens = 1};
     b->runs = (int32_t)moe_option_int(o, "runs");
     b->series = moe_calloc((size_t)b->num_cases * (size_t)b->num_targets, sizeof *b->series);
     if (!b->series) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
@@ -172,6 +187,10 @@ static moe_status measure_one(bench *b, int32_t round, int32_t index, int32_t ta
     series->experts = t->name;
     series->workers = t->workers;
     series->threads = t->threads;
+    series->model = moe_router_node_model(t->node);
+    series->kv_token_bytes = moe_router_node_kv_token_bytes(t->node);
+    series->bounds = (moe_bench_bounds){moe_option_float(b->options, "measured-bandwidth") * 1e9,
+                                        moe_option_float(b->options, "measured-rate") * 1e12};
     series->c = b->cases[index];
     series->c.seed = (uint64_t)(round + 1);
     moe_status status = moe_bench_run(moe_router_node_inference(t->node), &series->c, &sample, err);
@@ -206,8 +225,8 @@ int moe_command_bench(const moe_options *o) {
     moe_status status = read_options(&b, &err);
     if (status == MOE_OK) status = open_targets(&b, &err);
     if (status == MOE_OK) status = measure_all(&b, &err);
+    if (status == MOE_OK) moe_bench_tables(stdout, b.series, b.num_cases * b.num_targets);
     close_targets(&b);
-    if (status == MOE_OK) moe_bench_table(stdout, b.series, b.num_cases * b.num_targets);
     if (b.csv && fclose(b.csv) != 0 && status == MOE_OK)
         status = moe_fail(&err, MOE_UNAVAILABLE, "cannot write %s: %s", moe_option_text(o, "csv"), strerror(errno));
     moe_free(b.series);

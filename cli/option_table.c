@@ -152,7 +152,12 @@ static const moe_option_row rows[] = {
     {"concurrency", TEXT, BENCH, "Benchmark", "1,8,32", 0, 0, NULL, "LIST", "requests decoded at once, one measurement each"},
     {"prompt-tokens", INT, BENCH, "Benchmark", "32", 1, 1 << 20, NULL, "N", "tokens of a prompt before its decode"},
     {"output-tokens", INT, BENCH, "Benchmark", "128", 2, 1 << 20, NULL, "N", "tokens decoded of each request"},
-    {"prefill-tokens", INT, BENCH, "Benchmark", "512", 1, 1 << 20, NULL, "N", "tokens of the prompt whose prefill is measured"},
+    {"prefill-tokens", TEXT, BENCH, "Benchmark", "512", 0, 0, NULL, "LIST",
+     "tokens of a prompt whose prefill is measured, one measurement each"},
+    {"measured-bandwidth", FLOAT, BENCH, "Benchmark", NULL, 0, 1e6, NULL, "GB/S",
+     "of this machine's memory: with --measured-rate, results are shown beside the least time that their weights, keys and values "
+     "take to be read and multiplied"},
+    {"measured-rate", FLOAT, BENCH, "Benchmark", NULL, 0, 1e6, NULL, "TFLOP/S", "of this machine's largest matrix products"},
     {"runs", INT, BENCH, "Benchmark", "5", 1, 101, NULL, "N", "rounds over all measurements, after one that warms up"},
     {"csv", TEXT, BENCH, "Benchmark", NULL, 0, 0, NULL, "FILE", "write every measurement here, one a line"},
 };

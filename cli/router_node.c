@@ -357,6 +357,12 @@ bool moe_router_node_ready(moe_router_node *n) {
 
 int32_t moe_router_node_http_port(const moe_router_node *n) { return n->http ? moe_http_server_port(n->http) : 0; }
 moe_engine *moe_router_node_engine(moe_router_node *n) { return n->engine; }
+const moe_model *moe_router_node_model(const moe_router_node *n) { return n->model; }
+
+int64_t moe_router_node_kv_token_bytes(const moe_router_node *n) {
+    return n->backend->ops->kv_block_bytes(n->backend, &n->model->config) / MOE_KV_BLOCK_TOKENS;
+}
+
 const moe_inference *moe_router_node_inference(const moe_router_node *n) { return &n->inference; }
 
 void moe_router_node_waiting_for(moe_router_node *n, char *text, size_t size) {

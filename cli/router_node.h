@@ -52,5 +52,7 @@ bool moe_router_node_ready(moe_router_node *node);
 int32_t moe_router_node_http_port(const moe_router_node *node);
 moe_engine *moe_router_node_engine(moe_router_node *node);
 const moe_inference *moe_router_node_inference(const moe_router_node *node);
+const moe_model *moe_router_node_model(const moe_router_node *node);
+int64_t moe_router_node_kv_token_bytes(const moe_router_node *node); /* keys and values of a token in all layers */
 /* Why it is not ready yet, for progress lines. */
 void moe_router_node_waiting_for(moe_router_node *node, char *text, size_t size);

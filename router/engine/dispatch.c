@@ -266,6 +266,9 @@ void dispatch_begin(micro_batch *b) {
     }
     moe_plan_sort(s->assignments, count, e->model->num_experts, s->sorted, s->counts);
     plan_and_send(b, count);
+    int32_t distinct = 0;
+    for (int32_t x = 0; x < e->model->num_experts; x++) distinct += s->rows_of_expert[x] > 0;
+    moe_metric_observe_count(MOE_METRIC_LAYER_EXPERTS, distinct);
     b->stage_began_ns = engine_now(e);
     moe_metric_observe_ns(MOE_METRIC_STAGE_PLAN, b->stage_began_ns - began);
 }

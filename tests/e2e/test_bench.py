@@ -8,7 +8,8 @@ import tempfile
 from harness import BIN, DEMO, check, main
 
 MOESAIC = os.path.join(BIN, "moesaic")
-REQUESTS, PROMPT, OUTPUT, PREFILL, RUNS = (1, 3), 8, 6, 40, 2
+REQUESTS, PROMPT, OUTPUT, PREFILL, RUNS = (1, 3), 8, 12, (40, 70), 2
+BANDWIDTH_GBS, RATE_TFLOPS = 10, 0.2
 
 
 def bench(folder, *arguments):
@@ -18,8 +19,8 @@ def bench(folder, *arguments):
 
 def check_row(row, phase):
     requests = int(row["requests"])
-    expected = PREFILL if phase == "prefill" else requests * (OUTPUT - 1)
-    # tokens that came while the last request still waited for its first are not counted
+    expected = int(row["prompt_tokens"]) if phase == "prefill" else requests * (OUTPUT - 1)
+    # tokens that came while not all requests were decoding are not counted
     check(0 < int(row["tokens"]) <= expected and (requests > 1 or int(row["tokens"]) == expected), f"tokens: {row}")
     speed, seconds = float(row["tokens_per_second"]), float(row["seconds"])
     check(seconds > 0 and abs(speed * seconds / int(row["tokens"]) - 1) < 0.01, f"speed and time differ: {row}")
@@ -28,32 +29,50 @@ def check_row(row, phase):
     check(all(0 <= us < 10e6 for us in stages.values()), f"stages: {row}")
     check(0 < stages["expert"] <= stages["plan"] + stages["wait"] and stages["attention"] > 0 and stages["plan"] > 0, f"stages: {row}")
     check(phase == "prefill" or sum(stages.values()) < seconds * 1e6, f"one layer takes longer than all: {row}")
+    check(stages["wire"] <= stages["wait"] and (int(row["workers"]) > 0) == (float(row["wire_bytes_per_token"]) > 0), f"wire: {row}")
+    check_floor(row, requests, phase)
+
+
+def check_floor(row, requests, phase):
+    """Bytes and FLOP are between those of one expert a layer and of all, and the floor is what takes longer of both, at least."""
+    floor_s, weights, kv, flop = (float(row[name]) for name in ("floor_ms", "weight_bytes", "kv_bytes", "flop"))
+    floor_s /= 1e3
+    check(1 <= float(row["layer_experts"]) <= 16 and int(row["micro_batches"]) >= 1, f"experts: {row}")
+    check(1e6 < weights < 50e6 and kv > 0 and flop > 1e6 * requests, f"work: {row}")
+    least = max((weights + kv) / (BANDWIDTH_GBS * 1e9), flop / (RATE_TFLOPS * 1e12))
+    check(0.999 * least <= floor_s <= 1.001 * ((weights + kv) / (BANDWIDTH_GBS * 1e9) + flop / (RATE_TFLOPS * 1e12)), f"floor: {row}")
+    step_ms = float(row["step_ms"])
+    check(abs(float(row["of_floor"]) * step_ms / 1e3 - floor_s) < 1e-3 * floor_s, f"part of the floor: {row}")
+    expected = float(row["seconds"]) * 1e3 if phase == "prefill" else float(row["ms_per_token"])
+    check(abs(step_ms / expected - 1) < 0.01, f"step: {row}")
 
 
 def table_and_csv():
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "bench.csv")
         run = bench(folder, "--runs", str(RUNS), "--concurrency", ",".join(map(str, REQUESTS)), "--prompt-tokens", str(PROMPT),
-                    "--output-tokens", str(OUTPUT), "--prefill-tokens", str(PREFILL), "--csv", path)
+                    "--output-tokens", str(OUTPUT), "--prefill-tokens", ",".join(map(str, PREFILL)), "--csv", path,
+                    "--measured-bandwidth", str(BANDWIDTH_GBS), "--measured-rate", str(RATE_TFLOPS))
         check(run.returncode == 0, f"bench ended with {run.returncode}: {run.stderr[-2000:]}")
         with open(path, encoding="utf-8", newline="") as f:
             rows = list(csv.DictReader(f))
         for experts, workers in (("inproc", 0), ("ipc", 2), ("tcp", 2)):
             mine = [r for r in rows if r["experts"] == experts]
-            check(len(mine) == RUNS * (len(REQUESTS) + 1), f"{len(mine)} rows of {experts}")
+            check(len(mine) == RUNS * (len(REQUESTS) + len(PREFILL)), f"{len(mine)} rows of {experts}")
             for row in mine:
                 check(int(row["workers"]) == workers and int(row["threads"]) >= 1, f"processes: {row}")
                 check_row(row, row["phase"])
-            for what in [f"decode x{n}" for n in REQUESTS] + [f"prefill {PREFILL}"]:
+            for what in [f"decode x{n}" for n in REQUESTS] + [f"prefill {n}" for n in PREFILL]:
                 lines = [line for line in run.stdout.splitlines() if line.startswith(what) and line[len(what):].split()[0] == experts]
-                check(len(lines) == 1, f"{what} {experts}: {run.stdout}")
-        check(len(rows) == 3 * RUNS * (len(REQUESTS) + 1), f"{len(rows)} rows")
+                check(len(lines) == 2 and "%" in lines[0], f"{what} {experts}: {run.stdout}")
+        check(len(rows) == 3 * RUNS * (len(REQUESTS) + len(PREFILL)), f"{len(rows)} rows")
         check(not glob.glob(os.path.join(folder, "moesaic-*")), "a run folder is left")
 
 
 def mistakes_are_told():
     with tempfile.TemporaryDirectory() as folder:
-        for arguments, word in ((("--experts", "shm"), "shm"), (("--concurrency", "1,x"), "x"), (("--concurrency", "0"), "0"),
+        for arguments, word in ((("--experts", "shm"), "shm"), (("--concurrency", "1,x"), "x"), (("--concurrency", "0"), "--max-num-seqs"),
+                                (("--prefill-tokens", "8,x"), "--prefill-tokens"),
                                 (("--workers", "0"), "--experts inproc")):
             run = bench(folder, *arguments)
             check(run.returncode != 0 and word in run.stderr, f"{arguments}: {run.returncode} {run.stderr}")
