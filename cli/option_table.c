@@ -101,6 +101,10 @@ static const moe_option_row rows[] = {
      "calls that a worker queues before it refuses"},
     {"max-batch-rows", INT, SERVE | WORKER | BENCH, "Experts", "16384", 1, 1 << 20, NULL, "N",
      "expert rows that a worker computes in one batch"},
+    {"max-experts", INT, SERVE | WORKER, "Experts", "0", 0, 1 << 24, NULL, "N",
+     "expert replicas that a worker takes, over all layers; 0: no limit"},
+    {"copy-rate", BYTES, SERVE | WORKER, "Experts", "1GiB", 0, MAX_BYTES, NULL, "SIZE",
+     "bytes a second that a worker copies from other workers at most; 0: no limit"},
 
     {"backend", CHOICE, NODES | EVAL | BENCH, "Performance", "cpu", 0, 0, "cpu|cpu-ref|cuda", NULL, "what computes"},
     {"devices", TEXT, MODELS, "Performance", "0", 0, 0, NULL, "LIST",

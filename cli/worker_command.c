@@ -14,6 +14,7 @@
 #include "expert-worker/registry.h"
 
 #define WORKER_AND_ROUTER 2 /* processes that may share this machine; serve knows better and says --poll-us */
+#define LEAVE_POLL_NS (10 * MOE_NS_PER_MS)
 
 typedef struct worker_settings {
     moe_cluster_file file; /* of --cluster; all "" without it */
@@ -79,6 +80,7 @@ typedef struct worker_process {
     const moe_options *options;
     worker_settings settings;
     moe_model *model;
+    moe_backend *reference; /* cpu-ref, for known-answer batches */
     char uuid[MOE_UUID_BYTES]; /* "" until the cluster was found */
     int32_t num_workers;
     device_worker workers[MOE_MAX_DEVICES];
@@ -125,7 +127,10 @@ static moe_status open_worker(worker_process *p, device_worker *w, moe_error *er
                                      .id = w->id,
                                      .cluster_uuid = p->uuid,
                                      .max_queued_calls = (int32_t)moe_option_int(p->options, "max-queued-calls"),
-                                     .max_batch_rows = (int32_t)moe_option_int(p->options, "max-batch-rows")};
+                                     .max_batch_rows = (int32_t)moe_option_int(p->options, "max-batch-rows"),
+                                     .capacity_experts = moe_option_int(p->options, "max-experts"),
+                                     .copy_bytes_per_s = moe_option_int(p->options, "copy-rate"),
+                                     .reference = p->reference->ops->single};
     return moe_worker_node_open(&config, &w->node, err);
 }
 
@@ -150,6 +155,21 @@ static moe_status open_workers(worker_process *p, moe_error *err) {
     return status;
 }
 
+static bool all_left(const worker_process *p) {
+    bool left = true;
+    for (int32_t i = 0; i < p->num_workers; i++) left = left && moe_worker_node_left(p->workers[i].node);
+    return left;
+}
+
+/* Serves on until the experts are elsewhere, no router is left, time is up, or a second signal comes. */
+static void hand_over(const worker_process *p) {
+    int64_t until = moe_now_ns(moe_clock_real()) + moe_option_ns(p->options, "shutdown-timeout");
+    moe_info("leaving: handing the experts over");
+    for (int32_t i = 0; i < p->num_workers; i++) moe_worker_node_leave(p->workers[i].node);
+    while (!all_left(p) && moe_now_ns(moe_clock_real()) < until)
+        if (moe_signals_wait(LEAVE_POLL_NS)) return;
+}
+
 int moe_command_worker(const moe_options *o) {
     static worker_process p; /* large, and one per process */
     moe_error err;
@@ -159,13 +179,16 @@ int moe_command_worker(const moe_options *o) {
     if (status == MOE_OK && moe_option_text(o, "cores")) status = moe_cores_restrict(moe_option_text(o, "cores"), &err);
     moe_model_source source = moe_model_option(o, p.settings.model_dir);
     if (status == MOE_OK) status = moe_model_source_open(&source, &p.model, &err);
+    const moe_backend_config plain = {.name = "cpu-ref", .dtype = MOE_F32};
+    if (status == MOE_OK) status = moe_backend_open(&plain, &p.reference, &err);
     if (status == MOE_OK) status = open_workers(&p, &err);
     while (status == MOE_OK && !moe_signals_wait(MOE_NS_PER_S)) continue;
-    if (status == MOE_OK) moe_info("leaving");
+    if (status == MOE_OK) hand_over(&p);
     for (int32_t i = 0; i < p.num_workers; i++) {
         moe_worker_node_close(&p.workers[i].node);
         if (p.workers[i].backend) p.workers[i].backend->ops->close(p.workers[i].backend);
     }
+    if (p.reference) p.reference->ops->close(p.reference);
     moe_model_close(&p.model);
     return status == MOE_OK || status == MOE_CANCELLED ? 0 : moe_command_failed(&err);
 }

@@ -44,7 +44,11 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                 .id = n->id,
                                 .incarnation = moe_random_identity(),
                                 .max_queued_calls = c->max_queued_calls,
-                                .max_batch_rows = c->max_batch_rows};
+                                .max_batch_rows = c->max_batch_rows,
+                                .reference = c->reference,
+                                .background_loads = !c->stepped,
+                                .copy_bytes_per_s = c->copy_bytes_per_s,
+                                .max_experts = (int32_t)c->capacity_experts};
     status = moe_worker_new(&worker, &n->worker, err);
     if (status == MOE_OK && !c->stepped) status = moe_worker_start(n->worker, err);
     if (status != MOE_OK) return status;
@@ -83,6 +87,14 @@ bool moe_worker_node_step(moe_worker_node *n) {
     moe_error err;
     if (moe_worker_step(n->worker, 0, &err) != MOE_OK) moe_error_log("worker %s: %s", n->id, err.message);
     return moe_worker_has_work(n->worker);
+}
+
+void moe_worker_node_leave(moe_worker_node *n) { moe_worker_leave(n->worker); }
+
+bool moe_worker_node_left(moe_worker_node *n) {
+    moe_worker_view view;
+    moe_worker_get_view(n->worker, &view);
+    return view.routers == 0 || (view.experts == 0 && view.queued_calls == 0);
 }
 
 void moe_worker_node_close(moe_worker_node **node) {

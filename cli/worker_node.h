@@ -18,7 +18,9 @@ typedef struct moe_worker_node_config {
     const char *public_key;   /* CURVE, or "" */
     const char *id, *cluster_uuid;
     int32_t max_queued_calls, max_batch_rows;
-    int64_t capacity_experts; /* 0: no limit */
+    int64_t capacity_experts;  /* held at once; 0: no limit */
+    int64_t copy_bytes_per_s;  /* of what it copies from other workers; 0: no limit */
+    const moe_ops *reference;  /* cpu-ref's operations, for known-answer batches; NULL: none */
     bool stepped;             /* no thread of its own: moe_worker_node_step is called instead */
 } moe_worker_node_config;
 
@@ -27,6 +29,10 @@ moe_status moe_worker_node_open(const moe_worker_node_config *config, moe_worker
 /* Of a `stepped` worker, always from one thread: handles what arrived and computes what is brief; never waits. True when it has
  * more to do at once. */
 bool moe_worker_node_step(moe_worker_node *node);
+/* The experts are to go elsewhere, since the worker is about to stop. */
+void moe_worker_node_leave(moe_worker_node *node);
+/* Nothing is left to do for it: it holds no expert and no call, or no router is connected. */
+bool moe_worker_node_left(moe_worker_node *node);
 /* Leaves the registry, then stops. NULLs; idempotent. */
 void moe_worker_node_close(moe_worker_node **node);
 

@@ -194,7 +194,8 @@ typedef struct moe_backend_ops {
     /* `segment` and all it points to stay in place until done. Bad rows (non-finite values) are results, not errors. */
     void (*segment_submit)(moe_backend *b, moe_base *base, const moe_segment *segment, moe_job *job);
 
-    /* Packs one expert; [block_lo, block_hi) as in moe_ffn_batch (0, MOE_FFN_BLOCKS: whole). */
+    /* Packs one expert; [block_lo, block_hi) as in moe_ffn_batch (0, MOE_FFN_BLOCKS: whole). load and bytes may be called from
+     * another thread than the submitter's while jobs run, and must not delay these: experts move under load. */
     moe_status (*expert_load)(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, moe_expert **out,
                               moe_error *err);
     void (*expert_free)(moe_backend *b, moe_expert *expert);

@@ -1,12 +1,15 @@
 #include "expert-worker/control.h"
 
 #include <stdio.h>
+#include <string.h>
 
 #include "common/alloc.h"
+#include "common/log.h"
 #include "expert-worker/loaded_list.h"
 
 typedef struct expert_ref {
     int32_t layer, expert;
+    uint64_t digest; /* Load: the one it must have; 0: any */
 } expert_ref;
 
 typedef struct moe_control_op {
@@ -15,14 +18,27 @@ typedef struct moe_control_op {
     size_t count, next; /* next: experts done */
     uint32_t dropped;   /* Drop: experts that were held */
     uint32_t following; /* Load: experts of the share that later calls will ask for */
+    bool verify;        /* Load: with a known-answer batch */
+    char source[MOE_ENDPOINT_BYTES]; /* Load: the worker to copy from; "": the checkpoint */
+    uint64_t source_incarnation;
     expert_ref experts[];
 } control_op;
 
-void moe_control_init(moe_control *c, moe_shard *shard, const moe_clock *clock, uint64_t incarnation, const char *worker_id) {
-    *c = (moe_control){.shard = shard, .clock = clock, .incarnation = incarnation};
+moe_status moe_control_init(moe_control *c, const moe_control_config *config, moe_error *err) {
+    *c = (moe_control){.config = *config, .shard = config->shard, .clock = config->clock, .incarnation = config->incarnation};
+    const moe_loader_config loader = {.model = c->shard->model,
+                                      .backend = c->shard->backend,
+                                      .reference = config->reference,
+                                      .transport = config->transport,
+                                      .threaded = config->threaded};
     TAILQ_INIT(&c->loads);
     TAILQ_INIT(&c->drops);
-    snprintf(c->label, sizeof c->label, "worker %.64s loads", worker_id);
+    snprintf(c->label, sizeof c->label, "worker %.64s loads", config->worker_id);
+    moe_fetch_init(&c->fetch, config->rpc, c->clock, config->copy_bytes_per_s);
+    moe_known_check_init(&c->check, c->shard->backend, config->transport);
+    moe_status status = moe_loader_init(&c->loader, &loader, err);
+    if (status != MOE_OK) moe_known_check_close(&c->check);
+    return status;
 }
 
 static void end_op(moe_control *c, struct moe_control_list *list, control_op *op) {
@@ -42,6 +58,10 @@ static void close_list(moe_control *c, struct moe_control_list *list) {
 void moe_control_close(moe_control *c) {
     close_list(c, &c->loads);
     close_list(c, &c->drops);
+    moe_fetch_close(&c->fetch);
+    moe_loader_close(&c->loader);
+    moe_known_check_close(&c->check);
+    moe_loader_discard(&c->loader, &c->checked);
 }
 
 /* What Load and Drop have in common. A command is for one life of a worker and from the newest leader that it has heard of. */
@@ -93,6 +113,14 @@ static control_op *begin_op(moe_control *c, struct moe_control_list *list, moe_r
     return op;
 }
 
+static void take_load_fields(control_op *op, const Moesaic__V1__LoadRequest *request) {
+    op->following = request->following;
+    op->verify = request->verify;
+    op->source_incarnation = request->source_incarnation;
+    snprintf(op->source, sizeof op->source, "%s", request->source_endpoint);
+    for (size_t i = 0; i < op->count && i < request->n_digests; i++) op->experts[i].digest = request->digests[i];
+}
+
 void moe_control_on_load(moe_control *c, moe_rpc_call *call, const Moesaic__V1__LoadRequest *request) {
     moe_error err;
     moe_status status = check_command(c, request->incarnation, request->epoch, request->fence, &err);
@@ -101,7 +129,7 @@ void moe_control_on_load(moe_control *c, moe_rpc_call *call, const Moesaic__V1__
     refusal.fence = c->fence;
     if (status == MOE_OK) {
         control_op *op = begin_op(c, &c->loads, call, request->experts, request->n_experts);
-        if (op) op->following = request->following;
+        if (op) take_load_fields(op, request);
     } else {
         moe_rpc_fail(call, status, err.message, &refusal.base);
     }
@@ -156,8 +184,7 @@ static bool still_held(const moe_control *c, const control_op *op) {
 }
 
 static int64_t expert_bytes(const moe_control *c, const expert_ref *e) {
-    const moe_ffn_weights *w = moe_model_expert(c->shard->model, e->layer, e->expert);
-    return (int64_t)(moe_tensor_bytes(&w->gate) + moe_tensor_bytes(&w->up) + moe_tensor_bytes(&w->down));
+    return moe_expert_canonical_bytes(moe_model_expert(c->shard->model, e->layer, e->expert));
 }
 
 /* A share whose controller dies between two calls has no end; what another one asks for next is counted on. */
@@ -193,40 +220,146 @@ static void fail_load(moe_control *c, control_op *op, const moe_error *why) {
     end_op(c, &c->loads, op);
 }
 
-/* Takes the first Load one expert further. */
-static void advance_load(moe_control *c) {
+static void got_expert(moe_control *c, control_op *op) {
+    c->stage = MOE_LOAD_NEXT;
+    show_progress(c, op);
+    c->loaded++;
+    op->next++;
+}
+
+static bool lost_expert(moe_control *c, control_op *op, const moe_error *why) {
+    c->stage = MOE_LOAD_NEXT;
+    fail_load(c, op, why);
+    return true;
+}
+
+static void start_packing(moe_control *c, const control_op *op, uint8_t *copied) {
+    const expert_ref *e = &op->experts[op->next];
+    if (op->next + 1 < op->count) /* the disk works while this one is hashed and packed */
+        moe_model_expert_will_need(c->shard->model, moe_model_expert(c->shard->model, e[1].layer, e[1].expert));
+    c->stage = MOE_LOAD_PACKS;
+    const moe_loader_task task = {
+        .layer = e->layer, .expert = e->expert, .copied = copied, .expected = e->digest, .verify = op->verify};
+    moe_loader_start(&c->loader, &task);
+}
+
+static bool begin_expert(moe_control *c, control_op *op) {
     moe_error err;
-    control_op *op = TAILQ_FIRST(&c->loads);
+    const expert_ref *e = &op->experts[op->next];
     if (op->call->cancelled) {
         moe_rpc_fail(op->call, MOE_CANCELLED, "cancelled by the caller", NULL);
         end_op(c, &c->loads, op);
-        return;
-    }
-    if (op->next < op->count) {
-        const expert_ref *e = &op->experts[op->next];
-        if (op->next + 1 < op->count) /* the disk works while this one is hashed and packed */
-            moe_model_expert_will_need(c->shard->model, moe_model_expert(c->shard->model, e[1].layer, e[1].expert));
-        if (moe_shard_load(c->shard, e->layer, e->expert, &err) != MOE_OK) {
+    } else if (op->next == op->count) {
+        end_load(c, op);
+    } else if (moe_shard_keep(c->shard, e->layer, e->expert)) {
+        uint64_t digest = moe_shard_at(c->shard, e->layer, e->expert)->digest;
+        if (!e->digest || e->digest == digest) {
+            got_expert(c, op);
+        } else {
+            moe_fail(&err, MOE_DATA_LOSS, "its digest is %016llx, the cluster's is %016llx", (unsigned long long)digest,
+                     (unsigned long long)e->digest);
             fail_load(c, op, &err);
-            return;
         }
-        show_progress(c, op);
-        c->loaded++;
-        op->next++;
+    } else if (c->config.max_experts && c->shard->num_held >= c->config.max_experts) {
+        moe_fail(&err, MOE_RESOURCE_EXHAUSTED, "this worker takes at most %d experts", c->config.max_experts);
+        fail_load(c, op, &err);
+    } else if (op->source[0]) {
+        c->stage = MOE_LOAD_COPIES;
+        moe_fetch_begin(&c->fetch, op->source, op->source_incarnation, e->layer, e->expert, e->digest, expert_bytes(c, e));
+    } else {
+        start_packing(c, op, NULL);
     }
-    if (op->next == op->count) end_load(c, op);
+    return true;
+}
+
+/* The checkpoint has what the peer could not give. */
+static bool copy_expert(moe_control *c, const control_op *op) {
+    moe_fetch_state state = moe_fetch_turn(&c->fetch);
+    if (state == MOE_FETCH_RUNNING && !op->call->cancelled) return false;
+    if (state == MOE_FETCH_DONE) {
+        start_packing(c, op, moe_fetch_take(&c->fetch));
+    } else {
+        if (state == MOE_FETCH_FAILED)
+            moe_warn("expert %d of MoE layer %d could not be copied from %s, the checkpoint is read: %s",
+                     op->experts[op->next].expert, op->experts[op->next].layer, op->source, c->fetch.error.message);
+        moe_fetch_close(&c->fetch);
+        start_packing(c, op, NULL);
+    }
+    return true;
+}
+
+static void adopt(moe_control *c, control_op *op, moe_loader_task *task) {
+    moe_shard_adopt(c->shard, task->layer, task->expert, &task->loaded);
+    task->loaded.handle = NULL;
+    moe_loader_discard(&c->loader, task);
+    got_expert(c, op);
+}
+
+static bool pack_expert(moe_control *c, control_op *op) {
+    moe_error err;
+    if (!moe_loader_take(&c->loader, &c->checked)) return false;
+    moe_loader_task *task = &c->checked;
+    if (task->status != MOE_OK) return lost_expert(c, op, &task->error);
+    if (!task->answer) {
+        adopt(c, op, task);
+        return true;
+    }
+    float *answer = task->answer;
+    task->answer = NULL;
+    c->stage = MOE_LOAD_CHECKS;
+    if (moe_known_check_begin(&c->check, c->shard->model, task->layer, task->expert, task->loaded.handle, answer, &err) == MOE_OK)
+        return true;
+    moe_loader_discard(&c->loader, task);
+    return lost_expert(c, op, &err);
+}
+
+static bool check_expert(moe_control *c, control_op *op) {
+    moe_error err;
+    moe_status verdict;
+    if (!moe_known_check_end(&c->check, &verdict, &err)) return false;
+    if (verdict == MOE_OK) {
+        adopt(c, op, &c->checked);
+        return true;
+    }
+    moe_loader_discard(&c->loader, &c->checked);
+    return lost_expert(c, op, &err);
+}
+
+/* Takes the first Load a step further; false where that must wait for something. */
+static bool advance_load(moe_control *c) {
+    control_op *op = TAILQ_FIRST(&c->loads);
+    switch (c->stage) {
+        case MOE_LOAD_NEXT:
+            return begin_expert(c, op);
+        case MOE_LOAD_COPIES:
+            return copy_expert(c, op);
+        case MOE_LOAD_PACKS:
+            return pack_expert(c, op);
+        case MOE_LOAD_CHECKS:
+            return check_expert(c, op);
+    }
+    return false;
 }
 
 bool moe_control_turn(moe_control *c) {
     int64_t end_ns = moe_now_ns(c->clock) + MOE_WORKER_LOAD_NS_PER_TURN;
-    for (int i = 0; i < MOE_WORKER_LOADS_PER_TURN && !TAILQ_EMPTY(&c->loads); i++) {
-        advance_load(c);
+    uint64_t last = c->loaded + MOE_WORKER_LOADS_PER_TURN;
+    bool more = !TAILQ_EMPTY(&c->loads);
+    while (more && c->loaded < last) {
+        more = advance_load(c) && !TAILQ_EMPTY(&c->loads);
         if (moe_now_ns(c->clock) >= end_ns) break;
     }
+    if (TAILQ_EMPTY(&c->loads) && c->fetch.link) moe_fetch_disconnect(&c->fetch);
     control_op *op, *following;
     for (op = TAILQ_FIRST(&c->drops); op; op = following) {
         following = TAILQ_NEXT(op, link);
         try_end_drop(c, op);
     }
-    return !TAILQ_EMPTY(&c->loads);
+    return more;
+}
+
+bool moe_control_has_work(const moe_control *c) { return !TAILQ_EMPTY(&c->loads) && c->stage == MOE_LOAD_NEXT; }
+
+int64_t moe_control_due_ns(const moe_control *c) {
+    return c->stage == MOE_LOAD_COPIES ? moe_fetch_due_ns(&c->fetch) : INT64_MAX;
 }

@@ -20,7 +20,17 @@ moe_status moe_worker_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error 
     if (peer->model_digest != 0 && peer->model_digest != w->config.model->digest)
         return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s has model %016" PRIx64 ", not %016" PRIx64, w->config.id,
                         w->config.model->digest, peer->model_digest);
+    for (int32_t i = 0; i < w->num_routers; i++)
+        if (w->routers[i] == peer->peer) return MOE_OK;
+    if (strcmp(peer->claimed_role, "router") == 0 && w->num_routers < MOE_WORKER_MAX_ROUTERS)
+        w->routers[w->num_routers++] = peer->peer;
     return MOE_OK;
+}
+
+void moe_worker_on_peer_down(void *ctx, const moe_rpc_peer *peer) {
+    moe_worker *w = ctx;
+    for (int32_t i = 0; i < w->num_routers; i++)
+        if (w->routers[i] == peer->peer) w->routers[i] = w->routers[--w->num_routers];
 }
 
 /* ---- ExpertService ---- */
@@ -123,6 +133,68 @@ static void on_drop(void *ctx, moe_rpc_call *call, const ProtobufCMessage *reque
     moe_control_on_drop(&((moe_worker *)ctx)->control, call, (const Moesaic__V1__DropRequest *)request);
 }
 
+/* Copies [offset, offset + size) of an expert's canonical bytes; offset and size are multiples of 4. */
+static void read_canonical(const moe_ffn_weights *w, int64_t offset, int64_t size, uint8_t *out) {
+    const moe_tensor *const tensors[] = {&w->gate, &w->up, &w->down};
+    for (int i = 0; i < 3 && size > 0; i++) {
+        int64_t bytes = (int64_t)moe_tensor_bytes(tensors[i]), each = (int64_t)moe_dtype_bytes(tensors[i]->dtype);
+        if (offset < bytes) {
+            int64_t part = bytes - offset < size ? bytes - offset : size;
+            moe_tensor_read(tensors[i], offset / each, part / each, out);
+            out += part;
+            size -= part;
+            offset += part;
+        }
+        offset -= bytes;
+    }
+}
+
+static moe_status check_fetch(const moe_worker *w, const Moesaic__V1__FetchRequest *r, moe_error *err) {
+    const moe_model_config *model = &w->config.model->config;
+    if (r->incarnation != w->config.incarnation)
+        return moe_fail(err, MOE_UNAVAILABLE, "the call is for another incarnation of worker %s", w->config.id);
+    if (r->layer >= (uint32_t)model->num_moe_layers || r->expert >= (uint32_t)model->num_experts)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "no expert %u in MoE layer %u", r->expert, r->layer);
+    if (!moe_shard_holds(&w->shard, (int32_t)r->layer, (int32_t)r->expert))
+        return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s does not hold expert %u of MoE layer %u", w->config.id, r->expert,
+                        r->layer);
+    int64_t total = moe_expert_canonical_bytes(moe_model_expert(w->config.model, (int32_t)r->layer, (int32_t)r->expert));
+    if (r->offset >= (uint64_t)total || r->offset % 4 || r->max_bytes == 0 || r->max_bytes % 4)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "a piece of %u bytes at %" PRIu64 " of %" PRId64 " is not possible", r->max_bytes,
+                        r->offset, total);
+    return MOE_OK;
+}
+
+static void on_fetch(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload, int num_payload) {
+    (void)payload;
+    (void)num_payload;
+    const moe_worker *w = ctx;
+    const Moesaic__V1__FetchRequest *r = (const Moesaic__V1__FetchRequest *)request;
+    moe_error err;
+    if (check_fetch(w, r, &err) != MOE_OK) {
+        moe_rpc_fail(call, err.code, err.message, NULL);
+        return;
+    }
+    const moe_ffn_weights *weights = moe_model_expert(w->config.model, (int32_t)r->layer, (int32_t)r->expert);
+    int64_t total = moe_expert_canonical_bytes(weights), size = total - (int64_t)r->offset;
+    if (size > (int64_t)r->max_bytes) size = (int64_t)r->max_bytes;
+    if (size > MOE_FETCH_PIECE_BYTES) size = MOE_FETCH_PIECE_BYTES;
+    uint8_t *bytes = moe_calloc((size_t)size, 1);
+    if (!bytes) {
+        moe_rpc_fail(call, MOE_RESOURCE_EXHAUSTED, "out of memory for a piece of an expert", NULL);
+        return;
+    }
+    read_canonical(weights, (int64_t)r->offset, size, bytes);
+    if ((int64_t)r->offset + size == total) moe_model_expert_release(w->config.model, weights);
+    Moesaic__V1__FetchResponse response = MOESAIC__V1__FETCH_RESPONSE__INIT;
+    const moe_frame frame = {bytes, (size_t)size};
+    response.incarnation = w->config.incarnation;
+    response.digest = moe_shard_at(&w->shard, (int32_t)r->layer, (int32_t)r->expert)->digest;
+    response.total_bytes = (uint64_t)total;
+    moe_rpc_respond(call, &response.base, &frame, 1);
+    moe_free(bytes);
+}
+
 static void fill_stats(const moe_worker *w, Moesaic__V1__StatsResponse *s) {
     s->id = (char *)w->config.id;
     s->incarnation = w->config.incarnation;
@@ -133,28 +205,46 @@ static void fill_stats(const moe_worker *w, Moesaic__V1__StatsResponse *s) {
     s->compute_ns = w->batcher.compute_ns;
     s->expired = w->batcher.expired;
     s->weight_bytes = (uint64_t)w->shard.bytes;
+    s->holdings = w->shard.holdings;
+    s->leaving = atomic_load(&w->leaving);
+}
+
+/* The held experts with their counts, by layer and expert. */
+static void list_held(const moe_worker *w, moe_loaded_list *list, uint64_t *rows, uint64_t *calls) {
+    const moe_model_config *model = &w->config.model->config;
+    for (int32_t layer = 0; layer < model->num_moe_layers; layer++) {
+        for (int32_t expert = 0; expert < model->num_experts; expert++) {
+            if (!moe_shard_holds(&w->shard, layer, expert)) continue;
+            rows[list->count] = moe_shard_at(&w->shard, layer, expert)->rows;
+            calls[list->count] = moe_shard_at(&w->shard, layer, expert)->calls;
+            moe_loaded_list_add(list, &w->shard, layer, expert);
+        }
+    }
 }
 
 static void on_stats(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload, int num_payload) {
-    (void)request;
     (void)payload;
     (void)num_payload;
     const moe_worker *w = ctx;
-    const moe_model_config *model = &w->config.model->config;
     Moesaic__V1__StatsResponse response = MOESAIC__V1__STATS_RESPONSE__INIT;
     moe_loaded_list list;
-    if (moe_loaded_list_init(&list, (size_t)w->shard.num_held)) {
-        for (int32_t layer = 0; layer < model->num_moe_layers; layer++)
-            for (int32_t expert = 0; expert < model->num_experts; expert++)
-                if (moe_shard_holds(&w->shard, layer, expert)) moe_loaded_list_add(&list, &w->shard, layer, expert);
+    size_t held = (size_t)w->shard.num_held;
+    uint64_t *counts = moe_calloc(2 * held + 1, sizeof *counts);
+    if (moe_loaded_list_init(&list, held) && counts) {
+        list_held(w, &list, counts, counts + held);
         fill_stats(w, &response);
-        response.n_loaded = list.count;
+        response.loaded_rows = counts;
+        response.loaded_calls = counts + held;
+        response.n_loaded_rows = response.n_loaded_calls = list.count;
+        bool known = ((const Moesaic__V1__StatsRequest *)request)->known_holdings == w->shard.holdings;
+        response.n_loaded = known ? 0 : list.count;
         response.loaded = list.pointers;
         moe_rpc_respond(call, &response.base, NULL, 0);
     } else {
         moe_rpc_fail(call, MOE_RESOURCE_EXHAUSTED, "out of memory for the list of experts", NULL);
     }
     moe_loaded_list_free(&list);
+    moe_free(counts);
 }
 
 /* ---- Health ---- */
@@ -184,6 +274,7 @@ const moe_rpc_method moe_worker_methods[] = {
     {MOE_FORWARD_METHOD, on_forward, ROUTERS},
     {"/moesaic.v1.WorkerService/Load", on_load, CONTROLLERS},
     {"/moesaic.v1.WorkerService/Drop", on_drop, CONTROLLERS},
+    {"/moesaic.v1.WorkerService/Fetch", on_fetch, 1u << MOE_ROLE_WORKER},
     {"/moesaic.v1.WorkerService/Stats", on_stats, ALL_ROLES},
     {"/moesaic.v1.Health/Check", on_health, ALL_ROLES},
     {NULL, NULL, 0},

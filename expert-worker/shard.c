@@ -4,7 +4,7 @@
 
 moe_status moe_shard_init(moe_shard *shard, const moe_model *model, moe_backend *backend, moe_error *err) {
     size_t count = (size_t)model->config.num_moe_layers * (size_t)model->config.num_experts;
-    *shard = (moe_shard){.model = model, .backend = backend, .experts = moe_calloc(count, sizeof *shard->experts)};
+    *shard = (moe_shard){.model = model, .backend = backend, .holdings = 1, .experts = moe_calloc(count, sizeof *shard->experts)};
     if (!shard->experts) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %zu experts", count);
     return MOE_OK;
 }
@@ -26,41 +26,43 @@ void moe_shard_free(moe_shard *shard) {
     *shard = (moe_shard){.experts = NULL};
 }
 
-moe_status moe_shard_load(moe_shard *shard, int32_t layer, int32_t expert, moe_error *err) {
+bool moe_shard_keep(moe_shard *shard, int32_t layer, int32_t expert) {
     moe_held_expert *held = moe_shard_at(shard, layer, expert);
-    if (held->handle) {
-        shard->num_held += held->dropping;
+    if (!held->handle) return false;
+    if (held->dropping) {
         held->dropping = false;
-        return MOE_OK;
+        shard->num_held++;
+        shard->holdings++;
     }
-    const moe_ffn_weights *weights = moe_model_expert(shard->model, layer, expert);
-    moe_held_expert loaded = {.handle = NULL};
-    moe_model_expert_will_need(shard->model, weights);
-    moe_status status = moe_expert_digest(weights, &loaded.digest, err);
-    if (status == MOE_OK)
-        status = shard->backend->ops->expert_load(shard->backend, weights, 0, MOE_FFN_BLOCKS, &loaded.handle, err);
-    moe_model_expert_release(shard->model, weights);
-    if (status != MOE_OK) return status;
-    loaded.bytes = shard->backend->ops->expert_bytes(loaded.handle);
-    *held = loaded;
-    shard->bytes += loaded.bytes;
+    return true;
+}
+
+void moe_shard_adopt(moe_shard *shard, int32_t layer, int32_t expert, const moe_held_expert *loaded) {
+    moe_held_expert *held = moe_shard_at(shard, layer, expert);
+    MOE_ASSERT(!held->handle && loaded->handle);
+    *held = (moe_held_expert){.handle = loaded->handle, .digest = loaded->digest, .bytes = loaded->bytes};
+    shard->bytes += held->bytes;
     shard->num_held++;
-    return MOE_OK;
+    shard->holdings++;
 }
 
 void moe_shard_drop(moe_shard *shard, int32_t layer, int32_t expert) {
     if (!moe_shard_holds(shard, layer, expert)) return;
     moe_held_expert *held = moe_shard_at(shard, layer, expert);
     shard->num_held--;
+    shard->holdings++;
     if (held->users > 0)
         held->dropping = true;
     else
         free_expert(shard, held);
 }
 
-void moe_shard_use(moe_shard *shard, int32_t layer, int32_t expert) {
+void moe_shard_use(moe_shard *shard, int32_t layer, int32_t expert, int32_t rows) {
     MOE_ASSERT(moe_shard_holds(shard, layer, expert));
-    moe_shard_at(shard, layer, expert)->users++;
+    moe_held_expert *held = moe_shard_at(shard, layer, expert);
+    held->users++;
+    held->calls++;
+    held->rows += (uint64_t)rows;
 }
 
 void moe_shard_release(moe_shard *shard, int32_t layer, int32_t expert) {

@@ -8,6 +8,7 @@ typedef struct moe_held_expert {
     int64_t bytes;      /* of the packed weights */
     int32_t users;      /* accepted calls that need it: it is not freed while there are any */
     bool dropping;      /* freed when the last user lets go; no longer held for new calls */
+    uint64_t rows, calls; /* that it computed since its load */
 } moe_held_expert;
 
 typedef struct moe_shard {
@@ -15,7 +16,8 @@ typedef struct moe_shard {
     moe_backend *backend;     /* borrowed */
     moe_held_expert *experts; /* [num_moe_layers, num_experts] */
     int32_t num_held;
-    int64_t bytes; /* of the experts that are not freed yet */
+    int64_t bytes;     /* of the experts that are not freed yet */
+    uint64_t holdings; /* rises whenever what it holds changes; never 0 */
 } moe_shard;
 
 /* RESOURCE_EXHAUSTED. */
@@ -32,13 +34,15 @@ static inline bool moe_shard_holds(const moe_shard *shard, int32_t layer, int32_
     return held->handle && !held->dropping;
 }
 
-/* Reads and packs one expert; a pending drop of it is called off. Blocks for the time of that. OK at once where it is held.
- * RESOURCE_EXHAUSTED leaves the shard as it was. */
-moe_status moe_shard_load(moe_shard *shard, int32_t layer, int32_t expert, moe_error *err);
+/* Calls off a pending drop. True where the expert is held then. */
+bool moe_shard_keep(moe_shard *shard, int32_t layer, int32_t expert);
+
+/* Takes over a loaded expert (handle, digest, bytes), which is not there yet. */
+void moe_shard_adopt(moe_shard *shard, int32_t layer, int32_t expert, const moe_held_expert *loaded);
 
 /* Frees the expert, or marks it to be freed by its last user. Nothing where it is not held. */
 void moe_shard_drop(moe_shard *shard, int32_t layer, int32_t expert);
 
-/* A call that needs the held expert begins and ends. */
-void moe_shard_use(moe_shard *shard, int32_t layer, int32_t expert);
+/* A call that needs the held expert for `rows` rows begins, and ends. */
+void moe_shard_use(moe_shard *shard, int32_t layer, int32_t expert, int32_t rows);
 void moe_shard_release(moe_shard *shard, int32_t layer, int32_t expert);

@@ -43,7 +43,10 @@ moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_
                     .block = block,
                     .arrived_ns = now_ns};
     place_all(w, block.memory, decoded, hidden);
-    for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a)) moe_shard_use(shard, w->layer, w->expert_of[a]);
+    for (int32_t a = 0, end; a < w->assignments; a = end) {
+        end = moe_work_group_end(w, a);
+        moe_shard_use(shard, w->layer, w->expert_of[a], end - a);
+    }
     return w;
 }
 

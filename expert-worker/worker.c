@@ -25,8 +25,24 @@ static moe_status make_rpc(moe_worker *w, moe_error *err) {
         .ctx = w,
         .progress = moe_worker_progress,
         .on_peer_up = moe_worker_on_peer_up,
+        .on_peer_down = moe_worker_on_peer_down,
     };
     return moe_rpc_new(&config, &w->rpc, err);
+}
+
+static moe_status make_control(moe_worker *w, moe_error *err) {
+    const moe_worker_config *c = &w->config;
+    const moe_control_config control = {.shard = &w->shard,
+                                        .clock = c->clock,
+                                        .rpc = &w->rpc,
+                                        .transport = c->transport,
+                                        .reference = c->reference,
+                                        .worker_id = c->id,
+                                        .incarnation = c->incarnation,
+                                        .threaded = c->background_loads,
+                                        .copy_bytes_per_s = c->copy_bytes_per_s,
+                                        .max_experts = c->max_experts};
+    return moe_control_init(&w->control, &control, err);
 }
 
 static moe_status make_parts(moe_worker *w, moe_error *err) {
@@ -43,7 +59,11 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
     if (status != MOE_OK) return status;
     status = moe_batcher_init(&w->batcher, &batcher, err);
     if (status == MOE_OK) {
-        status = make_rpc(w, err);
+        status = make_control(w, err);
+        if (status == MOE_OK) {
+            status = make_rpc(w, err);
+            if (status != MOE_OK) moe_control_close(&w->control);
+        }
         if (status != MOE_OK) moe_batcher_close(&w->batcher);
     }
     if (status != MOE_OK) moe_shard_free(&w->shard);
@@ -57,7 +77,6 @@ moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe
     moe_worker *w = moe_calloc(1, sizeof *w);
     if (!w) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the worker");
     w->config = *config;
-    moe_control_init(&w->control, &w->shard, config->clock, config->incarnation, config->id);
     moe_status status = make_parts(w, err);
     if (status != MOE_OK) {
         moe_free(w);
@@ -84,6 +103,7 @@ void moe_worker_free(moe_worker **worker) {
 static void publish_view(moe_worker *w) {
     pthread_mutex_lock(&w->view_mutex);
     w->view = (moe_worker_view){.experts = w->shard.num_held,
+                                .routers = w->num_routers,
                                 .weight_bytes = w->shard.bytes,
                                 .rows = w->batcher.rows,
                                 .queued_calls = w->batcher.num_queued};
@@ -95,11 +115,15 @@ moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
     more |= moe_control_turn(&w->control);
     moe_rpc_set_known(w->rpc, w->control.epoch, w->control.fence);
     w->config.transport->computing = w->batcher.busy;
+    int64_t due_ns = moe_control_due_ns(&w->control);
+    if (due_ns < deadline_ns) deadline_ns = due_ns;
     moe_status status = moe_rpc_step(w->rpc, more ? 0 : deadline_ns, err);
     moe_batcher_turn(&w->batcher);
     publish_view(w);
     return status;
 }
+
+void moe_worker_leave(moe_worker *w) { atomic_store(&w->leaving, true); }
 
 void moe_worker_get_view(moe_worker *w, moe_worker_view *out) {
     pthread_mutex_lock(&w->view_mutex);
@@ -108,7 +132,7 @@ void moe_worker_get_view(moe_worker *w, moe_worker_view *out) {
 }
 
 bool moe_worker_has_work(const moe_worker *w) {
-    return !TAILQ_EMPTY(&w->control.loads) || (!w->batcher.busy && w->batcher.num_queued > 0);
+    return moe_control_has_work(&w->control) || (!w->batcher.busy && w->batcher.num_queued > 0);
 }
 
 static void *run(void *ctx) {

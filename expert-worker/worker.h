@@ -15,6 +15,10 @@ typedef struct moe_worker_config {
     uint64_t incarnation;
     int32_t max_queued_calls; /* more are refused with RESOURCE_EXHAUSTED */
     int32_t max_batch_rows;   /* assignments of calls merged into one batch; a call with more is a batch of its own */
+    const moe_ops *reference; /* cpu-ref's operations, for known-answer batches; borrowed; NULL: none are computed */
+    bool background_loads;    /* experts are packed in a thread of their own; else in step, as the simulation needs */
+    int64_t copy_bytes_per_s; /* of what it copies from other workers; 0: no limit */
+    int32_t max_experts;      /* held at once; 0: no limit */
 } moe_worker_config;
 
 /* A worker that holds no experts yet. INVALID_ARGUMENT (limits below 1), RESOURCE_EXHAUSTED. */
@@ -30,9 +34,13 @@ bool moe_worker_has_work(const moe_worker *worker);
 moe_status moe_worker_start(moe_worker *worker, moe_error *err); /* step in a thread of its own; RESOURCE_EXHAUSTED */
 void moe_worker_stop(moe_worker *worker);                        /* joins that thread; idempotent */
 
-/* What the registry publishes; any thread. */
+/* Any thread: from now on Stats says that it leaves, so that the cluster's leader takes its experts elsewhere. */
+void moe_worker_leave(moe_worker *worker);
+
+/* Any thread. */
 typedef struct moe_worker_view {
     int32_t experts; /* loaded */
+    int32_t routers; /* connected to it */
     int64_t weight_bytes;
     uint64_t rows;
     int32_t queued_calls;

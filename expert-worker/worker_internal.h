@@ -4,8 +4,13 @@
 #include "expert-worker/control.h"
 #include "expert-worker/worker.h"
 
+#define MOE_WORKER_MAX_ROUTERS 256 /* connections of routers that are counted */
+
 struct moe_worker {
     moe_worker_config config;
+    moe_peer routers[MOE_WORKER_MAX_ROUTERS]; /* that are connected */
+    int32_t num_routers;
+    _Atomic bool leaving;
     moe_rpc *rpc;
     moe_shard shard;
     moe_batcher batcher;
@@ -27,3 +32,4 @@ void moe_worker_answer_forward(void *ctx, moe_work *work);
 
 uint64_t moe_worker_progress(void *ctx);
 moe_status moe_worker_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *err);
+void moe_worker_on_peer_down(void *ctx, const moe_rpc_peer *peer);

@@ -1,0 +1,135 @@
+#include "expert-worker/loader.h"
+
+#include <signal.h>
+#include <string.h>
+
+#include "common/alloc.h"
+
+int64_t moe_expert_canonical_bytes(const moe_ffn_weights *w) {
+    return (int64_t)(moe_tensor_bytes(&w->gate) + moe_tensor_bytes(&w->up) + moe_tensor_bytes(&w->down));
+}
+
+/* The weights of a task: the checkpoint's, or views of the copied bytes. */
+static moe_ffn_weights weights_of(const moe_loader *l, const moe_loader_task *t) {
+    moe_ffn_weights w = *moe_model_expert(l->config.model, t->layer, t->expert);
+    if (!t->copied) return w;
+    moe_tensor *const tensors[] = {&w.gate, &w.up, &w.down};
+    const uint8_t *at = t->copied;
+    for (int i = 0; i < 3; i++) {
+        *tensors[i] = (moe_tensor){.data = at, .dtype = tensors[i]->dtype, .rows = tensors[i]->rows, .cols = tensors[i]->cols};
+        at += moe_tensor_bytes(tensors[i]);
+    }
+    return w;
+}
+
+static moe_status pack(const moe_loader *l, moe_loader_task *t, const moe_ffn_weights *w) {
+    moe_backend *backend = l->config.backend;
+    moe_status status = moe_expert_digest(w, &t->loaded.digest, &t->error);
+    if (status == MOE_OK && t->expected && t->loaded.digest != t->expected)
+        status = moe_fail(&t->error, MOE_DATA_LOSS, "expert %d of MoE layer %d has digest %016llx here, the cluster's is %016llx",
+                          t->expert, t->layer, (unsigned long long)t->loaded.digest, (unsigned long long)t->expected);
+    if (status == MOE_OK) status = backend->ops->expert_load(backend, w, 0, MOE_FFN_BLOCKS, &t->loaded.handle, &t->error);
+    if (status == MOE_OK) t->loaded.bytes = backend->ops->expert_bytes(t->loaded.handle);
+    if (status == MOE_OK && t->verify && l->config.reference)
+        status = moe_known_answer_compute(l->config.reference, l->config.model, t->layer, t->expert, w, &t->answer, &t->error);
+    return status;
+}
+
+static void run_task(const moe_loader *l, moe_loader_task *t) {
+    const moe_ffn_weights *stored = moe_model_expert(l->config.model, t->layer, t->expert);
+    moe_ffn_weights w = weights_of(l, t);
+    if (!t->copied) moe_model_expert_will_need(l->config.model, stored);
+    t->status = pack(l, t, &w);
+    if (!t->copied) moe_model_expert_release(l->config.model, stored);
+    moe_free(t->copied);
+    t->copied = NULL;
+    if (t->status != MOE_OK) moe_loader_discard(l, t);
+}
+
+static void *run(void *arg) {
+    moe_loader *l = arg;
+    pthread_mutex_lock(&l->mutex);
+    while (!l->stop) {
+        if (!l->started) {
+            pthread_cond_wait(&l->changed, &l->mutex);
+            continue;
+        }
+        l->started = false;
+        pthread_mutex_unlock(&l->mutex);
+        run_task(l, &l->task);
+        pthread_mutex_lock(&l->mutex);
+        l->done = true;
+        l->config.transport->ops->wake(l->config.transport);
+    }
+    pthread_mutex_unlock(&l->mutex);
+    return NULL;
+}
+
+moe_status moe_loader_init(moe_loader *l, const moe_loader_config *config, moe_error *err) {
+    *l = (moe_loader){.config = *config};
+    if (!config->threaded) return MOE_OK;
+    pthread_mutex_init(&l->mutex, NULL);
+    pthread_cond_init(&l->changed, NULL);
+    sigset_t all, before;
+    sigfillset(&all); /* signals are the main thread's */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&l->thread, NULL, run, l);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!failed) return MOE_OK;
+    l->config.threaded = false;
+    pthread_mutex_destroy(&l->mutex);
+    pthread_cond_destroy(&l->changed);
+    return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "could not start the loader's thread: %s", strerror(failed));
+}
+
+void moe_loader_close(moe_loader *l) {
+    if (l->config.threaded) {
+        pthread_mutex_lock(&l->mutex);
+        l->stop = true;
+        pthread_cond_signal(&l->changed);
+        pthread_mutex_unlock(&l->mutex);
+        pthread_join(l->thread, NULL);
+        pthread_mutex_destroy(&l->mutex);
+        pthread_cond_destroy(&l->changed);
+        l->config.threaded = false;
+    }
+    if (l->has_task) moe_loader_discard(l, &l->task);
+    l->has_task = false;
+}
+
+void moe_loader_start(moe_loader *l, const moe_loader_task *task) {
+    MOE_ASSERT(!l->has_task);
+    l->task = *task;
+    l->has_task = true;
+    if (!l->config.threaded) {
+        run_task(l, &l->task);
+        l->done = true;
+        return;
+    }
+    pthread_mutex_lock(&l->mutex);
+    l->started = true;
+    pthread_cond_signal(&l->changed);
+    pthread_mutex_unlock(&l->mutex);
+}
+
+bool moe_loader_take(moe_loader *l, moe_loader_task *out) {
+    if (!l->has_task) return false;
+    if (l->config.threaded) pthread_mutex_lock(&l->mutex);
+    bool done = l->done;
+    if (done) l->done = false;
+    if (l->config.threaded) pthread_mutex_unlock(&l->mutex);
+    if (!done) return false;
+    *out = l->task;
+    l->task = (moe_loader_task){.layer = 0};
+    l->has_task = false;
+    return true;
+}
+
+void moe_loader_discard(const moe_loader *l, moe_loader_task *t) {
+    if (t->loaded.handle) l->config.backend->ops->expert_free(l->config.backend, t->loaded.handle);
+    t->loaded = (moe_held_expert){.handle = NULL};
+    moe_free(t->answer);
+    moe_free(t->copied);
+    t->answer = NULL;
+    t->copied = NULL;
+}

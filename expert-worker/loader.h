@@ -1,0 +1,50 @@
+/* Makes one expert at a time ready: checks its digest, packs it, has the reference compute a known answer. In a thread of its own,
+ * so that a load never delays a Forward call; without the thread (simulation, tests) all of it happens in moe_loader_start. */
+#pragma once
+#include <pthread.h>
+
+#include "expert-worker/known_answer.h"
+#include "expert-worker/shard.h"
+
+typedef struct moe_loader_task {
+    int32_t layer, expert;
+    uint8_t *copied;   /* the canonical bytes, moe_expert_canonical_bytes of them; owned; NULL: read the checkpoint */
+    uint64_t expected; /* digest; 0: any */
+    bool verify;       /* prepare the known answer */
+
+    /* the outcome */
+    moe_status status; /* DATA_LOSS: another digest than expected; RESOURCE_EXHAUSTED */
+    moe_error error;
+    moe_held_expert loaded; /* where OK: handle, digest, bytes */
+    float *answer;          /* where OK and asked for: [MOE_KNOWN_ROWS, H]; owned */
+} moe_loader_task;
+
+typedef struct moe_loader_config {
+    const moe_model *model;   /* borrowed, as all here */
+    moe_backend *backend;     /* its expert_load is called from the loader's thread while jobs run */
+    const moe_ops *reference; /* cpu-ref's operations; NULL: no known answers */
+    moe_transport *transport; /* woken when a task has ended */
+    bool threaded;
+} moe_loader_config;
+
+typedef struct moe_loader {
+    moe_loader_config config;
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    moe_loader_task task;             /* the loader's between start and take */
+    bool has_task, started, done, stop; /* guarded by mutex */
+} moe_loader;
+
+moe_status moe_loader_init(moe_loader *loader, const moe_loader_config *config, moe_error *err);
+void moe_loader_close(moe_loader *loader); /* waits for the task under way and throws it away; idempotent */
+
+static inline bool moe_loader_idle(const moe_loader *loader) { return !loader->has_task; }
+/* The loader is idle. Takes over task->copied. */
+void moe_loader_start(moe_loader *loader, const moe_loader_task *task);
+/* True once when the task has ended; its contents are the caller's then, who may free `loaded` by moe_loader_discard. */
+bool moe_loader_take(moe_loader *loader, moe_loader_task *out);
+void moe_loader_discard(const moe_loader *loader, moe_loader_task *task); /* frees what an ended task owns; idempotent */
+
+/* Of an expert's gate, up and down as stored: the length of its canonical bytes. */
+int64_t moe_expert_canonical_bytes(const moe_ffn_weights *weights);
