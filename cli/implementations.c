@@ -27,10 +27,7 @@ moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out,
 #ifdef MOESAIC_HAS_CUDA
     moe_cuda_config cuda = {
         .device = config->device, .dtype = config->dtype, .deterministic = config->deterministic, .tune_file = config->tune_file};
-    if (strcmp(config->name, "cuda") == 0) {
-        moe_status status = moe_cuda_open(&cuda, out, err);
-        return status == MOE_UNAVAILABLE ? moe_fail_prefix(err, status, "--backend cuda (--backend cpu needs no GPU)") : status;
-    }
+    if (strcmp(config->name, "cuda") == 0) return moe_cuda_open(&cuda, out, err);
 #else
     if (strcmp(config->name, "cuda") == 0)
         return moe_fail(err, MOE_UNIMPLEMENTED,

@@ -1,5 +1,7 @@
 #include "cuda/upload.h"
 
+#include "cuda/random.h"
+
 #define CONVERT_FLOATS 1024 /* converted at a time */
 
 moe_status moe_cuda_upload_open(const moe_cuda_device *device, moe_cuda_upload *out, moe_error *err) {
@@ -104,7 +106,25 @@ static moe_status upload_long_row(moe_cuda_upload *upload, const moe_cuda_plane 
     return status;
 }
 
+/* Generated weights never are on the host. */
+static moe_status generate(moe_cuda_upload *upload, const moe_cuda_plane *p, moe_error *err) {
+    moe_cuda_random args = {.generator = p->tensor->generated,
+                            .stored = p->tensor->dtype,
+                            .dtype = p->dtype,
+                            .cols = p->tensor->cols,
+                            .row_lo = p->row_lo,
+                            .rows = p->row_hi - p->row_lo,
+                            .col_lo = p->col_lo,
+                            .width = p->col_hi - p->col_lo,
+                            .stride = p->stride,
+                            .run = p->run,
+                            .run_stride = p->run_stride,
+                            .to = p->to};
+    return moe_cuda_check(moe_cuda_random_fill(&args, upload->stream), "generating weights", err);
+}
+
 moe_status moe_cuda_upload_plane(moe_cuda_upload *upload, const moe_cuda_plane *p, moe_error *err) {
+    if (!p->tensor->data) return generate(upload, p, err);
     size_t size = moe_dtype_bytes(p->dtype), row_bytes = (size_t)p->stride * size;
     int64_t rows = p->row_hi - p->row_lo, width = p->col_hi - p->col_lo;
     int64_t most = (int64_t)(MOE_CUDA_UPLOAD_BYTES / row_bytes) / p->run * p->run; /* whole runs in a piece */
