@@ -533,5 +533,6 @@ int main(void) {
         tests[OPS + i].name = names[i];
         tests[OPS + i].test_func = run_op_on_cuda;
     }
+    if (getenv("MOESAIC_TEST_FILTER")) cmocka_set_test_filter(getenv("MOESAIC_TEST_FILTER")); /* "cuda*": under compute-sanitizer */
     return cmocka_run_group_tests(tests, open_backends, close_backends);
 }

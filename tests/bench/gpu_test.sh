@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The GPU tests, and compute-sanitizer on the op table and a small run of segments and expert batches. Run by gpu.sh test, in the
+# repository root, with everything built in $1 (build/release). Prints a summary; exit 1 if anything failed. Under 9 minutes.
+set -uo pipefail
+build=${1:-build/release}
+failed=()
+note() { printf '%s\n' "$*"; }
+
+# run NAME SECONDS CMD...: one line with its verdict; its end where it failed
+run() {
+  local name=$1 limit=$2 log start=$SECONDS; shift 2
+  log=$(mktemp)
+  if timeout "$limit" "$@" >"$log" 2>&1; then
+    note "ok      $name ($((SECONDS - start)) s; $(grep -c '\[       OK' "$log") passed, $(grep -o '^\[  SKIPPED \] [0-9]*' "$log" | grep -o '[0-9]*$' || echo 0) skipped)"
+    grep -h '^figure:' "$log"
+  else
+    note "FAILED  $name (exit $?, $((SECONDS - start)) s)"
+    grep -vE '^\[ (RUN|      OK)' "$log" | tail -n 25
+    failed+=("$name")
+  fi
+  rm -f "$log"
+}
+
+tests=(test_backend_ops test_cuda_backend test_cuda_bfloat16 test_demo_logits test_fixture_logits)
+for extra in "$build"/tests/test_cuda_*; do
+  name=$(basename "$extra")
+  [[ " ${tests[*]} " == *" $name "* ]] || tests+=("$name")
+done
+for name in "${tests[@]}"; do run "$name" 150 "$build/tests/$name"; done
+for name in test_backend_ops test_cuda_backend test_fixture_logits; do
+  run "$name, MOESAIC_CUDA_ARCH=sm80" 150 env MOESAIC_CUDA_ARCH=sm80 "$build/tests/$name"
+done
+
+# The sanitizers see the CUDA tests alone, without the one that faults on purpose.
+export MOESAIC_TEST_NO_FAULTS=1
+for tool in memcheck racecheck synccheck; do
+  for name in test_backend_ops test_cuda_backend; do
+    MOESAIC_TEST_FILTER='cuda*' run "$tool, $name" 150 compute-sanitizer --tool "$tool" --error-exitcode 99 "$build/tests/$name"
+  done
+done
+if ((${#failed[@]})); then
+  note "GPU tests: ${#failed[@]} failed: ${failed[*]}"
+  exit 1
+fi
+note "GPU tests: all passed"
