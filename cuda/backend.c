@@ -126,10 +126,12 @@ static const moe_backend_ops common_ops = {
     .ffn_submit = ffn_submit,
 };
 
-static moe_status open_parts(moe_cuda *cuda, moe_error *err) {
+static moe_status open_parts(moe_cuda *cuda, const char *tune_file, moe_error *err) {
     moe_status status = moe_cuda_jobs_open(&cuda->jobs, err);
     if (status != MOE_OK) return status;
-    status = moe_cuda_upload_open(&cuda->device, &cuda->upload, err);
+    status = moe_cuda_check(moe_cuda_expert_device_open(cuda->device.arch == 80, &cuda->expert_device), "preparing kernels", err);
+    if (status == MOE_OK && tune_file) status = moe_cuda_tune_read(tune_file, &cuda->tune, err);
+    if (status == MOE_OK) status = moe_cuda_upload_open(&cuda->device, &cuda->upload, err);
     if (status == MOE_OK) status = moe_cuda_slots_open(&cuda->device, &cuda->slots, err);
     if (status == MOE_OK) return MOE_OK;
     moe_cuda_upload_close(&cuda->upload);
@@ -155,7 +157,7 @@ moe_status moe_cuda_open(const moe_cuda_config *config, moe_backend **out, moe_e
     cuda->public.dtype = config->dtype;
     snprintf(cuda->profile, sizeof cuda->profile, "cuda/sm%d/%s%s", device.arch, moe_dtype_name(config->dtype),
              config->deterministic ? "/deterministic" : "");
-    status = open_parts(cuda, err);
+    status = open_parts(cuda, config->tune_file, err);
     if (status == MOE_OK)
         *out = &cuda->public;
     else

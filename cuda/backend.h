@@ -1,6 +1,7 @@
 /* The backend's own state: what its files share. */
 #pragma once
 #include "cuda/base.h"
+#include "cuda/groups.h"
 #include "cuda/jobs.h"
 
 #define MOE_CUDA_MAX_LANES 32 /* expert batches in flight */
@@ -17,6 +18,8 @@ typedef struct moe_cuda {
     moe_backend_ops ops;
     moe_cuda_device device;
     bool deterministic;
+    moe_cuda_expert_device expert_device;
+    moe_cuda_tune tune;
     char profile[64];
     moe_cuda_jobs jobs; /* its lock is also that of the lanes */
     moe_cuda_upload upload;

@@ -66,9 +66,9 @@ static void pack_network(packer *p, const moe_ffn_weights *w, moe_cuda_base_netw
     if (!moe_tensor_present(&w->gate)) return;
     moe_cuda_network_shape shape = moe_cuda_network_shape_of(w, 0, MOE_FFN_BLOCKS, p->profile);
     out->network = moe_cuda_network_at(&shape, moe_cuda_arena_take(&p->arena, moe_cuda_network_bytes(&shape)));
-    out->tables = moe_cuda_arena_take(&p->arena, 2 * sizeof(void *));
+    out->tables = moe_cuda_arena_take(&p->arena, 3 * sizeof(void *));
     if (!p->uploading || p->status != MOE_OK) return;
-    const void *const tables[2] = {out->network.gate_up, out->network.down};
+    const void *const tables[3] = {out->network.gate_up, out->network.down, out->network.tail};
     failed(p, moe_cuda_network_upload(p->upload, &out->network, w, p->err));
     if (p->status == MOE_OK) failed(p, moe_cuda_upload_bytes(p->upload, out->tables, tables, sizeof tables, p->err));
 }

@@ -3,7 +3,7 @@
 #include "cuda/expert.h"
 #include "cuda/simple.h"
 
-/* A network that is the only group of an FFN: `tables` in device memory holds the addresses of gate_up and of down. */
+/* A network that is the only group of an FFN: `tables` in device memory holds the addresses of gate_up, down and tail. */
 typedef struct moe_cuda_base_network {
     moe_cuda_network network;
     const void **tables;

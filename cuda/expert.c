@@ -1,6 +1,7 @@
 #include "cuda/expert.h"
 
 #include "common/alloc.h"
+#include "cuda/expert_kernels.h"
 
 #define ROW_GROUP 8 /* rows of gate, then of up */
 #define ADVICE "hold fewer experts here (more workers, --device-memory), or leave less to the KV cache (--kv-cache-memory)"
@@ -47,6 +48,18 @@ moe_cuda_network moe_cuda_network_at(const moe_cuda_network_shape *shape, void *
     return n;
 }
 
+/* What the tensor-core kernels of compute capability 9.0 want to know of the matrices; the others, and other shapes, do without.
+ */
+static moe_status upload_maps(moe_cuda_upload *upload, const moe_cuda_network *n, moe_error *err) {
+    _Static_assert(sizeof(moe_cuda_expert_maps) <= MOE_CUDA_SLOT_TAIL_BYTES, "the slot's tail holds the maps");
+    const moe_cuda_network_shape *s = &n->shape;
+    _Alignas(64) moe_cuda_expert_maps maps;
+    if (upload->device->arch != 90 || s->dtype != MOE_BF16 || !moe_cuda_expert_supported(s->hidden, s->width, 0)) return MOE_OK;
+    cudaError_t code = moe_cuda_expert_maps_make(n->gate_up, n->down, s->hidden, s->width, &maps);
+    if (code != cudaSuccess) return moe_cuda_check(code, "describing an expert's matrices to the GPU", err);
+    return moe_cuda_upload_bytes(upload, n->tail, &maps, sizeof maps, err);
+}
+
 moe_status moe_cuda_network_upload(moe_cuda_upload *upload, const moe_cuda_network *n, const moe_ffn_weights *w, moe_error *err) {
     const moe_cuda_network_shape *s = &n->shape;
     int64_t lo = moe_ffn_block_start(s->intermediate, s->block_lo), hi = moe_ffn_block_start(s->intermediate, s->block_hi);
@@ -75,6 +88,7 @@ moe_status moe_cuda_network_upload(moe_cuda_upload *upload, const moe_cuda_netwo
     if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &gate, err);
     if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &up, err);
     if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &down, err);
+    if (status == MOE_OK) status = upload_maps(upload, n, err);
     return status;
 }
 

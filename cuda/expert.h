@@ -4,7 +4,7 @@
 
 #define MOE_CUDA_SLAB_BYTES ((size_t)256 << 20)    /* of a slab at most, unless one slot is larger */
 #define MOE_CUDA_MIN_SLAB_BYTES ((size_t)16 << 20) /* of the first slab of a size; the next are twice as large each */
-#define MOE_CUDA_SLOT_TAIL_BYTES 256               /* of a slot, behind `down`: what kernels must know of its matrices */
+#define MOE_CUDA_SLOT_TAIL_BYTES 256               /* of a slot, behind `down`: moe_cuda_expert_maps */
 
 /* The shape of a network or of the blocks [block_lo, block_hi) of its intermediate width. */
 typedef struct moe_cuda_network_shape {

@@ -63,7 +63,7 @@ typedef struct ffn_run {
     float *y;
     const int32_t *expert_first, *sorted_rows, *row_first, *row_items;
     const float *weights;
-    const void *const *gate_up, *const *down;
+    const void *const *gate_up, *const *down, *const *maps;
     moe_status status;
     moe_error *err;
 } ffn_run;
@@ -94,7 +94,7 @@ static void reserve(ffn_run *r, moe_cuda_parcel *parcel) {
     size_t groups = (size_t)b->num_groups, y_bytes = items * (size_t)r->hidden * sizeof(float);
     size_t inner_bytes = items * (size_t)r->padded * element;
     parcel->capacity = 3 * moe_cuda_parcel_bytes(items * 4) + moe_cuda_parcel_bytes((groups + 1) * 4) +
-                       moe_cuda_parcel_bytes((rows + 1) * 4) + 2 * moe_cuda_parcel_bytes(groups * sizeof(void *));
+                       moe_cuda_parcel_bytes((rows + 1) * 4) + 3 * moe_cuda_parcel_bytes(groups * sizeof(void *));
     r->x_bytes = rows * (size_t)r->hidden * element;
     r->out_bytes = r->partial ? rows * (size_t)r->hidden * element : y_bytes;
     for (int pass = 0; pass < 2 && r->status == MOE_OK; pass++) {
@@ -144,6 +144,8 @@ static void fill_parcel(ffn_run *r, moe_cuda_parcel *parcel) {
     for (int32_t g = 0; g < b->num_groups; g++) ((const void **)memory)[g] = b->groups[g].expert->network.gate_up;
     r->down = moe_cuda_parcel_take(parcel, (size_t)b->num_groups * sizeof(void *), &memory);
     for (int32_t g = 0; g < b->num_groups; g++) ((const void **)memory)[g] = b->groups[g].expert->network.down;
+    r->maps = moe_cuda_parcel_take(parcel, (size_t)b->num_groups * sizeof(void *), &memory);
+    for (int32_t g = 0; g < b->num_groups; g++) ((const void **)memory)[g] = b->groups[g].expert->network.tail;
     r->expert_first = moe_cuda_parcel_take(parcel, ((size_t)b->num_groups + 1) * sizeof(int32_t), &memory);
     for (int32_t g = 0; g < b->num_groups; g++) ((int32_t *)memory)[g] = b->groups[g].first;
     ((int32_t *)memory)[b->num_groups] = b->num_assignments;
@@ -159,28 +161,27 @@ static void compute(ffn_run *r) {
     for (int32_t g = 0, end; g < b->num_groups; g = end) {
         const moe_cuda_network_shape *s = &b->groups[g].expert->network.shape;
         int32_t count = 0;
-        for (end = g; end < b->num_groups && moe_cuda_network_shape_equal(s, &b->groups[end].expert->network.shape); end++)
+        for (end = g; end < b->num_groups && end - g < MOE_CUDA_MAX_GROUPS; end++) {
+            if (!moe_cuda_network_shape_equal(s, &b->groups[end].expert->network.shape)) break;
             count += b->groups[end].count;
-        moe_simple_ffn_args args = {.x = r->x,
-                                    .dtype = r->cuda->public.dtype,
-                                    .weight_dtype = s->dtype,
-                                    .hidden = s->hidden,
-                                    .width = s->width,
-                                    .padded = s->padded,
-                                    .intermediate = s->intermediate,
-                                    .slice_lo = s->block_lo,
-                                    .block_lo = b->block_lo,
-                                    .block_hi = b->block_hi,
-                                    .num_groups = end - g,
-                                    .num_assignments = count,
-                                    .expert_first = r->expert_first + g,
-                                    .sorted_rows = r->sorted_rows,
-                                    .gate_up = r->gate_up + g,
-                                    .down = r->down + g,
-                                    .inner = r->inner,
-                                    .y = r->y};
-        did(r, moe_simple_ffn_gate_up(&args, r->lane->stream), "expert gate and up");
-        did(r, moe_simple_ffn_down(&args, r->lane->stream), "expert down");
+        }
+        moe_cuda_groups groups = {.device = &r->cuda->expert_device,
+                                  .tune = &r->cuda->tune,
+                                  .shape = s,
+                                  .dtype = r->cuda->public.dtype,
+                                  .block_lo = b->block_lo,
+                                  .block_hi = b->block_hi,
+                                  .num_groups = end - g,
+                                  .num_assignments = count,
+                                  .expert_first = r->expert_first + g,
+                                  .sorted_rows = r->sorted_rows,
+                                  .gate_up = r->gate_up + g,
+                                  .down = r->down + g,
+                                  .maps = r->maps + g,
+                                  .x = r->x,
+                                  .inner = r->inner,
+                                  .y = r->y};
+        did(r, moe_cuda_groups_run(&groups, r->lane->stream), "expert FFN");
     }
     if (!r->partial) return;
     moe_simple_sum_args sum = {.y = r->y, .weights = r->weights, .row_first = r->row_first, .row_items = r->row_items};

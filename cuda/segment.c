@@ -218,25 +218,23 @@ static void attention(stage *s, const moe_cuda_layer *layer, int32_t index) {
 
 /* delta = FFN(normed) */
 static void feed_forward(stage *s, const moe_cuda_base_network *n) {
-    const moe_cuda_network_shape *shape = &n->network.shape;
-    moe_simple_ffn_args args = {.x = s->rows->normed,
-                                .dtype = s->dtype,
-                                .weight_dtype = shape->dtype,
-                                .hidden = shape->hidden,
-                                .width = shape->width,
-                                .padded = shape->padded,
-                                .intermediate = shape->intermediate,
-                                .block_hi = MOE_FFN_BLOCKS,
-                                .num_groups = 1,
-                                .num_assignments = s->segment->num_rows,
-                                .expert_first = s->rows->whole,
-                                .sorted_rows = s->rows->identity,
-                                .gate_up = n->tables,
-                                .down = n->tables + 1,
-                                .inner = s->rows->inner,
-                                .y = s->rows->delta};
-    did(s, moe_simple_ffn_gate_up(&args, s->stream), "gate and up");
-    did(s, moe_simple_ffn_down(&args, s->stream), "down");
+    const void *const *tables = n->tables;
+    moe_cuda_groups group = {.device = &s->cuda->expert_device,
+                             .tune = &s->cuda->tune,
+                             .shape = &n->network.shape,
+                             .dtype = s->dtype,
+                             .block_hi = MOE_FFN_BLOCKS,
+                             .num_groups = 1,
+                             .num_assignments = s->segment->num_rows,
+                             .expert_first = s->rows->whole,
+                             .sorted_rows = s->rows->identity,
+                             .gate_up = tables,
+                             .down = tables + 1,
+                             .maps = tables + 2,
+                             .x = s->rows->normed,
+                             .inner = s->rows->inner,
+                             .y = s->rows->delta};
+    did(s, moe_cuda_groups_run(&group, s->stream), "dense FFN");
 }
 
 /* hidden += what the experts and the shared expert of the layer before gave; `normed` still holds what they were given. */

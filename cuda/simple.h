@@ -132,6 +132,7 @@ typedef struct moe_simple_ffn_args {
     int32_t num_groups, num_assignments;
     const int32_t *expert_first;              /* [num_groups + 1] */
     const int32_t *sorted_rows;               /* [num_assignments] */
+    const int32_t *slot_of;                   /* [num_assignments]: row of y; NULL: the assignment's own number */
     const void *const *gate_up, *const *down; /* [num_groups] */
     void *inner;                              /* [num_assignments, padded] of dtype: silu(gate · x) ⊙ (up · x) */
     float *y;                                 /* [num_assignments, hidden] */

@@ -147,7 +147,7 @@ static __global__ void down_kernel(moe_simple_ffn_args a) {
 #pragma unroll
         for (int r = 0; r < TILE_ROWS; r++) {
             float sum = tree_sum(sums[r], blocks);
-            if (lane == 0 && r < rows) a.y[(int64_t)(at + r) * a.hidden + h] = sum;
+            if (lane == 0 && r < rows) a.y[(int64_t)(a.slot_of ? a.slot_of[at + r] : at + r) * a.hidden + h] = sum;
         }
     }
 }

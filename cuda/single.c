@@ -22,7 +22,7 @@ static op begin(moe_dtype dtype) {
     op o = {.dtype = dtype};
     int index = 0;
     ran(cudaGetDevice(&index));
-    o.device.index = index;
+    must(moe_cuda_device_open(index, &o.device, NULL));
     return o;
 }
 
@@ -211,31 +211,29 @@ static void ffn(moe_dtype dtype, const float *x, const moe_ffn_weights *w, int32
     op o = begin(dtype);
     moe_cuda_network_shape shape = moe_cuda_network_shape_of(w, block_lo, block_hi, dtype);
     moe_cuda_network n = moe_cuda_network_at(&shape, array(&o, (int64_t)moe_cuda_network_bytes(&shape)));
-    const void *const tables[2] = {n.gate_up, n.down};
+    const void *const tables[3] = {n.gate_up, n.down, n.tail};
     const int32_t whole[2] = {0, rows};
     int32_t *identity = moe_calloc((size_t)rows, sizeof *identity);
+    moe_cuda_expert_device device;
     MOE_ASSERT(identity);
     for (int32_t i = 0; i < rows; i++) identity[i] = i;
+    ran(moe_cuda_expert_device_open(o.device.arch == 80, &device));
     must(moe_cuda_network_upload(uploader(&o), &n, w, NULL));
     must(moe_cuda_upload_finish(&o.upload, NULL));
     const void *const *device_tables = copied(&o, tables, sizeof tables);
-    moe_simple_ffn_args args = {.dtype = dtype, .weight_dtype = shape.dtype, .hidden = shape.hidden, .width = shape.width};
-    args.x = activations(&o, x, (int64_t)rows * shape.hidden);
-    args.padded = shape.padded;
-    args.intermediate = shape.intermediate;
-    args.slice_lo = args.block_lo = block_lo;
-    args.block_hi = block_hi;
-    args.num_groups = 1;
-    args.num_assignments = rows;
-    args.expert_first = copied(&o, whole, sizeof whole);
-    args.sorted_rows = copied(&o, identity, (int64_t)rows * 4);
-    args.gate_up = device_tables;
-    args.down = device_tables + 1;
-    args.inner = array(&o, (int64_t)rows * (shape.padded ? shape.padded : 1) * 4);
-    args.y = array(&o, (int64_t)rows * shape.hidden * 4);
-    ran(moe_simple_ffn_gate_up(&args, NULL));
-    ran(moe_simple_ffn_down(&args, NULL));
-    give(&o, args.y, MOE_F32, (int64_t)rows * shape.hidden, y);
+    moe_cuda_groups group = {.device = &device, .shape = &shape, .dtype = dtype, .block_lo = block_lo, .block_hi = block_hi};
+    group.num_groups = 1;
+    group.num_assignments = rows;
+    group.expert_first = copied(&o, whole, sizeof whole);
+    group.sorted_rows = copied(&o, identity, (int64_t)rows * 4);
+    group.gate_up = device_tables;
+    group.down = device_tables + 1;
+    group.maps = device_tables + 2;
+    group.x = activations(&o, x, (int64_t)rows * shape.hidden);
+    group.inner = array(&o, (int64_t)rows * (shape.padded ? shape.padded : 1) * 4);
+    group.y = array(&o, (int64_t)rows * shape.hidden * 4);
+    ran(moe_cuda_groups_run(&group, NULL));
+    give(&o, group.y, MOE_F32, (int64_t)rows * shape.hidden, y);
     moe_free(identity);
     end(&o);
 }

@@ -35,7 +35,7 @@ done
 export MOESAIC_TEST_NO_FAULTS=1
 for tool in memcheck racecheck synccheck; do
   for name in test_backend_ops test_cuda_backend; do
-    MOESAIC_TEST_FILTER='cuda*' run "$tool, $name" 150 compute-sanitizer --tool "$tool" --error-exitcode 99 "$build/tests/$name"
+    MOESAIC_TEST_FILTER='cuda*' run "$tool, $name" 150 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 99 "$build/tests/$name"
   done
 done
 if ((${#failed[@]})); then
