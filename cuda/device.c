@@ -24,13 +24,11 @@ moe_status moe_cuda_device_count(int32_t *out, moe_error *err) {
         return MOE_OK;
     }
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-        return moe_fail(err, MOE_UNAVAILABLE, "no NVIDIA driver (libcuda.so.1) on this machine; --backend cpu needs none");
+        return moe_fail(err, MOE_UNAVAILABLE, "no NVIDIA driver (libcuda.so.1) on this machine");
     if (code == cudaErrorInsufficientDriver)
         return moe_fail(err, MOE_UNAVAILABLE, "the NVIDIA driver is too old: it serves CUDA %d.%d, this program needs %d.%d",
                         driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
-    return moe_fail(err, MOE_UNAVAILABLE,
-                    "no NVIDIA GPU to be seen (%s); check nvidia-smi and CUDA_VISIBLE_DEVICES, or use "
-                    "--backend cpu",
+    return moe_fail(err, MOE_UNAVAILABLE, "no NVIDIA GPU to be seen (%s); check nvidia-smi and CUDA_VISIBLE_DEVICES",
                     code == cudaSuccess ? "count 0" : cudaGetErrorString(code));
 }
 

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/alloc.h"
 #include "common/random.h"
 #include "tests/support/cuda_backends.h"
 #include "tests/support/reference_driver.h"
@@ -369,6 +370,44 @@ static void bad_configurations(void **state) {
     unsetenv("MOESAIC_CUDA_ARCH");
 }
 
+/* Every host allocation of opening and loading fails in turn: the right error, nothing left behind on the device. */
+static void loading_without_host_memory(void **state) {
+    moe_backend *first = moe_test_cuda_open(MOE_BF16, false);
+    moe_memory_info before, after;
+    int32_t failures = -1;
+    moe_status status;
+    (void)state;
+    if (!first) skip();
+    moe_model *model = open_model("qwen2_moe");
+    assert_int_equal(first->ops->memory_info(first, &before, NULL), MOE_OK);
+    do {
+        moe_backend *b = NULL;
+        moe_base *base = NULL;
+        moe_kv *kv = NULL;
+        moe_rows *rows = NULL;
+        moe_expert *expert = NULL;
+        moe_alloc_fail_after(++failures + 1);
+        status = moe_cuda_open(&(moe_cuda_config){.dtype = MOE_BF16}, &b, NULL);
+        if (status == MOE_OK) status = b->ops->base_load(b, model, NULL, NULL, &base, NULL);
+        if (status == MOE_OK) status = b->ops->kv_create(b, base, 4, &kv, NULL);
+        if (status == MOE_OK) status = b->ops->rows_create(b, base, 8, &rows, NULL);
+        if (status == MOE_OK) status = b->ops->expert_load(b, model->experts, 0, MOE_FFN_BLOCKS, &expert, NULL);
+        moe_alloc_fail_after(0);
+        if (b) b->ops->expert_free(b, expert);
+        if (b) b->ops->rows_free(b, rows);
+        if (b) b->ops->kv_free(b, kv);
+        if (b) b->ops->base_free(b, base);
+        if (b) b->ops->close(b);
+        if (status != MOE_OK) assert_int_equal(status, MOE_RESOURCE_EXHAUSTED);
+        assert_true(failures < 100);
+    } while (status != MOE_OK);
+    assert_true(failures >= 8); /* backend, base and its layers, pool, rows and their numbers, expert and its slab */
+    assert_int_equal(first->ops->memory_info(first, &after, NULL), MOE_OK);
+    assert_true(after.free_bytes >= before.free_bytes - (8 << 20)); /* but for what the driver keeps */
+    first->ops->close(first);
+    moe_model_close(&model);
+}
+
 /* An expert whose weights lie nowhere: the kernel faults, the job says so, and nothing is computed any more. It ends this
  * process's use of the device, so it is the last test. Not under compute-sanitizer, whose faults do not stick. */
 static void failed_kernel(void **state) {
@@ -414,6 +453,7 @@ static void without_cuda(void **state) {
 }
 #define bad_configurations without_cuda
 #define failed_kernel without_cuda
+#define loading_without_host_memory without_cuda
 #endif
 
 #define F32 ((void *)(intptr_t)MOE_F32)
@@ -432,6 +472,7 @@ int main(void) {
         {"top logits, bfloat16", top_logits, NULL, NULL, BF16},
         cmocka_unit_test(out_of_device_memory),
         cmocka_unit_test(bad_configurations),
+        cmocka_unit_test(loading_without_host_memory),
         cmocka_unit_test(failed_kernel),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -59,7 +59,7 @@ static void check(const distance *d, const char *what) {
 static void fixture(void **state) {
     char path[512];
     double want[4096];
-    distance far[2] = {{0}, {0}};
+    distance far[2] = {{.error = 0}, {.error = 0}};
     moe_model *model;
     moe_error err;
     moe_backend *backend = moe_test_cuda_open(MOE_BF16, false);
@@ -106,7 +106,7 @@ static void demo(void **state) {
         num_ids += read_ids(json_object_get(one, "greedy"), ids + num_ids);
         if (!backend) backend = moe_test_cuda_open(MOE_BF16, false);
         assert_int_equal(moe_cpu_open(&(moe_cpu_config){.threads = 4}, &cpu, NULL), MOE_OK);
-        distance far = {0};
+        distance far = {.error = 0};
         float *narrow = run_text(backend, model, MOE_COMBINE_EXACT, ids, num_ids);
         float *wide = run_text(cpu, model, MOE_COMBINE_EXACT, ids, num_ids);
         backend = NULL;
@@ -114,7 +114,7 @@ static void demo(void **state) {
             for (int32_t t = 0; t < vocab; t++) want[t] = wide[(int64_t)r * vocab + t];
             add_row(&far, narrow + (int64_t)r * vocab, want, vocab);
         }
-        check(&far, json_string_value(json_object_get(one, "prompt")));
+        check(&far, "a text of the demo model");
         free(narrow);
         free(wide);
     }
