@@ -21,6 +21,8 @@ moe_status moe_cuda_kv_create(const moe_cuda_device *device, moe_dtype dtype, co
         status = moe_fail(err, MOE_INVALID_ARGUMENT, "a KV cache of %d blocks", num_blocks);
     if (status == MOE_OK) status = moe_cuda_device_alloc(device, bytes, "the KV cache", "lower --kv-cache-memory", &memory, err);
     if (status == MOE_OK) status = moe_cuda_check(cudaMemset(memory, 0, bytes), "clearing the KV cache", err);
+    /* micro-batches have streams of their own, which do not wait for this one */
+    if (status == MOE_OK) status = moe_cuda_check(cudaStreamSynchronize(NULL), "clearing the KV cache", err);
     *kv = (moe_kv){.dtype = dtype, .num_blocks = num_blocks, .num_layers = config->num_layers};
     kv->kv_heads = config->num_kv_heads;
     kv->head_dim = config->head_dim;

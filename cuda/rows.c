@@ -37,6 +37,7 @@ static moe_status fill_identity(const moe_rows *rows, moe_error *err) {
     if (!numbers) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch");
     for (int32_t i = 0; i < rows->max_rows; i++) numbers[i] = i;
     cudaError_t code = cudaMemcpy(rows->identity, numbers, (size_t)rows->max_rows * sizeof *numbers, cudaMemcpyHostToDevice);
+    if (code == cudaSuccess) code = cudaStreamSynchronize(NULL); /* a small copy may return before it has arrived */
     moe_free(numbers);
     return moe_cuda_check(code, "preparing a micro-batch", err);
 }

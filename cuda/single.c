@@ -31,6 +31,7 @@ static void *array(op *o, int64_t bytes) {
     MOE_ASSERT(o->num_arrays < MAX_ARRAYS);
     must(moe_cuda_device_alloc(&o->device, (size_t)bytes, "an operation", "", &memory, NULL));
     ran(cudaMemset(memory, 0xff, (size_t)(bytes ? bytes : 1))); /* NaN, so that a place that is not written shows */
+    ran(cudaStreamSynchronize(NULL));                           /* the upload's stream does not wait for this one */
     return o->arrays[o->num_arrays++] = memory;
 }
 
