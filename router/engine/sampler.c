@@ -74,8 +74,9 @@ static void apply_penalties(moe_sampler *s, const moe_sample_input *in) {
     }
 }
 
-#define SCAN_LANES 16 /* maxima kept side by side, so that the compiler can use vectors: done for every token of every request \
-                       */
+#define SCAN_LANES                                                                                              \
+    16 /* maxima kept side by side, so that the compiler can use vectors: done for every token of every request \
+        */
 
 /* *max: the greatest logit. False where one is NaN or +infinity. */
 static bool scan_logits(const float *logits, int32_t count, float *max) {
@@ -107,13 +108,17 @@ static moe_status check_logits(const float *logits, int32_t count, float *max, m
     return *max > -INFINITY ? MOE_OK : moe_fail(err, MOE_INTERNAL, "no token has a finite logit");
 }
 
-/* The first of the greatest. */
-static int32_t argmax(const float *logits, int32_t count) {
-    float max;
-    scan_logits(logits, count, &max);
+/* The first of the greatest, which are `max`. */
+static int32_t first_of(const float *logits, int32_t count, float max) {
     int32_t i = 0;
     while (i + 1 < count && logits[i] != max) i++;
     return i;
+}
+
+static int32_t argmax(const float *logits, int32_t count) {
+    float max;
+    scan_logits(logits, count, &max);
+    return first_of(logits, count, max);
 }
 
 /* Likeliest first, equal ones by ascending id: a total order, so that results do not depend on how it is found. */
@@ -221,6 +226,15 @@ static int32_t sample(moe_sampler *s, const moe_sample_input *in, float max) {
     return draw(s, count, uniform(p->seed, in->num_tokens - in->num_prompt));
 }
 
+static bool below_min_tokens(const moe_sample_input *in) { return in->num_tokens - in->num_prompt < in->params->min_tokens; }
+
+/* False where adjust_logits would only copy. */
+static bool is_adjusted(const moe_sample_input *in) {
+    const moe_sampling_params *p = in->params;
+    return in->num_logit_bias > 0 || below_min_tokens(in) || p->repetition_penalty != 1.0f || p->presence_penalty != 0.0f ||
+           p->frequency_penalty != 0.0f;
+}
+
 /* s->logits = the raw logits with everything applied that comes before the temperature. */
 static moe_status adjust_logits(moe_sampler *s, const moe_sample_input *in, moe_error *err) {
     const moe_sampling_params *p = in->params;
@@ -230,7 +244,7 @@ static moe_status adjust_logits(moe_sampler *s, const moe_sample_input *in, moe_
         if (id < 0 || id >= s->vocab) return moe_fail(err, MOE_INVALID_ARGUMENT, "logit_bias: the model has no token %d", id);
         s->logits[id] += in->logit_bias[i].bias;
     }
-    if (in->num_tokens - in->num_prompt < p->min_tokens) {
+    if (below_min_tokens(in)) {
         ban(s, in->eos_ids, in->num_eos);
         ban(s, p->stop_token_ids, p->num_stop_token_ids);
     }
@@ -238,17 +252,28 @@ static moe_status adjust_logits(moe_sampler *s, const moe_sample_input *in, moe_
     return MOE_OK;
 }
 
-moe_status moe_sampler_sample(moe_sampler *s, const moe_sample_input *in, int32_t *token, moe_token_logprobs *logprobs,
-                              moe_error *err) {
-    float max;
-    moe_status status = check_logits(in->logits, s->vocab, &max, err);
-    if (status == MOE_OK) status = adjust_logits(s, in, err);
+/* The token, from the raw logits, whose greatest is `max`. */
+static moe_status choose(moe_sampler *s, const moe_sample_input *in, float max, int32_t *token, moe_error *err) {
+    if (in->params->temperature == 0.0f && !is_adjusted(in)) {
+        *token = first_of(in->logits, s->vocab, max);
+        return MOE_OK;
+    }
+    moe_status status = adjust_logits(s, in, err);
     if (status != MOE_OK) return status;
     int32_t best = argmax(s->logits, s->vocab);
     if (!isfinite(s->logits[best]))
         return moe_fail(err, MOE_INTERNAL, "no token is left after logit_bias, min_tokens and the penalties");
     *token = in->params->temperature == 0.0f ? best : sample(s, in, s->logits[best]);
-    return in->params->logprobs < 0 ? MOE_OK : moe_sampler_logprobs(s, in->logits, *token, in->params->logprobs, logprobs, err);
+    return MOE_OK;
+}
+
+moe_status moe_sampler_sample(moe_sampler *s, const moe_sample_input *in, int32_t *token, moe_token_logprobs *logprobs,
+                              moe_error *err) {
+    float max;
+    moe_status status = check_logits(in->logits, s->vocab, &max, err);
+    if (status == MOE_OK) status = choose(s, in, max, token, err);
+    if (status != MOE_OK || in->params->logprobs < 0) return status;
+    return moe_sampler_logprobs(s, in->logits, *token, in->params->logprobs, logprobs, err);
 }
 
 moe_status moe_sampler_logprobs(moe_sampler *s, const float *logits, int32_t target, int32_t num_top, moe_token_logprobs *out,
