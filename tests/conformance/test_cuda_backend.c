@@ -274,6 +274,50 @@ static void merged_batches(void **state) {
     free(want);
 }
 
+/* One model a thread, all on one backend: steps of each beside segments and expert batches of the others. */
+typedef struct stepper {
+    moe_backend *backend;
+    const moe_model *model;
+    const int32_t *ids;
+    int32_t chunk;
+    float *logits; /* [TOKENS, V] */
+} stepper;
+
+static void *run_steps(void *ctx) {
+    stepper *s = ctx;
+    moe_driver_options options = {.num_sequences = 1, .max_tokens = 64, .max_rows = TOKENS};
+    moe_driver *driver = moe_driver_open(s->backend, s->model, &options);
+    for (int round = 0; round < 3; round++) {
+        moe_driver_truncate(driver, 0, 0);
+        moe_driver_prefill(driver, s->ids, TOKENS, s->chunk, s->logits);
+    }
+    moe_driver_close(driver);
+    return NULL;
+}
+
+static void micro_batches_in_flight(void **state) {
+    moe_backend *backend = moe_test_cuda_open((moe_dtype)(intptr_t)*state, true);
+    if (!backend) skip();
+    moe_model *model = open_model("qwen2_moe");
+    int32_t vocab = model->config.vocab, ids[TOKENS];
+    moe_random r = {.state = 17};
+    pthread_t threads[THREADS];
+    stepper s[THREADS + 1];
+    for (int32_t i = 0; i < TOKENS; i++) ids[i] = (int32_t)moe_random_below(&r, (uint64_t)vocab);
+    for (int i = 0; i <= THREADS; i++) {
+        s[i] = (stepper){.backend = backend, .model = model, .ids = ids, .chunk = i == 0 ? TOKENS : 3 * i};
+        s[i].logits = random_rows(MOE_F32, 18, (int64_t)TOKENS * vocab);
+    }
+    run_steps(&s[THREADS]);
+    for (int i = 0; i < THREADS; i++) assert_int_equal(pthread_create(&threads[i], NULL, run_steps, &s[i]), 0);
+    for (int i = 0; i < THREADS; i++) pthread_join(threads[i], NULL);
+    for (int i = 0; i < THREADS; i++)
+        assert_same(s[i].logits, s[THREADS].logits, (int64_t)TOKENS * vocab * 4, "beside other threads");
+    for (int i = 0; i <= THREADS; i++) free(s[i].logits);
+    backend->ops->close(backend);
+    moe_model_close(&model);
+}
+
 /* ---- top logits ---- */
 
 /* A dense model's only segment: embed to logits, with all logits and the highest of each row. */
@@ -467,6 +511,8 @@ int main(void) {
         {"chunks and batches, bfloat16", chunks_and_batches, NULL, NULL, BF16},
         cmocka_unit_test(slices_added_in_tree_order),
         cmocka_unit_test(several_in_flight),
+        {"micro-batches in flight, float32", micro_batches_in_flight, NULL, NULL, F32},
+        {"micro-batches in flight, bfloat16", micro_batches_in_flight, NULL, NULL, BF16},
         cmocka_unit_test(merged_batches),
         {"top logits, float32", top_logits, NULL, NULL, F32},
         {"top logits, bfloat16", top_logits, NULL, NULL, BF16},
