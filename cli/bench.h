@@ -14,6 +14,7 @@ typedef enum moe_bench_stage {
     MOE_BENCH_COMBINE,
     MOE_BENCH_LOGITS,
     MOE_BENCH_SAMPLE,
+    MOE_BENCH_STEP, /* a whole forward step in one job */
     MOE_BENCH_STAGES
 } moe_bench_stage;
 
@@ -36,7 +37,7 @@ typedef struct moe_bench_sample {
     double layer_experts;              /* mean number of distinct experts of a MoE layer of a micro-batch */
     double context;                    /* of a decode: mean number of tokens of a sequence in the KV cache */
     int64_t call_bytes;                /* payloads of the calls to expert workers, both ways */
-    double stage_ns[MOE_BENCH_STAGES]; /* mean of one layer of one micro-batch; logits and sample: of one micro-batch */
+    double stage_ns[MOE_BENCH_STAGES]; /* mean of one layer of one micro-batch; logits, sample, step: of one micro-batch */
 } moe_bench_sample;
 
 /* Greedy, eos ignored. Blocks until all requests have ended; one measurement at a time in a process, because stage times are

@@ -139,8 +139,8 @@ void moe_bench_tables(FILE *out, const moe_bench_series *series, int32_t count) 
     fprintf(out, "%-14s %-7s %9s %-18s %10s %10s %8s %8s %10s\n", "", "in", "", "", "", "ms", "", "a layer", "B/token");
     for (int32_t i = 0; i < count; i++) print_speed(out, &series[i]);
     fprintf(out,
-            "\n%-14s %-7s  us a layer and micro-batch (wire: of waiting, what no worker computed); logits, sample: us a "
-            "micro-batch\n%22s",
+            "\n%-14s %-7s  us a layer and micro-batch (wire: of waiting, what no worker computed); logits, sample, step: "
+            "us a micro-batch\n%22s",
             "", "", "");
     for (int s = 0; s < MOE_BENCH_STAGES; s++) fprintf(out, " %9s", moe_bench_stage_names[s]);
     fprintf(out, " %9s\n", "wire");

@@ -68,6 +68,7 @@ static void fill_workers(const snapshot *s, moe_cluster_status *out) {
         snprintf(to->id, sizeof to->id, "%s", from->id);
         snprintf(to->host, sizeof to->host, "%s", from->host);
         snprintf(to->endpoint, sizeof to->endpoint, "%s", from->endpoint);
+        snprintf(to->profile, sizeof to->profile, "%s", from->profile);
         to->pid = (uint64_t)from->pid;
         to->incarnation = from->incarnation;
         to->experts = (uint32_t)from->experts;

@@ -21,7 +21,7 @@ moe_status moe_model_source_open(const moe_model_source *source, moe_model **out
 }
 
 moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err) {
-    moe_cpu_config cpu = {.threads = config->threads, .isa = NULL};
+    moe_cpu_config cpu = {.threads = config->threads, .dtype = config->dtype, .isa = NULL};
     if (strcmp(config->name, "cpu") == 0) return moe_cpu_open(&cpu, out, err);
     if (strcmp(config->name, "cpu-ref") == 0) return moe_cpu_ref_open(&cpu, out, err);
 #ifdef MOESAIC_HAS_CUDA

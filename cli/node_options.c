@@ -49,6 +49,13 @@ moe_model_source moe_model_option(const moe_options *o, const char *dir) {
         .generated = {.seed = (uint64_t)moe_option_int(o, "seed"), .num_layers = (int32_t)moe_option_int(o, "layers")}};
 }
 
+/* auto is bfloat16 on a GPU and float32 on the CPU. */
+static moe_dtype dtype_option(const moe_options *o) {
+    const char *wanted = moe_option_text(o, "dtype");
+    if (strcmp(wanted, "auto") == 0) return strcmp(moe_option_text(o, "backend"), "cuda") == 0 ? MOE_BF16 : MOE_F32;
+    return strcmp(wanted, moe_dtype_name(MOE_BF16)) == 0 ? MOE_BF16 : MOE_F32;
+}
+
 moe_status moe_backend_option(const moe_options *o, int32_t index, moe_backend_config *out, int32_t *num_devices,
                               moe_error *err) {
     moe_device_list devices;
@@ -57,6 +64,7 @@ moe_status moe_backend_option(const moe_options *o, int32_t index, moe_backend_c
     *out = (moe_backend_config){.name = moe_option_text(o, "backend"),
                                 .threads = moe_threads_option(o),
                                 .device = devices.ids[index % devices.count],
+                                .dtype = dtype_option(o),
                                 .deterministic = moe_option_bool(o, "deterministic"),
                                 .tune_file = moe_option_text(o, "tune-file")};
     if (num_devices) *num_devices = devices.count;
@@ -73,6 +81,7 @@ moe_status moe_router_device_option(const moe_options *o, int32_t *out, moe_erro
 moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, moe_error *err) {
     c->source = moe_model_option(o, moe_options_positional(o));
     c->gating = (moe_gating)moe_option_choice(o, "gating");
+    c->local_steps = moe_option_choice(o, "local-steps") == 0;
     c->combine = (moe_combine_mode)moe_option_choice(o, "combine");
     c->max_num_seqs = (int32_t)moe_option_int(o, "max-num-seqs");
     c->max_num_batched_tokens = (int32_t)moe_option_int(o, "max-num-batched-tokens");

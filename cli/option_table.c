@@ -97,6 +97,10 @@ static const moe_option_row rows[] = {
      "who chooses experts: each layer's gate; the gate, with a prediction sent ahead; or the pre-gate, one layer ahead"},
     {"combine", CHOICE, ENGINES, "Experts", "exact", 0, 0, "exact|partial", NULL,
      "what workers return: a row per token and expert, or one weighted sum per token"},
+    {"local-steps", CHOICE, ENGINES, "Experts", "on", 0, 0, "on|off", NULL,
+     "where the experts are in the router's process: compute a whole forward step at once (not with --gating hint), always "
+     "combining "
+     "as exact; off: layer by layer, over messages, as with other processes"},
     {"max-queued-calls", INT, SERVE | WORKER | BENCH, "Experts", "1024", 1, 65536, NULL, "N",
      "calls that a worker queues before it refuses"},
     {"max-batch-rows", INT, SERVE | WORKER | BENCH, "Experts", "16384", 1, 1 << 20, NULL, "N",
@@ -116,6 +120,10 @@ static const moe_option_row rows[] = {
      "--backend cuda: the same bits at every batch size (the CPU backends always do that)"},
     {"tune-file", TEXT, MODELS, "Performance", NULL, 0, 0, NULL, "FILE",
      "--backend cuda: thresholds between kernels as `bench --tune` measured them; default: those built in"},
+    {"dtype", CHOICE, MODELS, "Performance", "auto", 0, 0, "auto|float32|bfloat16", NULL,
+     "of activations, keys, values and what is sent; weights stay as stored, sums are float32. auto: float32 on the CPU, "
+     "bfloat16 "
+     "on a GPU. Routers and workers need the same"},
     {"threads", INT, NODES | EVAL | BENCH, "Performance", "0", 0, 1024, NULL, "N",
      "compute threads of a process; 0: the machine's cores, shared out by serve"},
     {"cores", TEXT, WORKER, "Performance", NULL, 0, 0, NULL, "LIST",

@@ -181,6 +181,7 @@ static int32_t micro_batches(const moe_router_node *n) {
 }
 
 static bool step_local_worker(void *worker) { return moe_worker_node_step(worker); }
+static moe_expert *const *local_experts(void *worker) { return moe_worker_node_lend_experts(worker); }
 
 static moe_status open_engine(moe_router_node *n, moe_error *err) {
     const moe_router_node_config *c = &n->config;
@@ -209,6 +210,7 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .call_timeout_ns = MOE_CALL_TIMEOUT_NS,
                                 .suspect_after_ns = MOE_SUSPECT_AFTER_NS,
                                 .step_local_worker = n->worker ? step_local_worker : NULL,
+                                .local_experts = n->worker && c->local_steps ? local_experts : NULL,
                                 .local_worker = n->worker};
     moe_status status = moe_engine_new(&config, &n->engine, err);
     if (status != MOE_OK) return status;

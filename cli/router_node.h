@@ -25,6 +25,7 @@ typedef struct moe_router_node_config {
     moe_gating gating;
     moe_combine_mode combine;
     int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_waiting;
+    bool local_steps;      /* where embedded: a forward step is one job of the backend, where it can be */
     int32_t micro_batches; /* 0: 1 where embedded, else 2 */
     int64_t kv_cache_bytes;
     int64_t replica_wait_ns;

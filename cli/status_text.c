@@ -83,9 +83,9 @@ static void layers(const json_t *list, moe_buf *out) {
 }
 
 void moe_status_text(const json_t *status, moe_buf *out) {
-    static const column workers[] = {{"WORKER", "id", false},        {"STATE", "state", false},    {"HOST", "host", false},
-                                     {"PID", "pid", true},           {"EXPERTS", "experts", true}, {"LOAD", "load", true},
-                                     {"ENDPOINT", "endpoint", false}};
+    static const column workers[] = {{"WORKER", "id", false},       {"STATE", "state", false},      {"HOST", "host", false},
+                                     {"PID", "pid", true},          {"EXPERTS", "experts", true},   {"LOAD", "load", true},
+                                     {"PROFILE", "profile", false}, {"ENDPOINT", "endpoint", false}};
     static const column routers[] = {{"ROUTER", "id", false},
                                      {"STATE", "state", false},
                                      {"HOST", "host", false},

@@ -89,6 +89,8 @@ bool moe_worker_node_step(moe_worker_node *n) {
     return moe_worker_has_work(n->worker);
 }
 
+moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *n) { return moe_worker_lend_experts(n->worker); }
+
 void moe_worker_node_leave(moe_worker_node *n) { moe_worker_leave(n->worker); }
 
 bool moe_worker_node_left(moe_worker_node *n) {

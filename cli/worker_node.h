@@ -29,6 +29,8 @@ moe_status moe_worker_node_open(const moe_worker_node_config *config, moe_worker
 /* Of a `stepped` worker, always from one thread: handles what arrived and computes what is brief; never waits. True when it has
  * more to do at once. */
 bool moe_worker_node_step(moe_worker_node *node);
+/* Of a `stepped` worker: as moe_worker_lend_experts. */
+moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *node);
 /* The experts are to go elsewhere, since the worker is about to stop. */
 void moe_worker_node_leave(moe_worker_node *node);
 /* Nothing is left to do for it: it holds no expert and no call, or no router is connected. */

@@ -37,7 +37,8 @@ typedef struct moe_job {
     _Atomic uint64_t progress;         /* ticks while the job advances; for hang detection */
     moe_status status;                 /* valid once done was called */
     int64_t compute_ns;                /* time from start to end of the computation */
-    int64_t combine_ns, logits_ns;     /* of a segment: how much of it went to these */
+    int64_t combine_ns, logits_ns;     /* of a segment or local step: how much of it went to these; 0 where it is not known */
+    int64_t expert_ns;                 /* of a local step, likewise: to routed experts */
     char message[256];                 /* when status is not OK */
 } moe_job;
 
@@ -203,7 +204,8 @@ typedef struct moe_backend_ops {
     /* `batch` and all it points to stay in place until done. */
     void (*ffn_submit)(moe_backend *b, const moe_ffn_batch *batch, moe_job *job);
 
-    /* Forward steps with every expert in this backend. experts [num_moe_layers, num_experts]: whole, borrowed until local_free. */
+    /* Forward steps with every expert in this backend; all three NULL where it has none. experts [num_moe_layers, num_experts]:
+     * whole, borrowed until local_free. */
     moe_status (*local_create)(moe_backend *b, moe_base *base, moe_expert *const *experts, moe_local **out, moe_error *err);
     void (*local_free)(moe_backend *b, moe_local *local);
     /* `step` and all it points to stay in place until done. */

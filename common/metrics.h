@@ -36,6 +36,7 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(STAGE_COMBINE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"combine\"", "")                                              \
     X(STAGE_LOGITS, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"logits\"", "")                                                \
     X(STAGE_SAMPLE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"sample\"", "")                                                \
+    X(STAGE_STEP, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"step\"", "")                                                    \
     X(EXPERT_CALLS, COUNTER, "moesaic_expert_calls_total", "", "Forward calls sent to expert workers")                           \
     X(EXPERT_CALL_BYTES_SENT, COUNTER, "moesaic_expert_call_bytes_total", "direction=\"sent\"",                                  \
       "Payload bytes of Forward calls")                                                                                          \

@@ -8,7 +8,7 @@
 #include "cpu/base.h"
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
-#include "cpu/segment.h"
+#include "cpu/local.h"
 #include "cpu/single.h"
 
 #define MAX_THREADS 1024
@@ -143,6 +143,28 @@ static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job)
     moe_cpu_runner_submit(cpu_of(b)->runner, ffn_work, b, NULL, batch, brief, job);
 }
 
+static moe_status local_create(moe_backend *b, moe_base *base, moe_expert *const *experts, moe_local **out, moe_error *err) {
+    (void)b;
+    return moe_cpu_local_create(base, experts, out, err);
+}
+
+static void local_free(moe_backend *b, moe_local *local) {
+    (void)b;
+    moe_cpu_local_free(local);
+}
+
+static moe_status local_work(const moe_cpu_run *run, void *backend, const void *local, const void *request, moe_error *err) {
+    cpu_backend *cpu = backend;
+    const moe_cpu_local_run with = {cpu->kernels, cpu->public.dtype, &cpu->scratch, local};
+    return moe_cpu_local_step(&with, run, request, err);
+}
+
+static void local_submit(moe_backend *b, moe_base *base, moe_local *local, const moe_local_step *step, moe_job *job) {
+    bool brief = moe_cpu_local_multiply_adds(local, step) <= BRIEF_WORK;
+    (void)base;
+    moe_cpu_runner_submit(cpu_of(b)->runner, local_work, b, local, step, brief, job);
+}
+
 static const moe_backend_ops common_ops = {
     .close = close_backend,
     .profile = profile,
@@ -161,6 +183,9 @@ static const moe_backend_ops common_ops = {
     .expert_free = expert_free,
     .expert_bytes = expert_bytes,
     .ffn_submit = ffn_submit,
+    .local_create = local_create,
+    .local_free = local_free,
+    .local_submit = local_submit,
 };
 
 static moe_status open_backend(const char *name, const moe_cpu_config *config, const moe_cpu_kernels *kernels,

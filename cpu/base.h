@@ -46,6 +46,8 @@ struct moe_rows {
     moe_cpu_row_span *spans;  /* [max_rows], owned */
     float *attention_scratch; /* owned; grows with the context */
     size_t attention_floats;
+    float *logits; /* owned; [logit rows, V] where the caller wants the highest alone; grows */
+    size_t logits_floats;
 };
 
 moe_status moe_cpu_base_load(const moe_cpu_kernels *kernels, const moe_model *model, void (*progress)(void *ctx, double fraction),

@@ -71,5 +71,6 @@ void moe_cpu_rows_free(moe_rows *rows) {
     moe_free(rows->memory);
     moe_free(rows->spans);
     moe_free(rows->attention_scratch);
+    moe_free(rows->logits);
     moe_free(rows);
 }

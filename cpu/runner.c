@@ -10,7 +10,7 @@ typedef struct item {
     struct item *next;
     moe_cpu_work work;
     void *backend;
-    const void *base, *request;
+    const void *weights, *request;
     moe_job *job;
 } item;
 
@@ -36,7 +36,8 @@ static void run(moe_cpu_runner *runner, const item *i) {
     moe_error err = {.code = MOE_OK};
     int64_t start_ns = moe_now_ns(moe_clock_real());
     moe_cpu_run context = {.pool = runner->pool, .progress = &i->job->progress, .job = i->job};
-    moe_status status = i->work(&context, i->backend, i->base, i->request, &err);
+    i->job->combine_ns = i->job->logits_ns = i->job->expert_ns = 0;
+    moe_status status = i->work(&context, i->backend, i->weights, i->request, &err);
     i->job->compute_ns = moe_now_ns(moe_clock_real()) - start_ns;
     finish(i->job, status, err.message);
 }
@@ -89,9 +90,9 @@ static void queue(moe_cpu_runner *runner, item *i) {
     pthread_mutex_unlock(&runner->mutex);
 }
 
-void moe_cpu_runner_submit(moe_cpu_runner *runner, moe_cpu_work work, void *backend, const void *base, const void *request,
+void moe_cpu_runner_submit(moe_cpu_runner *runner, moe_cpu_work work, void *backend, const void *weights, const void *request,
                            bool brief, moe_job *job) {
-    item inside = {.work = work, .backend = backend, .base = base, .request = request, .job = job};
+    item inside = {.work = work, .backend = backend, .weights = weights, .request = request, .job = job};
     atomic_store(&job->progress, 0);
     if (!runner->has_thread) {
         run(runner, &inside);

@@ -13,7 +13,9 @@ typedef struct moe_cpu_run {
     moe_job *job;
 } moe_cpu_run;
 
-typedef moe_status (*moe_cpu_work)(const moe_cpu_run *run, void *backend, const void *base, const void *request, moe_error *err);
+/* weights: base layers, a moe_local, or NULL. */
+typedef moe_status (*moe_cpu_work)(const moe_cpu_run *run, void *backend, const void *weights, const void *request,
+                                   moe_error *err);
 
 /* threads: as in moe_cpu_config. The runner's thread counts as one of them. */
 moe_status moe_cpu_runner_open(int32_t threads, moe_cpu_runner **out, moe_error *err);
@@ -21,8 +23,8 @@ moe_status moe_cpu_runner_open(int32_t threads, moe_cpu_runner **out, moe_error 
 /* Ends what was submitted, then the threads. NULLs the pointer; idempotent. */
 void moe_cpu_runner_close(moe_cpu_runner **runner);
 
-/* Runs work(run, backend, base, request) and then job->done; any thread, any number of submitters, first come first served.
+/* Runs work(run, backend, weights, request) and then job->done; any thread, any number of submitters, first come first served.
  * With threads = 0 both happen before this returns, on the caller's thread; so they do for `brief` work when no other job runs or
  * waits. */
-void moe_cpu_runner_submit(moe_cpu_runner *runner, moe_cpu_work work, void *backend, const void *base, const void *request,
+void moe_cpu_runner_submit(moe_cpu_runner *runner, moe_cpu_work work, void *backend, const void *weights, const void *request,
                            bool brief, moe_job *job);

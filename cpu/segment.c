@@ -4,6 +4,7 @@
 #include "common/clock.h"
 #include "common/elements.h"
 #include "cpu/gate.h"
+#include "cpu/top_logits.h"
 
 #define TASK_OUTPUTS 128  /* of a linear task: its weights stay in the second-level cache while the task's rows pass */
 #define TASK_ROWS 64      /* of a linear task */
@@ -280,15 +281,50 @@ static void route_to_experts(stage *s) {
     }
 }
 
-static void logits(const stage *s) {
+typedef struct top_loop {
+    const moe_segment *segment;
+    const float *logits; /* [num_logit_rows, vocab] */
+    int32_t vocab;
+} top_loop;
+
+static void top_task(void *ctx, int32_t row, int32_t thread) {
+    const top_loop *loop = ctx;
+    const moe_segment *segment = loop->segment;
+    int64_t at = (int64_t)row * segment->num_top;
+    (void)thread;
+    moe_cpu_top_logits(loop->logits + (int64_t)row * loop->vocab, loop->vocab, segment->num_top, segment->top_ids + at,
+                       segment->top_logits + at);
+}
+
+/* Where logits go: to the caller, or to memory of our own where only the highest are wanted. NULL: out of memory. */
+static float *logits_memory(const stage *s) {
+    moe_rows *rows = s->rows;
+    if (s->segment->logits) return s->segment->logits;
+    size_t floats = (size_t)s->segment->num_logit_rows * (size_t)s->config->vocab;
+    if (floats > rows->logits_floats) {
+        moe_free(rows->logits);
+        rows->logits = moe_alloc_aligned(floats, sizeof(float));
+        rows->logits_floats = rows->logits ? floats : 0;
+    }
+    return rows->logits;
+}
+
+static moe_status logits(const stage *s, moe_error *err) {
     const moe_segment *segment = s->segment;
     int64_t hidden = s->config->hidden;
+    if (segment->num_logit_rows == 0) return MOE_OK;
+    float *out = logits_memory(s);
+    if (!out) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for %d rows of logits", segment->num_logit_rows);
+    MOE_ASSERT(segment->num_top >= 0 && segment->num_top <= MOE_MAX_TOP_LOGITS && segment->num_top <= s->config->vocab);
     for (int32_t i = 0; i < segment->num_logit_rows; i++) {
         MOE_ASSERT(segment->logit_rows[i] >= 0 && segment->logit_rows[i] < segment->num_rows);
         s->kernels->rms_norm(row_of(s->rows->hidden, segment->logit_rows[i], hidden), s->base->final_norm, s->config->rms_eps,
                              s->config->hidden, row_of(s->rows->normed, i, hidden));
     }
-    moe_cpu_linear_run(s->kernels, s->run, &s->base->lm_head, NULL, s->rows->normed, segment->num_logit_rows, segment->logits);
+    moe_cpu_linear_run(s->kernels, s->run, &s->base->lm_head, NULL, s->rows->normed, segment->num_logit_rows, out);
+    top_loop loop = {segment, out, s->config->vocab};
+    if (segment->num_top > 0) moe_cpu_parallel_for(s->run->pool, segment->num_logit_rows, top_task, &loop, s->run->progress);
+    return MOE_OK;
 }
 
 static void run_layer(stage *s, int32_t layer) {
@@ -411,11 +447,11 @@ moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, 
         moe_cpu_parallel_for(run->pool, parts, part_task, &loop, run->progress);
     else
         run_layers(&s);
-    run->job->combine_ns = s.combine_ns;
+    run->job->combine_ns += s.combine_ns;
     int64_t start_ns = moe_now_ns(moe_clock_real());
-    if (segment->index == c->num_moe_layers) logits(&s);
-    run->job->logits_ns = moe_now_ns(moe_clock_real()) - start_ns;
-    return MOE_OK;
+    if (segment->index == c->num_moe_layers) status = logits(&s, err);
+    run->job->logits_ns += moe_now_ns(moe_clock_real()) - start_ns;
+    return status;
 }
 
 int64_t moe_cpu_segment_multiply_adds(const moe_base *base, const moe_segment *segment) {

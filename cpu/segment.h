@@ -2,7 +2,8 @@
 #pragma once
 #include "cpu/base.h"
 
-/* Runs a segment as backend.h defines it, on a backend of that dtype. RESOURCE_EXHAUSTED: out of memory for attention scores. */
+/* Runs a segment as backend.h defines it, on a backend of that dtype. RESOURCE_EXHAUSTED: out of memory for attention scores or
+ * logits. */
 moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, const moe_cpu_run *run, const moe_base *base,
                                const moe_segment *segment, moe_error *err);
 

@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include "common/alloc.h"
+#include "common/backend_poll.h"
 #include "common/metrics.h"
 
 moe_status moe_batcher_init(moe_batcher *b, const moe_batcher_config *config, moe_error *err) {
@@ -76,6 +77,7 @@ static void on_job_done(moe_job *job) {
     /* The wake is inside the lock, so that whoever sees job_done may free batcher and transport. */
     pthread_mutex_lock(&b->mutex);
     b->job_done = true;
+    atomic_fetch_add(&b->jobs_ended, 1);
     if (!pthread_equal(pthread_self(), b->submitter)) b->config.transport->ops->wake(b->config.transport);
     pthread_cond_signal(&b->ended);
     pthread_mutex_unlock(&b->mutex);
@@ -189,16 +191,19 @@ static void end_running(moe_batcher *b) {
     answer_batch(b, batch, status, status == MOE_OK ? "" : err.message);
 }
 
+bool moe_batcher_polls(const moe_batcher *b) { return b->busy && b->config.backend->ops->poll; }
+
 bool moe_batcher_turn(moe_batcher *b) {
+    if (b->busy) moe_backend_poll(b->config.backend, &b->jobs_ended);
     if (b->busy && job_done(b)) end_running(b);
     fill_next(b);
     if (b->busy) {
         assemble_next(b);
-        return false;
+        return moe_batcher_polls(b);
     }
     start_next(b);
     if (b->busy && job_done(b)) end_running(b); /* it was computed inside the submission */
-    return !b->busy && b->num_queued > 0;
+    return moe_batcher_polls(b) || (!b->busy && b->num_queued > 0);
 }
 
 uint64_t moe_batcher_progress(const moe_batcher *b) {
@@ -206,6 +211,7 @@ uint64_t moe_batcher_progress(const moe_batcher *b) {
 }
 
 static void wait_for_job(moe_batcher *b) {
+    while (!job_done(b) && moe_backend_poll(b->config.backend, &b->jobs_ended)) continue;
     pthread_mutex_lock(&b->mutex);
     while (!b->job_done) pthread_cond_wait(&b->ended, &b->mutex);
     pthread_mutex_unlock(&b->mutex);

@@ -28,7 +28,8 @@ typedef struct moe_batcher {
     moe_job job;
     pthread_mutex_t mutex;
     pthread_cond_t ended;
-    bool job_done;       /* guarded by mutex */
+    bool job_done; /* guarded by mutex */
+    _Atomic uint64_t jobs_ended;
     pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
 
     uint64_t ticks; /* of jobs that ended */
@@ -47,6 +48,9 @@ moe_status moe_batcher_add(moe_batcher *batcher, const moe_forward_call *decoded
 
 /* Answers what has ended, begins what can begin. True where there is more to do at once. */
 bool moe_batcher_turn(moe_batcher *batcher);
+
+/* Its job ends only when the backend is polled: the loop must not sleep. */
+bool moe_batcher_polls(const moe_batcher *batcher);
 
 /* Rises while anything is computed. */
 uint64_t moe_batcher_progress(const moe_batcher *batcher);

@@ -20,6 +20,10 @@ moe_status moe_worker_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error 
     if (peer->model_digest != 0 && peer->model_digest != w->config.model->digest)
         return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s has model %016" PRIx64 ", not %016" PRIx64, w->config.id,
                         w->config.model->digest, peer->model_digest);
+    const char *own = w->config.backend->ops->profile(w->config.backend);
+    if (!moe_profiles_share_dtype(peer->profile, own))
+        return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s computes as %s, not as %s; give both the same --dtype",
+                        w->config.id, own, peer->profile);
     for (int32_t i = 0; i < w->num_routers; i++)
         if (w->routers[i] == peer->peer) return MOE_OK;
     if (strcmp(peer->claimed_role, "router") == 0 && w->num_routers < MOE_WORKER_MAX_ROUTERS)

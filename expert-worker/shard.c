@@ -23,6 +23,7 @@ void moe_shard_free(moe_shard *shard) {
         if (shard->experts[i].handle) free_expert(shard, &shard->experts[i]);
     }
     moe_free(shard->experts);
+    moe_free(shard->lent);
     *shard = (moe_shard){.experts = NULL};
 }
 
@@ -51,10 +52,19 @@ void moe_shard_drop(moe_shard *shard, int32_t layer, int32_t expert) {
     moe_held_expert *held = moe_shard_at(shard, layer, expert);
     shard->num_held--;
     shard->holdings++;
-    if (held->users > 0)
+    if (held->users > 0 || shard->lent)
         held->dropping = true;
     else
         free_expert(shard, held);
+}
+
+moe_expert *const *moe_shard_lend(moe_shard *shard) {
+    size_t count = (size_t)shard->model->config.num_moe_layers * (size_t)shard->model->config.num_experts;
+    if (count == 0 || (size_t)shard->num_held != count) return NULL;
+    if (shard->lent) return shard->lent;
+    shard->lent = moe_calloc(count, sizeof(moe_expert *));
+    for (size_t i = 0; shard->lent && i < count; i++) shard->lent[i] = shard->experts[i].handle;
+    return shard->lent;
 }
 
 void moe_shard_use(moe_shard *shard, int32_t layer, int32_t expert, int32_t rows) {
@@ -68,5 +78,5 @@ void moe_shard_use(moe_shard *shard, int32_t layer, int32_t expert, int32_t rows
 void moe_shard_release(moe_shard *shard, int32_t layer, int32_t expert) {
     moe_held_expert *held = moe_shard_at(shard, layer, expert);
     MOE_ASSERT(held->users > 0);
-    if (--held->users == 0 && held->dropping) free_expert(shard, held);
+    if (--held->users == 0 && held->dropping && !shard->lent) free_expert(shard, held);
 }

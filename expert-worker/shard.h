@@ -18,6 +18,7 @@ typedef struct moe_shard {
     int32_t num_held;
     int64_t bytes;     /* of the experts that are not freed yet */
     uint64_t holdings; /* rises whenever what it holds changes; never 0 */
+    moe_expert **lent; /* [num_moe_layers, num_experts], owned; NULL until moe_shard_lend */
 } moe_shard;
 
 /* RESOURCE_EXHAUSTED. */
@@ -42,6 +43,9 @@ void moe_shard_adopt(moe_shard *shard, int32_t layer, int32_t expert, const moe_
 
 /* Frees the expert, or marks it to be freed by its last user. Nothing where it is not held. */
 void moe_shard_drop(moe_shard *shard, int32_t layer, int32_t expert);
+
+/* The handles of all experts; NULL where one is not held, or when out of memory. From then on none is freed before the shard. */
+moe_expert *const *moe_shard_lend(moe_shard *shard);
 
 /* A call that needs the held expert for `rows` rows begins, and ends. */
 void moe_shard_use(moe_shard *shard, int32_t layer, int32_t expert, int32_t rows);

@@ -13,9 +13,10 @@ typedef struct moe_worker_status {
     uint64_t pid; /* 0: unknown */
     char host[MOE_STATUS_NAME_BYTES];
     char endpoint[MOE_ENDPOINT_BYTES];
-    const char *state; /* literal: "up", "suspect", "down", "joining" */
-    uint32_t experts;  /* replicas it holds, over all layers */
-    double load;       /* share of the expert rows routed, decayed: 0 … 1 */
+    char profile[MOE_STATUS_NAME_BYTES]; /* numeric */
+    const char *state;                   /* literal: "up", "suspect", "down", "joining" */
+    uint32_t experts;                    /* replicas it holds, over all layers */
+    double load;                         /* share of the expert rows routed, decayed: 0 … 1 */
     uint64_t incarnation;
 } moe_worker_status;
 

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/backend_poll.h"
 #include "common/elements.h"
 #include "common/log.h"
 #include "common/metrics.h"
@@ -144,12 +145,23 @@ moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe
     return status;
 }
 
-/* Base-layer work that is under way must end before its memory goes. With every call cancelled only segments are left. */
-static void await_segments(moe_engine *e) {
+static bool job_outstanding(const micro_batch *b) {
+    return (b->state == BATCH_SEGMENT || b->state == BATCH_LOCAL) && !atomic_load(&b->job_done);
+}
+
+/* Where the backend is polled and has jobs of ours: lets them end. True: the step must not sleep. */
+static bool poll_jobs(moe_engine *e) {
+    bool outstanding = false;
+    for (int32_t i = 0; i < e->config.micro_batches; i++) outstanding = outstanding || job_outstanding(&e->batches[i]);
+    return outstanding && moe_backend_poll(e->config.backend, &e->jobs_ended);
+}
+
+/* Jobs that are under way must end before their memory goes. With every call cancelled only the router's own are left. */
+static void await_jobs(moe_engine *e) {
     for (int32_t i = 0; e->channels && i < e->config.micro_batches; i++) {
         micro_batch *b = &e->batches[i];
-        while (b->state == BATCH_SEGMENT && !atomic_load(&b->job_done))
-            if (moe_rpc_step(e->channels[0].rpc, engine_now(e) + MOE_ENGINE_IDLE_NS, NULL) != MOE_OK) break;
+        while (job_outstanding(b))
+            if (!poll_jobs(e) && moe_rpc_step(e->channels[0].rpc, engine_now(e) + MOE_ENGINE_IDLE_NS, NULL) != MOE_OK) break;
         if (b->state == BATCH_EXPERTS) dispatch_cancel(b);
         placed_map_unref(e, &b->map);
         b->state = BATCH_IDLE;
@@ -169,7 +181,7 @@ void moe_engine_free(moe_engine **engine) {
     *engine = NULL;
     if (!e) return;
     moe_engine_stop(e);
-    if (e->batches) await_segments(e);
+    if (e->batches) await_jobs(e);
     inbox_take(e);
     close_all(e, &e->running);
     close_all(e, &e->waiting);
@@ -179,6 +191,7 @@ void moe_engine_free(moe_engine **engine) {
     scratch_free(&e->scratch);
     moe_sampler_free(&e->sampler);
     moe_kv_blocks_destroy(&e->blocks);
+    if (e->local) e->config.backend->ops->local_free(e->config.backend, e->local);
     if (e->kv) e->config.backend->ops->kv_free(e->config.backend, e->kv);
     if (e->base) e->config.backend->ops->base_free(e->config.backend, e->base);
     void *const owned[] = {e->loads, e->worker_loads, e->batches, e->running.items, e->waiting.items, e->channels, e->cancels};
@@ -212,15 +225,16 @@ static int64_t sleep_until(const moe_engine *e, int64_t deadline_ns) {
 
 static bool computing(const moe_engine *e) {
     for (int32_t i = 0; i < e->config.micro_batches; i++)
-        if (e->batches[i].state == BATCH_SEGMENT) return true;
+        if (e->batches[i].state == BATCH_SEGMENT || e->batches[i].state == BATCH_LOCAL) return true;
     return false;
 }
 
 moe_status moe_engine_step(moe_engine *e, int64_t deadline_ns, moe_error *err) {
     moe_status status = MOE_OK;
     e->channels[0].transport->computing = computing(e);
+    int64_t until_ns = poll_jobs(e) ? 0 : sleep_until(e, deadline_ns);
     for (int32_t i = 0; i < e->config.num_transports && status == MOE_OK; i++)
-        status = moe_rpc_step(e->channels[i].rpc, i == 0 ? sleep_until(e, deadline_ns) : 0, err);
+        status = moe_rpc_step(e->channels[i].rpc, i == 0 ? until_ns : 0, err);
     inbox_take(e);
     workers_forgive(e, engine_now(e));
     while (advance_all(e)) continue;

@@ -34,6 +34,10 @@ typedef struct moe_engine_config {
     /* Of a worker in this process without a thread of its own (NULL: there is none): called in each step, before it sleeps; true
      * when it has more to do at once. What arrives for it must wake transports[0]. */
     bool (*step_local_worker)(void *ctx);
+    /* The table [num_moe_layers, num_experts] of that worker's experts, NULL where it does not hold all of them; for local steps.
+     * Called on the engine's thread. Table and experts stay until the engine was freed. NULL: layers are always sent to the
+     * worker one by one. */
+    moe_expert *const *(*local_experts)(void *ctx);
     void *local_worker;
 } moe_engine_config;
 

@@ -1,5 +1,6 @@
 /* The engine's own structures. A token's way through these files:
- *   inbox.c → scheduler.c → micro_batch.c (segments) → dispatch.c (plan, calls, retry) → micro_batch.c → sequence.c (sampling) */
+ *   inbox.c → scheduler.c → micro_batch.c (segments) → dispatch.c (plan, calls, retry) → micro_batch.c → sequence.c (sampling)
+ * or, with every expert in this process, scheduler.c → micro_batch.c (one local step, local_step.c) → sequence.c. */
 #pragma once
 #include <pthread.h>
 #include <stdatomic.h>
@@ -102,7 +103,7 @@ typedef struct expert_call {
 
 /* ---- micro-batches ---- */
 
-typedef enum micro_batch_state { BATCH_IDLE, BATCH_SEGMENT, BATCH_EXPERTS } micro_batch_state;
+typedef enum micro_batch_state { BATCH_IDLE, BATCH_SEGMENT, BATCH_EXPERTS, BATCH_LOCAL } micro_batch_state;
 
 typedef struct batch_sequence {
     sequence *seq;
@@ -125,6 +126,8 @@ struct micro_batch {
     int32_t num_logit_rows;
 
     moe_segment segment;
+    moe_local_step local; /* of a step that is one job */
+    int32_t *expert_rows; /* [num_moe_layers, num_experts] of that step; NULL where there are no local experts */
     moe_job job;
     _Atomic bool job_done;
     pthread_t submitter;                      /* of the job: needs no wake for what is done inside the submission */
@@ -135,6 +138,9 @@ struct micro_batch {
     float *combine_weights;                   /* [max rows, top_k] */
     int32_t *combine_counts;                  /* [max rows] */
     float *logits;                            /* [max logit rows, V] */
+    int32_t num_top;                          /* how many of a row's highest logits suffice; 0: all are needed */
+    int32_t *top_ids;                         /* [max logit rows, MOE_MAX_TOP_LOGITS], as is the next: of num_top each */
+    float *top_logits;
 
     expert_call *calls; /* [max_calls] */
     int32_t max_calls, calls_outstanding;
@@ -178,6 +184,8 @@ struct moe_engine {
     const moe_model_config *model;
     moe_dtype dtype, out_dtype; /* of activations and of expert outputs */
     moe_base *base;
+    moe_local *local;   /* NULL until the first local step */
+    bool local_refused; /* it could not be made */
     moe_kv *kv;
     moe_kv_blocks blocks;
     moe_sampler *sampler;
@@ -209,6 +217,7 @@ struct moe_engine {
 
     int64_t viewed_ns;
     bool view_dirty;
+    _Atomic uint64_t jobs_ended;
     bool local_work; /* the local worker has more to do at once */
     pthread_t thread;
     bool started;
@@ -223,8 +232,19 @@ void sequence_free(sequence **seq);
 void sequence_release_blocks(moe_engine *e, sequence *seq);
 /* Ends a sequence with an error event (status not OK) and frees it. It must be in no list and no micro-batch. */
 void sequence_close(moe_engine *e, sequence *seq, moe_status status, const char *message);
-/* Takes the logits of a computed micro-batch row range: records prompt logprobs, samples, emits. True when the sequence ended. */
-bool sequence_advance(moe_engine *e, sequence *seq, int32_t num_rows, const float *logits, int32_t num_logits);
+/* What a micro-batch computed for one sequence: rows of logits, or of the highest alone, as in moe_segment. */
+typedef struct logit_rows {
+    int32_t count;
+    const float *logits; /* [count, V]; NULL where num_top > 0 */
+    int32_t num_top;
+    const int32_t *top_ids;  /* [count, num_top] */
+    const float *top_logits; /* [count, num_top] */
+} logit_rows;
+
+/* Takes what was computed of num_rows tokens: records prompt logprobs, samples, emits. True when the sequence ended. */
+bool sequence_advance(moe_engine *e, sequence *seq, int32_t num_rows, const logit_rows *computed);
+/* How many of the highest logits its next token takes; 0: all are needed. */
+int32_t sequence_num_top(const moe_engine *e, const sequence *seq);
 void sequence_list_push(sequence_list *list, sequence *seq, bool front);
 void sequence_list_remove(sequence_list *list, const sequence *seq);
 
@@ -243,6 +263,10 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
 void micro_batch_destroy(micro_batch *b);
 void micro_batch_begin(micro_batch *b);
 bool micro_batch_advance(micro_batch *b); /* true when it moved */
+
+/* local_step.c */
+bool local_step_ready(moe_engine *e);    /* the next step can be one job */
+void local_step_observe(micro_batch *b); /* after that job: metrics and loads */
 
 /* dispatch.c */
 void dispatch_begin(micro_batch *b);             /* plans and sends this layer's calls */

@@ -10,6 +10,7 @@ static void job_done(moe_job *job) {
     micro_batch *b = job->owner;
     moe_engine *e = b->engine;
     bool inside_submit = pthread_equal(pthread_self(), b->submitter);
+    atomic_fetch_add(&e->jobs_ended, 1);
     atomic_store(&b->job_done, true); /* from here on the engine may use `b` anew */
     if (!inside_submit) moe_rpc_wake(e->channels[0].rpc);
 }
@@ -43,12 +44,18 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
     b->combine_weights = moe_calloc(rows * top_k, sizeof *b->combine_weights);
     b->combine_counts = moe_calloc(rows, sizeof *b->combine_counts);
     b->logits = backend->ops->host_alloc(backend, (size_t)e->max_logit_rows * moe_row_bytes(MOE_F32, e->model->vocab));
+    size_t tops = (size_t)e->max_logit_rows * MOE_MAX_TOP_LOGITS;
+    b->top_ids = backend->ops->host_alloc(backend, tops * sizeof *b->top_ids);
+    b->top_logits = backend->ops->host_alloc(backend, tops * sizeof *b->top_logits);
+    size_t experts = e->config.local_experts ? (size_t)e->model->num_moe_layers * (size_t)e->model->num_experts : 0;
+    if (experts) b->expert_rows = backend->ops->host_alloc(backend, experts * sizeof *b->expert_rows);
     b->calls = moe_calloc((size_t)b->max_calls, sizeof *b->calls);
     b->orphans = moe_calloc(rows * top_k, sizeof *b->orphans);
     bool routes = route_alloc(&b->route, rows * top_k) && route_alloc(&b->next_route, rows * top_k) &&
                   route_alloc(&b->spare_route, rows * top_k);
     if (!routes || !b->seqs || !b->views || !b->token_ids || !b->positions || !b->row_seq || !b->logit_rows || !b->activations ||
-        !b->expert_out || !b->combine_weights || !b->combine_counts || !b->logits || !b->calls || !b->orphans)
+        !b->expert_out || !b->combine_weights || !b->combine_counts || !b->logits || !b->top_ids || !b->top_logits ||
+        (experts && !b->expert_rows) || !b->calls || !b->orphans)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch of %zu rows", rows);
     return backend->ops->rows_create(backend, e->base, (int32_t)rows, &b->segment.rows, err);
 }
@@ -68,7 +75,7 @@ void micro_batch_destroy(micro_batch *b) {
     void *const owned[] = {b->seqs,       b->views,           b->token_ids,      b->positions, b->row_seq,
                            b->logit_rows, b->combine_weights, b->combine_counts, b->calls,     b->orphans};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
-    void *const of_backend[] = {b->activations, b->expert_out, b->logits};
+    void *const of_backend[] = {b->activations, b->expert_out, b->logits, b->top_ids, b->top_logits, b->expert_rows};
     for (size_t i = 0; i < sizeof of_backend / sizeof *of_backend; i++)
         e->config.backend->ops->host_free(e->config.backend, of_backend[i]);
 }
@@ -85,11 +92,10 @@ static moe_route_source next_source(const moe_engine *e) {
     }
 }
 
-static void submit_segment(micro_batch *b, int32_t index) {
+/* What all segments of a step have in common. */
+static void describe_step(micro_batch *b) {
     moe_engine *e = b->engine;
     moe_segment *s = &b->segment;
-    bool last_moe = index >= e->model->num_moe_layers - 1;
-    s->index = index;
     s->num_rows = b->num_rows;
     s->kv = e->kv;
     s->token_ids = b->token_ids;
@@ -99,19 +105,41 @@ static void submit_segment(micro_batch *b, int32_t index) {
     s->num_views = b->num_seqs;
     s->combine = (moe_combine){b->expert_out, e->out_dtype, b->combine_weights, b->combine_counts};
     s->activations = b->activations;
+    s->logit_rows = b->logit_rows;
+    s->num_logit_rows = b->num_logit_rows;
+    s->logits = b->num_top ? NULL : b->logits;
+    s->num_top = b->num_top;
+    s->top_ids = b->top_ids;
+    s->top_logits = b->top_logits;
+}
+
+static void begin_job(micro_batch *b, micro_batch_state state) {
+    b->job = (moe_job){.done = job_done, .owner = b};
+    b->stage_began_ns = engine_now(b->engine);
+    b->state = state;
+    b->submitter = pthread_self();
+    atomic_store(&b->job_done, false);
+}
+
+static void submit_segment(micro_batch *b, int32_t index) {
+    moe_engine *e = b->engine;
+    moe_segment *s = &b->segment;
+    bool last_moe = index >= e->model->num_moe_layers - 1;
+    s->index = index;
     s->want_gate = e->config.gating != MOE_GATING_PRE_GATE || index == 0;
     s->route = b->route;
     s->want_next = last_moe ? MOE_ROUTE_NONE : next_source(e);
     s->next = b->spare_route;
-    s->logit_rows = b->logit_rows;
-    s->num_logit_rows = b->num_logit_rows;
-    s->logits = b->logits;
-    b->job = (moe_job){.done = job_done, .owner = b};
-    b->stage_began_ns = engine_now(e);
-    b->state = BATCH_SEGMENT;
-    b->submitter = pthread_self();
-    atomic_store(&b->job_done, false);
+    begin_job(b, BATCH_SEGMENT);
     e->config.backend->ops->segment_submit(e->config.backend, e->base, s, &b->job);
+}
+
+static void submit_local(micro_batch *b) {
+    moe_engine *e = b->engine;
+    b->local = (moe_local_step){
+        .segment = b->segment, .pre_gate = e->config.gating == MOE_GATING_PRE_GATE, .expert_rows = b->expert_rows};
+    begin_job(b, BATCH_LOCAL);
+    e->config.backend->ops->local_submit(e->config.backend, e->base, e->local, &b->local, &b->job);
 }
 
 void micro_batch_begin(micro_batch *b) {
@@ -120,7 +148,11 @@ void micro_batch_begin(micro_batch *b) {
     b->have_next_route = false;
     if (e->map) b->map = placed_map_ref(e->map);
     moe_metric_observe_count(MOE_METRIC_STEP_TOKENS, b->num_rows);
-    submit_segment(b, 0);
+    describe_step(b);
+    if (local_step_ready(e))
+        submit_local(b);
+    else
+        submit_segment(b, 0);
 }
 
 /* How many of the experts that the gate chose had been predicted one layer ahead. */
@@ -158,8 +190,12 @@ static void finish(micro_batch *b, bool computed) {
         sequence *seq = bs->seq;
         seq->in_flight = NULL;
         if (!computed || seq->ended != MOE_OK) continue;
-        const float *logits = b->logits + (int64_t)bs->first_logit * e->model->vocab;
-        if (!sequence_advance(e, seq, bs->num_rows, logits, bs->num_logits)) continue;
+        const logit_rows rows = {.count = bs->num_logits,
+                                 .logits = b->num_top ? NULL : b->logits + (int64_t)bs->first_logit * e->model->vocab,
+                                 .num_top = b->num_top,
+                                 .top_ids = b->top_ids + (int64_t)bs->first_logit * b->num_top,
+                                 .top_logits = b->top_logits + (int64_t)bs->first_logit * b->num_top};
+        if (!sequence_advance(e, seq, bs->num_rows, &rows)) continue;
         sequence_list_remove(&e->running, seq);
         sequence_release_blocks(e, seq);
         sequence_free(&seq);
@@ -188,11 +224,21 @@ static void observe_segment(const micro_batch *b) {
         moe_metric_observe_ns(MOE_METRIC_STAGE_LOGITS, attention_ns + job->logits_ns);
 }
 
+static void end_if_failed(micro_batch *b) {
+    if (b->job.status == MOE_OK) return;
+    for (int32_t i = 0; i < b->num_seqs; i++) scheduler_end(b->engine, b->seqs[i].seq, b->job.status, b->job.message);
+}
+
+static void local_finished(micro_batch *b) {
+    local_step_observe(b);
+    end_if_failed(b);
+    finish(b, !all_ended(b));
+}
+
 static void segment_finished(micro_batch *b) {
     moe_engine *e = b->engine;
     observe_segment(b);
-    if (b->job.status != MOE_OK)
-        for (int32_t i = 0; i < b->num_seqs; i++) scheduler_end(e, b->seqs[i].seq, b->job.status, b->job.message);
+    end_if_failed(b);
     if (all_ended(b)) {
         finish(b, false);
     } else if (b->segment.index == e->model->num_moe_layers) {
@@ -214,6 +260,10 @@ bool micro_batch_advance(micro_batch *b) {
         case BATCH_SEGMENT:
             if (!atomic_load(&b->job_done)) return false;
             segment_finished(b);
+            return true;
+        case BATCH_LOCAL:
+            if (!atomic_load(&b->job_done)) return false;
+            local_finished(b);
             return true;
         case BATCH_EXPERTS:
             if (all_ended(b)) {

@@ -55,10 +55,14 @@ static void ban(moe_sampler *s, const int32_t *ids, int32_t count) {
         if (ids[i] >= 0 && ids[i] < s->vocab) s->logits[ids[i]] = -INFINITY;
 }
 
+static bool has_penalties(const moe_sampling_params *p) {
+    return p->repetition_penalty != 1.0f || p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f;
+}
+
 static void apply_penalties(moe_sampler *s, const moe_sample_input *in) {
     const moe_sampling_params *p = in->params;
-    bool repetition = p->repetition_penalty != 1.0f, output = p->presence_penalty != 0.0f || p->frequency_penalty != 0.0f;
-    if (!repetition && !output) return;
+    bool repetition = p->repetition_penalty != 1.0f;
+    if (!has_penalties(p)) return;
     for (int32_t i = 0; i < in->num_tokens; i++) {
         int32_t id = in->tokens[i];
         if (i >= in->num_prompt) s->counts[id]++;
@@ -74,9 +78,8 @@ static void apply_penalties(moe_sampler *s, const moe_sample_input *in) {
     }
 }
 
-#define SCAN_LANES                                                                                              \
-    16 /* maxima kept side by side, so that the compiler can use vectors: done for every token of every request \
-        */
+/* Maxima kept side by side, so that the compiler can use vectors: done for every token of every request. */
+#define SCAN_LANES 16
 
 /* *max: the greatest logit. False where one is NaN or +infinity. */
 static bool scan_logits(const float *logits, int32_t count, float *max) {
@@ -168,12 +171,20 @@ static int32_t select_first(candidate *c, int32_t count, double need, bool weigh
     return hi;
 }
 
-/* The tokens that are not ruled out, by ascending id, or the top_k likeliest of them in no order. */
-static int32_t gather_candidates(moe_sampler *s, int32_t top_k) {
-    int32_t count = 0;
+/* The tokens that are not ruled out, by ascending id, or the top_k likeliest of them: few in their order, so that the sums over
+ * them do not depend on where they come from, many in none. */
+static int32_t gather_candidates(moe_sampler *s, const moe_sample_input *in) {
+    int32_t count = 0, top_k = in->params->top_k;
+    if (!in->logits) {
+        for (; count < in->num_top && count < top_k; count++)
+            s->candidates[count] = (candidate){.logit = in->top_logits[count], .id = in->top_ids[count]};
+        return count;
+    }
     for (int32_t i = 0; i < s->vocab; i++)
         if (s->logits[i] != -INFINITY) s->candidates[count++] = (candidate){.logit = s->logits[i], .id = i};
-    return top_k > 0 && top_k < count ? select_first(s->candidates, count, top_k, false) : count;
+    if (top_k > 0 && top_k < count) count = select_first(s->candidates, count, top_k, false);
+    if (top_k > 0 && top_k <= MOE_MAX_TOP_LOGITS) qsort(s->candidates, (size_t)count, sizeof *s->candidates, by_logit);
+    return count;
 }
 
 /* Fills in the weights; returns their sum. */
@@ -200,8 +211,30 @@ static double uniform(uint64_t seed, int32_t output_index) {
     return (double)(bits >> 11) * 0x1.0p-53;
 }
 
+static int by_id(const void *a, const void *b) {
+    const candidate *x = a, *y = b;
+    return (x->id > y->id) - (x->id < y->id);
+}
+
+/* As `draw`, without passing over the whole vocabulary: the additions are the same but for zeros. */
+static int32_t draw_of_few(candidate *c, int32_t count, double u) {
+    qsort(c, (size_t)count, sizeof *c, by_id);
+    double sum = 0;
+    for (int32_t i = 0; i < count; i++) sum += c[i].weight;
+    double left = u * sum;
+    int32_t drawn = -1;
+    for (int32_t i = 0; i < count; i++) {
+        if (c[i].weight == 0) continue;
+        drawn = c[i].id;
+        if (left < c[i].weight) break;
+        left -= c[i].weight;
+    }
+    return drawn;
+}
+
 /* Walks the candidates by ascending id, whatever order selecting left them in. */
 static int32_t draw(moe_sampler *s, int32_t count, double u) {
+    if (count <= MOE_MAX_TOP_LOGITS) return draw_of_few(s->candidates, count, u);
     memset(s->weights, 0, (size_t)s->vocab * sizeof *s->weights);
     for (int32_t i = 0; i < count; i++) s->weights[s->candidates[i].id] = s->candidates[i].weight;
     double sum = 0;
@@ -219,7 +252,7 @@ static int32_t draw(moe_sampler *s, int32_t count, double u) {
 
 static int32_t sample(moe_sampler *s, const moe_sample_input *in, float max) {
     const moe_sampling_params *p = in->params;
-    int32_t count = gather_candidates(s, p->top_k);
+    int32_t count = gather_candidates(s, in);
     double sum = weigh(s, count, max, p->temperature);
     if (p->top_p < 1.0f) count = select_first(s->candidates, count, (double)p->top_p * sum, true);
     if (p->min_p > 0.0f) count = drop_below(s->candidates, count, p->min_p); /* the likeliest weighs 1 */
@@ -231,8 +264,20 @@ static bool below_min_tokens(const moe_sample_input *in) { return in->num_tokens
 /* False where adjust_logits would only copy. */
 static bool is_adjusted(const moe_sample_input *in) {
     const moe_sampling_params *p = in->params;
-    return in->num_logit_bias > 0 || below_min_tokens(in) || p->repetition_penalty != 1.0f || p->presence_penalty != 0.0f ||
-           p->frequency_penalty != 0.0f;
+    return in->num_logit_bias > 0 || below_min_tokens(in) || has_penalties(p);
+}
+
+int32_t moe_sampler_num_top(const moe_sample_input *in) {
+    const moe_sampling_params *p = in->params;
+    if (is_adjusted(in) || p->logprobs >= 0) return 0;
+    if (p->temperature == 0.0f) return 1;
+    return p->top_k <= MOE_MAX_TOP_LOGITS ? p->top_k : 0;
+}
+
+static moe_status sample_of_top(moe_sampler *s, const moe_sample_input *in, int32_t *token, moe_error *err) {
+    if (in->num_top < 1 || in->top_ids[0] < 0) return moe_fail(err, MOE_INTERNAL, "a logit is not finite");
+    *token = in->params->temperature == 0.0f ? in->top_ids[0] : sample(s, in, in->top_logits[0]);
+    return MOE_OK;
 }
 
 /* s->logits = the raw logits with everything applied that comes before the temperature. */
@@ -270,6 +315,7 @@ static moe_status choose(moe_sampler *s, const moe_sample_input *in, float max, 
 moe_status moe_sampler_sample(moe_sampler *s, const moe_sample_input *in, int32_t *token, moe_token_logprobs *logprobs,
                               moe_error *err) {
     float max;
+    if (!in->logits) return sample_of_top(s, in, token, err);
     moe_status status = check_logits(in->logits, s->vocab, &max, err);
     if (status == MOE_OK) status = choose(s, in, max, token, err);
     if (status != MOE_OK || in->params->logprobs < 0) return status;

@@ -119,11 +119,24 @@ static void add_ready(moe_engine *e, micro_batch *b, bool decoding, int32_t shar
     }
 }
 
+/* The most that any row's next token takes of the highest logits; 0: some row needs all. */
+static int32_t num_top(const moe_engine *e, const micro_batch *b) {
+    int32_t most = 1;
+    for (int32_t i = 0; i < b->num_seqs; i++) {
+        if (b->seqs[i].num_logits == 0) continue;
+        int32_t wanted = sequence_num_top(e, b->seqs[i].seq);
+        if (wanted == 0) return 0;
+        if (wanted > most) most = wanted;
+    }
+    return most < e->model->vocab ? most : e->model->vocab;
+}
+
 bool scheduler_fill(moe_engine *e, micro_batch *b) {
     admit(e);
     b->num_seqs = b->num_rows = b->num_logit_rows = 0;
     int32_t share = (e->running.count + e->config.micro_batches - 1) / e->config.micro_batches;
     add_ready(e, b, true, share);
     add_ready(e, b, false, share);
+    b->num_top = num_top(e, b);
     return b->num_rows > 0;
 }

@@ -90,17 +90,17 @@ void sequence_close(moe_engine *e, sequence *seq, moe_status status, const char 
     sequence_free(&seq);
 }
 
-/* The first rows of `logits` belong to prompt positions, in order; returns how many, or -1 where the sequence ended with an
+/* The first rows of logits belong to prompt positions, in order; returns how many, or -1 where the sequence ended with an
  * error. */
-static int32_t record_prompt_logprobs(moe_engine *e, sequence *seq, const float *logits, int32_t num_logits, bool sampled_row) {
+static int32_t record_prompt_logprobs(moe_engine *e, sequence *seq, const logit_rows *computed, bool sampled_row) {
     if (!seq->prompt_logprobs) return 0;
-    int32_t rows = num_logits - (sampled_row ? 1 : 0);
+    int32_t rows = computed->count - (sampled_row ? 1 : 0);
     for (int32_t i = 0; i < rows; i++) {
         int32_t target = seq->tokens[seq->num_prompt_logprobs + 1];
         moe_token_logprobs *out = &seq->prompt_logprobs[seq->num_prompt_logprobs++];
         moe_error err;
-        if (moe_sampler_logprobs(e->sampler, logits + (int64_t)i * e->model->vocab, target, seq->sampling.prompt_logprobs, out,
-                                 &err) != MOE_OK) {
+        if (moe_sampler_logprobs(e->sampler, computed->logits + (int64_t)i * e->model->vocab, target,
+                                 seq->sampling.prompt_logprobs, out, &err) != MOE_OK) {
             scheduler_end(e, seq, err.code, err.message);
             return -1;
         }
@@ -130,10 +130,8 @@ static void observe_token(const moe_engine *e, sequence *seq) {
     moe_metric_add(MOE_METRIC_GENERATED_TOKENS, 1);
 }
 
-/* Samples one token and emits its event; true when it was the last. */
-static bool sample(moe_engine *e, sequence *seq, const float *logits) {
-    moe_sample_input input = {.logits = logits,
-                              .params = &seq->sampling,
+static moe_sample_input sample_input(const moe_engine *e, const sequence *seq) {
+    return (moe_sample_input){.params = &seq->sampling,
                               .logit_bias = seq->logit_bias,
                               .num_logit_bias = seq->num_logit_bias,
                               .tokens = seq->tokens,
@@ -141,6 +139,20 @@ static bool sample(moe_engine *e, sequence *seq, const float *logits) {
                               .num_tokens = seq->num_tokens,
                               .eos_ids = e->config.model->generation.eos_ids,
                               .num_eos = e->config.model->generation.num_eos};
+}
+
+int32_t sequence_num_top(const moe_engine *e, const sequence *seq) {
+    moe_sample_input input = sample_input(e, seq);
+    return seq->prompt_logprobs ? 0 : moe_sampler_num_top(&input);
+}
+
+/* Samples one token from row `row` and emits its event; true when it was the last. */
+static bool sample(moe_engine *e, sequence *seq, const logit_rows *computed, int32_t row) {
+    moe_sample_input input = sample_input(e, seq);
+    if (computed->num_top == 0) input.logits = computed->logits + (int64_t)row * e->model->vocab;
+    input.num_top = computed->num_top;
+    input.top_ids = computed->top_ids + (int64_t)row * computed->num_top;
+    input.top_logits = computed->top_logits + (int64_t)row * computed->num_top;
     moe_token_logprobs logprobs;
     moe_error err;
     int32_t token;
@@ -157,16 +169,16 @@ static bool sample(moe_engine *e, sequence *seq, const float *logits) {
     return output.finish != MOE_FINISH_NONE;
 }
 
-bool sequence_advance(moe_engine *e, sequence *seq, int32_t num_rows, const float *logits, int32_t num_logits) {
+bool sequence_advance(moe_engine *e, sequence *seq, int32_t num_rows, const logit_rows *computed) {
     if (seq->num_computed < seq->num_prompt) {
         int32_t left = seq->num_prompt - seq->num_computed;
         moe_metric_add(MOE_METRIC_PROMPT_TOKENS, num_rows < left ? num_rows : left);
     }
     seq->num_computed += num_rows;
     bool complete = seq->num_computed == seq->num_tokens, samples = complete && seq->sampling.max_tokens > 0;
-    int32_t used = record_prompt_logprobs(e, seq, logits, num_logits, samples);
+    int32_t used = record_prompt_logprobs(e, seq, computed, samples);
     if (used < 0) return false; /* reaped */
-    if (samples) return sample(e, seq, logits + (int64_t)used * e->model->vocab);
+    if (samples) return sample(e, seq, computed, used);
     if (!complete) return false;
     moe_output output = {.text = "", .finish = MOE_FINISH_LENGTH, .stop_token_id = -1};
     emit(e, seq, &output);

@@ -80,6 +80,7 @@ static void fill_workers(const moe_cluster_status *status, status_arrays *a) {
         to->pid = from->pid;
         to->host = from->host;
         to->endpoint = from->endpoint;
+        to->profile = from->profile;
         to->state = (char *)from->state;
         to->experts = from->experts;
         to->load = from->load;

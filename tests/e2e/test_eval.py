@@ -33,4 +33,17 @@ def eval_pre_gate():
     evaluate("pre-gate")
 
 
-main([eval_gate, eval_pre_gate])
+def eval_bfloat16():
+    """Loss of the bfloat16 profile within 0.3 % of float32's, on a sample."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        run = subprocess.run([os.path.join(BIN, "moesaic"), "eval", DEMO, "--data", os.path.join(ROOT, "tests/data/valid.jsonl"),
+                              "--limit", "40", "--dtype", dtype], capture_output=True, text=True, timeout=600)
+        check(run.returncode == 0, f"eval --dtype {dtype} ended with {run.returncode}: {run.stderr[-2000:]}")
+        losses[dtype] = json.loads(run.stdout)["loss"]
+    print(f"figure: eval, 40 texts: loss {losses['float32']:.5f} in float32, {losses['bfloat16']:.5f} in bfloat16")
+    check(losses["bfloat16"] != losses["float32"], "both profiles give the same loss")
+    check(abs(losses["bfloat16"] / losses["float32"] - 1) < 3e-3, f"losses {losses}")
+
+
+main([eval_bfloat16, eval_gate, eval_pre_gate])

@@ -34,6 +34,7 @@ def shape(*args, workers):
 
 
 SHAPES = [shape("--gating", gating, workers=0) for gating in ("gate", "hint", "pre-gate")]
+SHAPES += [shape("--gating", gating, "--local-steps", "off", workers=0) for gating in ("gate", "pre-gate")]
 for number, (gating, (workers, replicas)) in enumerate(itertools.product(("gate", "pre-gate"), ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2)))):
     placement = ("balanced", f"random:{number}")[number % 2]
     combine = ("exact", "partial")[number // 2 % 2]

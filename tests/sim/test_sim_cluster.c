@@ -7,12 +7,15 @@
 
 #include <cmocka.h>
 #include <jansson.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "common/log.h"
+#include "common/metrics.h"
 #include "cpu/cpu.h"
+#include "tests/support/polled_backend.h"
 #include "tests/support/sim_cluster.h"
 
 #define FIXTURE SOURCE_DIR "/tests/data/checkpoints/qwen3_moe"
@@ -268,11 +271,170 @@ static void test_a_seed_replays_exactly(void **state) {
     assert_int_equal(ended[0], ended[1]);
 }
 
+/* The bfloat16 profile: half the bytes, and the same tokens wherever the experts are. */
+static void test_bfloat16(void **state) {
+    (void)state;
+    moe_backend *backend;
+    moe_error err;
+    assert_int_equal(moe_cpu_open(&(moe_cpu_config){.dtype = MOE_BF16}, &backend, &err), MOE_OK);
+    for (int mode = MOE_COMBINE_EXACT; mode <= MOE_COMBINE_PARTIAL; mode++) {
+        int64_t sent[3], received[3];
+        int32_t tokens[2][GREEDY_TOKENS];
+        for (int run = 0; run < 3; run++) { /* float32, bfloat16, bfloat16 with all experts at one worker */
+            sim_config config = base_config(5);
+            config.combine = (moe_combine_mode)mode;
+            config.replicas = 1;
+            if (run > 0) config.backend = backend;
+            if (run == 2) config.workers = 1;
+            sim_cluster *sim = sim_new(&config);
+            sent[run] = moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_SENT);
+            received[run] = moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED);
+            submit(sim, 1);
+            assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+            sent[run] = moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_SENT) - sent[run];
+            received[run] = moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED) - received[run];
+            assert_int_equal(sim->requests[0].num_tokens, GREEDY_TOKENS);
+            if (run > 0) memcpy(tokens[run - 1], sim->requests[0].tokens, sizeof tokens[0]);
+            sim_free(&sim);
+        }
+        assert_true(sent[0] > 0 && received[0] > 0 && sent[2] < sent[1]);
+        if (mode == MOE_COMBINE_EXACT) { /* tokens, and with them routes, may differ between profiles: rows out do not */
+            assert_int_equal(received[0], received[1]);
+            assert_memory_equal(tokens[0], tokens[1], sizeof tokens[0]);
+        } else {
+            assert_in_range(received[0], received[1] * 19 / 10, received[1] * 21 / 10);
+        }
+        assert_in_range(sent[0], sent[1] * 19 / 10, sent[1] * 21 / 10);
+    }
+    backend->ops->close(backend);
+}
+
+/* Jobs that end only when they are polled, of router and workers, also while all is being taken down. */
+static void test_polled_backend(void **state) {
+    (void)state;
+    static const int polls[] = {1, 2, 50};
+    for (int i = 0; i < 3; i++) {
+        moe_polled_backend polled;
+        sim_config config = base_config(9);
+        moe_polled_init(&polled, fx.backend, polls[i]);
+        config.backend = &polled.base;
+        sim_cluster *sim = sim_new(&config);
+        submit(sim, REQUESTS);
+        assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
+        assert_int_equal(check_oracles(sim), REQUESTS);
+        assert_true(polled.num_ended > GREEDY_TOKENS && polled.num_polls >= polled.num_ended * polls[i]);
+        submit(sim, REQUESTS);
+        for (int n = 0; n < 20 || polled.num_jobs == 0; n++) sim_run(sim, 1); /* a step each */
+        sim_free(&sim);
+        assert_int_equal(polled.num_jobs, 0);
+    }
+}
+
+/* How the rows of each layer fall on its experts: loads decay with time, shares do not. */
+static void expert_shares(const sim_cluster *sim, double *shares) {
+    const moe_model_config *c = &sim->config.model->config;
+    moe_engine_get_loads(sim->engine, shares);
+    for (int32_t l = 0; l < c->num_moe_layers; l++) {
+        double sum = 0;
+        for (int32_t e = 0; e < c->num_experts; e++) sum += shares[l * c->num_experts + e];
+        assert_true(sum > 0);
+        for (int32_t e = 0; e < c->num_experts; e++) shares[l * c->num_experts + e] /= sum;
+    }
+}
+
+/* Whole steps in one job: the same tokens and loads as over messages, and no message. */
+static void test_local_steps(void **state) {
+    (void)state;
+    double shares[2][256];
+    assert_in_range(fx.model->config.num_moe_layers * fx.model->config.num_experts, 1, 256);
+    for (int i = 0; i < 4; i++) {
+        moe_polled_backend polled;
+        sim_config config = base_config(10);
+        config.workers = config.replicas = 1;
+        config.local = i > 0;
+        config.max_num_batched_tokens = i == 2 ? 7 : 64;
+        config.micro_batches = i == 2 ? 1 : 2;
+        config.gating = i == 3 ? MOE_GATING_HINT : MOE_GATING_GATE; /* hints are counted between segments */
+        moe_polled_init(&polled, fx.backend, 2);
+        config.backend = &polled.base;
+        sim_cluster *sim = sim_new(&config);
+        int64_t calls = moe_metric_value(MOE_METRIC_EXPERT_CALLS);
+        submit(sim, REQUESTS);
+        assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
+        assert_int_equal(check_oracles(sim), REQUESTS);
+        bool local = i == 1 || i == 2;
+        assert_int_equal(moe_metric_value(MOE_METRIC_EXPERT_CALLS) == calls, local);
+        assert_int_equal(polled.num_local > 0, local);
+        expert_shares(sim, shares[i > 0]);
+        for (int e = 0; i == 1 && e < fx.model->config.num_moe_layers * fx.model->config.num_experts; e++)
+            assert_true(fabs(shares[0][e] - shares[1][e]) < 1e-3);
+        sim_free(&sim);
+    }
+}
+
+/* A row that is not finite ends its own request alone; a cancelled request ends with its step. */
+static void test_local_step_failures(void **state) {
+    (void)state;
+    moe_polled_backend polled;
+    sim_config config = base_config(11);
+    config.workers = config.replicas = config.micro_batches = 1;
+    config.local = true;
+    moe_polled_init(&polled, fx.backend, 2);
+    config.backend = &polled.base;
+    sim_cluster *sim = sim_new(&config);
+    polled.spoil_local = 5;
+    submit(sim, 3);
+    for (int32_t i = 0; i < 1000 && sim->requests[2].num_tokens < 2; i++) sim_run(sim, 1);
+    moe_engine_cancel(sim->engine, sim->requests[2].id);
+    assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
+    assert_int_equal(sim->requests[0].finish, MOE_FINISH_ERROR);
+    assert_int_equal(sim->requests[0].status, MOE_INTERNAL);
+    assert_non_null(strstr(sim->requests[0].message, "not finite"));
+    assert_in_range(sim->requests[0].num_tokens, 1, GREEDY_TOKENS - 1);
+    assert_int_equal(sim->requests[1].num_tokens, GREEDY_TOKENS);
+    assert_memory_equal(sim->requests[1].tokens, fx.greedy, sizeof fx.greedy);
+    assert_int_equal(sim->requests[2].status, MOE_CANCELLED);
+    assert_in_range(sim->requests[2].num_tokens, 2, 4);
+    sim_free(&sim);
+}
+
+static void test_profiles_are_not_mixed(void **state) {
+    (void)state;
+    sim_config config = base_config(8);
+    moe_error err;
+    moe_status refused;
+    config.boot_ns = 5 * MOE_NS_PER_S;
+    assert_int_equal(moe_cpu_open(&(moe_cpu_config){.dtype = MOE_BF16}, &config.worker_backend, &err), MOE_OK);
+    moe_log_init(MOE_LOG_OFF, "sim");
+    sim_cluster *sim = sim_new(&config);
+    moe_engine_view *view = calloc(1, sizeof *view);
+    moe_engine_get_view(sim->engine, view);
+    assert_false(view->ready);
+    for (int32_t i = 0; i < view->num_workers; i++) assert_false(view->workers[i].up);
+    if (sim_submit(sim, fx.prompt, PROMPT_TOKENS, GREEDY_TOKENS, &refused) >= 0) {
+        assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
+        assert_int_equal(sim->requests[0].finish, MOE_FINISH_ERROR);
+        assert_int_equal(sim->requests[0].num_tokens, 0);
+    }
+    moe_log_init(MOE_LOG_ERROR, "sim");
+    free(view);
+    sim_free(&sim);
+    config.worker_backend->ops->close(config.worker_backend);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_every_shape_gives_the_same_tokens),     cmocka_unit_test(test_kills_with_two_replicas),
-        cmocka_unit_test(test_one_replica_fails_cleanly_and_returns), cmocka_unit_test(test_bad_network),
-        cmocka_unit_test(test_store_outage_is_not_noticed),           cmocka_unit_test(test_epoch_survives_store_and_router),
-        cmocka_unit_test(test_cancel_ends_a_request_at_once),         cmocka_unit_test(test_a_seed_replays_exactly)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_every_shape_gives_the_same_tokens),
+                                       cmocka_unit_test(test_kills_with_two_replicas),
+                                       cmocka_unit_test(test_one_replica_fails_cleanly_and_returns),
+                                       cmocka_unit_test(test_bad_network),
+                                       cmocka_unit_test(test_store_outage_is_not_noticed),
+                                       cmocka_unit_test(test_epoch_survives_store_and_router),
+                                       cmocka_unit_test(test_cancel_ends_a_request_at_once),
+                                       cmocka_unit_test(test_a_seed_replays_exactly),
+                                       cmocka_unit_test(test_bfloat16),
+                                       cmocka_unit_test(test_profiles_are_not_mixed),
+                                       cmocka_unit_test(test_polled_backend),
+                                       cmocka_unit_test(test_local_steps),
+                                       cmocka_unit_test(test_local_step_failures)};
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -71,4 +71,5 @@ void moe_gated_init(moe_gated_backend *gate, moe_backend *real) {
     gate->ops.expert_free = expert_free;
     gate->ops.ffn_submit = ffn_submit;
     gate->base.ops = &gate->ops;
+    gate->base.dtype = real->dtype;
 }

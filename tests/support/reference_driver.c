@@ -3,6 +3,7 @@
 #include <semaphore.h>
 
 #include "common/alloc.h"
+#include "common/elements.h"
 
 struct moe_driver {
     moe_backend *backend;
@@ -17,11 +18,15 @@ struct moe_driver {
     /* one micro-batch: [max_rows, …] */
     int32_t *positions, *logit_rows, *counts;
     moe_route route, next;
-    float *activations, *outputs, *combine_weights; /* outputs [max_rows, top_k, H] */
+    void *activations, *outputs; /* [max_rows, H] of the backend's dtype, [max_rows, top_k, H] of out_dtype */
+    moe_dtype out_dtype;
+    float *combine_weights;
     /* the expert batch of one layer: [max_rows · top_k] */
     int32_t *assignment_rows, *slots;
-    float *assignment_weights, *ffn_out;
+    float *assignment_weights;
+    void *ffn_out;         /* of out_dtype */
     moe_ffn_group *groups; /* [num_experts] */
+    moe_local *local;      /* options.local */
 };
 
 static void *allocate(int64_t count, size_t size) {
@@ -47,6 +52,14 @@ void moe_driver_run_segment(moe_backend *backend, moe_base *base, const moe_segm
     wait_for(backend, &done, &job);
 }
 
+static void run_local(moe_driver *d, const moe_local_step *step) {
+    sem_t done;
+    sem_init(&done, 0, 0);
+    moe_job job = {.done = post, .owner = &done};
+    d->backend->ops->local_submit(d->backend, d->base, d->local, step, &job);
+    wait_for(d->backend, &done, &job);
+}
+
 void moe_driver_run_ffn(moe_backend *backend, const moe_ffn_batch *batch) {
     sem_t done;
     sem_init(&done, 0, 0);
@@ -66,6 +79,7 @@ static void load(moe_driver *d) {
     d->experts = allocate((int64_t)c->num_moe_layers * c->num_experts, sizeof(moe_expert *));
     for (int32_t i = 0; i < c->num_moe_layers * c->num_experts; i++)
         MOE_ASSERT(ops->expert_load(d->backend, &d->model->experts[i], 0, MOE_FFN_BLOCKS, &d->experts[i], NULL) == MOE_OK);
+    if (d->options.local) MOE_ASSERT(ops->local_create(d->backend, d->base, d->experts, &d->local, NULL) == MOE_OK);
     d->lengths = allocate(sequences, sizeof(int32_t));
     d->views = allocate(sequences, sizeof(moe_kv_view));
     for (int32_t s = 0; s < sequences; s++) {
@@ -88,13 +102,14 @@ moe_driver *moe_driver_open(moe_backend *backend, const moe_model *model, const 
     d->counts = allocate(rows, sizeof(int32_t));
     d->route = (moe_route){allocate(slots, sizeof(int32_t)), allocate(slots, sizeof(float))};
     d->next = (moe_route){allocate(slots, sizeof(int32_t)), allocate(slots, sizeof(float))};
-    d->activations = allocate(rows * c->hidden, sizeof(float));
-    d->outputs = allocate(slots * c->hidden, sizeof(float));
+    d->out_dtype = moe_expert_output_dtype(options->combine, backend->dtype);
+    d->activations = allocate(rows, moe_row_bytes(backend->dtype, c->hidden));
+    d->outputs = allocate(slots, moe_row_bytes(d->out_dtype, c->hidden));
     d->combine_weights = allocate(slots, sizeof(float));
     d->assignment_rows = allocate(slots, sizeof(int32_t));
     d->slots = allocate(slots, sizeof(int32_t));
     d->assignment_weights = allocate(slots, sizeof(float));
-    d->ffn_out = allocate(slots * c->hidden, sizeof(float));
+    d->ffn_out = allocate(slots, moe_row_bytes(d->out_dtype, c->hidden));
     d->groups = allocate(c->num_experts, sizeof(moe_ffn_group));
     return d;
 }
@@ -102,6 +117,7 @@ moe_driver *moe_driver_open(moe_backend *backend, const moe_model *model, const 
 void moe_driver_close(moe_driver *d) {
     const moe_model_config *c = &d->model->config;
     const moe_backend_ops *ops = d->backend->ops;
+    if (d->local) ops->local_free(d->backend, d->local);
     for (int32_t i = 0; i < c->num_moe_layers * c->num_experts; i++) ops->expert_free(d->backend, d->experts[i]);
     for (int32_t s = 0; s < d->options.num_sequences; s++) moe_free((void *)(uintptr_t)d->views[s].blocks);
     ops->rows_free(d->backend, d->rows);
@@ -147,33 +163,15 @@ static void run_experts(moe_driver *d, int32_t layer, const moe_route *route, in
     bool exact = batch.mode == MOE_COMBINE_EXACT;
     for (int32_t i = 0; i < (exact ? batch.num_assignments : rows); i++) {
         int64_t slot = exact ? d->slots[i] : i * c->top_k;
-        memcpy(d->outputs + slot * c->hidden, d->ffn_out + (int64_t)i * c->hidden, (size_t)c->hidden * sizeof(float));
+        memcpy(moe_row_at(d->outputs, d->out_dtype, c->hidden, slot), moe_row_at(d->ffn_out, d->out_dtype, c->hidden, i),
+               moe_row_bytes(d->out_dtype, c->hidden));
         d->combine_weights[slot] = exact ? route->weights[slot] : 1.0f;
     }
     for (int32_t row = 0; row < rows; row++) d->counts[row] = exact ? c->top_k : 1;
 }
 
-void moe_driver_step(moe_driver *d, const int32_t *ids, const int32_t *sequences, int32_t rows, float *logits) {
+static void run_segments(moe_driver *d, moe_segment s) {
     const moe_model_config *c = &d->model->config;
-    moe_segment s = {.num_rows = rows,
-                     .rows = d->rows,
-                     .kv = d->kv,
-                     .token_ids = ids,
-                     .positions = d->positions,
-                     .sequences = sequences,
-                     .views = d->views,
-                     .num_views = d->options.num_sequences,
-                     .combine = {d->outputs, MOE_F32, d->combine_weights, d->counts},
-                     .activations = d->activations,
-                     .logit_rows = d->logit_rows,
-                     .num_logit_rows = rows,
-                     .logits = logits};
-    MOE_ASSERT(rows <= d->options.max_rows);
-    for (int32_t i = 0; i < rows; i++) {
-        d->positions[i] = d->lengths[sequences[i]]++;
-        d->logit_rows[i] = i;
-        MOE_ASSERT(d->positions[i] < d->options.max_tokens);
-    }
     for (s.index = 0; s.index < c->num_moe_layers; s.index++) {
         bool more = s.index + 1 < c->num_moe_layers;
         s.want_gate = !d->options.pre_gate || s.index == 0;
@@ -186,9 +184,44 @@ void moe_driver_step(moe_driver *d, const int32_t *ids, const int32_t *sequences
         s.route = d->route;
         s.next = d->next;
         moe_driver_run_segment(d->backend, d->base, &s);
-        run_experts(d, s.index, &d->route, rows);
+        run_experts(d, s.index, &d->route, s.num_rows);
     }
     moe_driver_run_segment(d->backend, d->base, &s);
+}
+
+void moe_driver_step_for(moe_driver *d, const int32_t *ids, const int32_t *sequences, int32_t rows,
+                         const moe_driver_wanted *want) {
+    moe_segment s = {.num_rows = rows,
+                     .rows = d->rows,
+                     .kv = d->kv,
+                     .token_ids = ids,
+                     .positions = d->positions,
+                     .sequences = sequences,
+                     .views = d->views,
+                     .num_views = d->options.num_sequences,
+                     .logit_rows = d->logit_rows,
+                     .num_logit_rows = rows,
+                     .logits = want->logits,
+                     .num_top = want->num_top,
+                     .top_ids = want->top_ids,
+                     .top_logits = want->top_logits};
+    MOE_ASSERT(rows <= d->options.max_rows);
+    for (int32_t i = 0; i < rows; i++) {
+        d->positions[i] = d->lengths[sequences[i]]++;
+        d->logit_rows[i] = i;
+        MOE_ASSERT(d->positions[i] < d->options.max_tokens);
+    }
+    if (d->local) {
+        run_local(d, &(moe_local_step){.segment = s, .pre_gate = d->options.pre_gate, .expert_rows = want->expert_rows});
+        return;
+    }
+    s.combine = (moe_combine){d->outputs, d->out_dtype, d->combine_weights, d->counts};
+    s.activations = d->activations;
+    run_segments(d, s);
+}
+
+void moe_driver_step(moe_driver *d, const int32_t *ids, const int32_t *sequences, int32_t rows, float *logits) {
+    moe_driver_step_for(d, ids, sequences, rows, &(moe_driver_wanted){.logits = logits});
 }
 
 void moe_driver_prefill(moe_driver *d, const int32_t *ids, int32_t count, int32_t chunk, float *logits) {

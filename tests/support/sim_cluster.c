@@ -21,6 +21,7 @@ static void must(moe_status status, const moe_error *err) {
 
 static void start_worker(sim_cluster *s, int32_t index) {
     sim_worker *w = &s->workers[index];
+    moe_backend *backend = s->config.worker_backend ? s->config.worker_backend : s->config.backend;
     moe_error err;
     char bound[MOE_ENDPOINT_BYTES];
     uint64_t incarnation = moe_random_next(&s->random) | 1;
@@ -28,7 +29,7 @@ static void start_worker(sim_cluster *s, int32_t index) {
     must(moe_memory_open(s->memory, &w->store, &err), &err);
     must(w->transport->ops->listen(w->transport, w->endpoint, bound, &err), &err);
     moe_worker_config config = {.model = s->config.model,
-                                .backend = s->config.backend,
+                                .backend = backend,
                                 .transport = w->transport,
                                 .clock = &s->clock,
                                 .cluster_uuid = s->uuid,
@@ -43,7 +44,7 @@ static void start_worker(sim_cluster *s, int32_t index) {
                                             .endpoint = bound,
                                             .public_key = "",
                                             .host = "sim",
-                                            .profile = s->config.backend->ops->profile(s->config.backend),
+                                            .profile = backend->ops->profile(backend),
                                             .incarnation = incarnation,
                                             .model_digest = s->config.model->digest,
                                             .pid = index + 1};
@@ -81,6 +82,11 @@ static void on_map(void *ctx, moe_placement *map) {
     moe_engine_set_placement(s->engine, map);
 }
 
+static moe_expert *const *local_experts(void *ctx) {
+    sim_cluster *s = ctx;
+    return s->workers[0].worker ? moe_worker_lend_experts(s->workers[0].worker) : NULL;
+}
+
 static void start_router(sim_cluster *s) {
     moe_error err;
     const moe_model_config *m = &s->config.model->config;
@@ -105,7 +111,9 @@ static void start_router(sim_cluster *s) {
                                 .num_kv_blocks = s->config.num_kv_blocks,
                                 .replica_wait_ns = 2 * MOE_NS_PER_S,
                                 .call_timeout_ns = 10 * MOE_NS_PER_S,
-                                .suspect_after_ns = 300 * MOE_NS_PER_MS};
+                                .suspect_after_ns = 300 * MOE_NS_PER_MS,
+                                .local_experts = s->config.local ? local_experts : NULL,
+                                .local_worker = s};
     must(moe_engine_new(&engine, &s->engine, &err), &err);
     moe_controller_config controller = {.store = s->store,
                                         .transport = s->controller_transport,
@@ -210,7 +218,9 @@ sim_cluster *sim_new(const sim_config *config) {
         snprintf(s->workers[i].endpoint, sizeof s->workers[i].endpoint, "inproc:w%d", i);
         start_worker(s, i);
     }
-    if (!sim_run_until_healed(s, SIM_BOOT_LIMIT_NS)) {
+    if (config->boot_ns) {
+        sim_run(s, config->boot_ns);
+    } else if (!sim_run_until_healed(s, SIM_BOOT_LIMIT_NS)) {
         fprintf(stderr, "simulation: no map within the boot limit\n");
         abort();
     }

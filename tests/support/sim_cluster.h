@@ -35,11 +35,14 @@ typedef struct sim_request {
 typedef struct sim_config {
     uint64_t seed;
     const moe_model *model;
-    moe_backend *backend; /* threads 0 */
+    moe_backend *backend;        /* threads 0 */
+    moe_backend *worker_backend; /* of the workers; NULL: the same */
+    int64_t boot_ns;             /* 0: until the first map is in use; else so long, whatever comes of it */
     int32_t workers, replicas, micro_batches, max_num_batched_tokens, num_kv_blocks;
     moe_gating gating;
     moe_combine_mode combine;
     moe_placement_kind layout;
+    bool local; /* local steps with the experts of the only worker, which is never killed */
 } sim_config;
 
 typedef struct sim_cluster {

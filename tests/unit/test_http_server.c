@@ -32,6 +32,7 @@ static moe_status cluster_status(void *ctx, moe_cluster_status *out, moe_error *
     moe_worker_status *worker = &out->workers[0];
     snprintf(worker->id, sizeof worker->id, "w0");
     worker->state = "up";
+    snprintf(worker->profile, sizeof worker->profile, "cpu/avx2/float32");
     worker->pid = 4242;
     worker->experts = 96;
     worker->load = 0.5;
@@ -113,13 +114,13 @@ static void test_get_routes(void **state) {
     expect_json(f->port, "/readiness?verbose=1", 200, "{\"ready\":true,\"draining\":false}");
     expect_json(f->port, "/version", 200, "{\"version\":\"" MOESAIC_VERSION "\"}");
     expect_json(f->port, "/debug/experts", 200, "{\"layers\":[[1,2]]}");
-    expect_json(
-        f->port, "/cluster/status", 200,
-        "{\"epoch\":7,\"ready\":true,\"model\":\"demo\",\"cluster_uuid\":\"\",\"replicas\":0,"
-        "\"workers\":[{\"id\":\"w0\",\"pid\":4242,\"host\":\"\",\"endpoint\":\"\",\"state\":\"up\",\"experts\":96,\"load\":0.5,"
-        "\"incarnation\":\"0000000000abcdef\"}],"
-        "\"routers\":[{\"id\":\"r0\",\"pid\":0,\"host\":\"\",\"state\":\"up\",\"leader\":false}],"
-        "\"redis\":{\"used\":true,\"up\":true},\"layers\":[{\"max_over_mean\":1.25,\"min_replicas\":2}]}");
+    expect_json(f->port, "/cluster/status", 200,
+                "{\"epoch\":7,\"ready\":true,\"model\":\"demo\",\"cluster_uuid\":\"\",\"replicas\":0,"
+                "\"workers\":[{\"id\":\"w0\",\"pid\":4242,\"host\":\"\",\"endpoint\":\"\",\"profile\":\"cpu/avx2/"
+                "float32\",\"state\":\"up\",\"experts\":96,\"load\":0.5,"
+                "\"incarnation\":\"0000000000abcdef\"}],"
+                "\"routers\":[{\"id\":\"r0\",\"pid\":0,\"host\":\"\",\"state\":\"up\",\"leader\":false}],"
+                "\"redis\":{\"used\":true,\"up\":true},\"layers\":[{\"max_over_mean\":1.25,\"min_replicas\":2}]}");
     http_response metrics = http_get(f->port, "/metrics");
     assert_int_equal(metrics.status, 200);
     assert_string_equal(http_response_header(&metrics, "Content-Type"), "text/plain; version=0.0.4; charset=utf-8");

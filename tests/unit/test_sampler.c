@@ -388,6 +388,110 @@ static void large_vocabularies(void **state) {
     moe_sampler_free(&sampler);
 }
 
+#define TOP_CASES 4000
+
+/* What a segment gives: by descending logit, of equal ones the lower id first. */
+static int32_t take_top(const float *logits, int32_t vocab, int32_t n, int32_t *ids, float *top) {
+    if (n > vocab) n = vocab;
+    for (int32_t j = 0; j < n; j++) {
+        int32_t best = -1;
+        for (int32_t i = 0; i < vocab; i++) {
+            bool taken = false;
+            for (int32_t k = 0; k < j; k++) taken = taken || ids[k] == i;
+            if (!taken && (best < 0 || logits[i] > logits[best])) best = i;
+        }
+        ids[j] = best;
+        top[j] = logits[best];
+    }
+    return n;
+}
+
+/* Random parameters, logits with and without ties, vocabularies smaller and larger than what is asked for. */
+static void the_highest_logits_give_the_same_token(void **state) {
+    (void)state;
+    moe_random random = {.state = 4};
+    int32_t ids[MOE_MAX_TOP_LOGITS], sampled = 0, greedy = 0;
+    float logits[300], top[MOE_MAX_TOP_LOGITS];
+    for (int n = 0; n < TOP_CASES; n++) {
+        int32_t vocab = 1 + (int32_t)moe_random_below(&random, 300), levels = 1 + (int32_t)moe_random_below(&random, 1000);
+        moe_sampler *sampler;
+        assert_int_equal(moe_sampler_new(vocab, &sampler, NULL), MOE_OK);
+        for (int32_t i = 0; i < vocab; i++)
+            logits[i] = (float)moe_random_below(&random, (uint64_t)levels) * 8 / (float)levels - 4;
+        moe_sampling_params params = neutral;
+        params.temperature = n % 4 == 0 ? 0 : (float)(0.1 + 2 * moe_random_unit(&random));
+        params.top_k = 1 + (int32_t)moe_random_below(&random, MOE_MAX_TOP_LOGITS);
+        params.top_p = n % 3 == 0 ? 1 : (float)(0.05 + 0.95 * moe_random_unit(&random));
+        params.min_p = n % 5 == 0 ? (float)(0.5 * moe_random_unit(&random)) : 0;
+        params.seed = moe_random_next(&random);
+        int32_t tokens[2] = {0, 0}, whole = -1, of_top = -1;
+        moe_sample_input input = {.logits = logits, .params = &params, .tokens = tokens, .num_prompt = 1, .num_tokens = 2};
+        int32_t wanted = moe_sampler_num_top(&input);
+        assert_int_equal(wanted, params.temperature == 0 ? 1 : params.top_k);
+        assert_int_equal(moe_sampler_sample(sampler, &input, &whole, NULL, NULL), MOE_OK);
+        int32_t more = wanted + (int32_t)moe_random_below(&random, (uint64_t)(MOE_MAX_TOP_LOGITS - wanted + 1));
+        input.logits = NULL;
+        input.top_ids = ids;
+        input.top_logits = top;
+        input.num_top = take_top(logits, vocab, more, ids, top);
+        assert_int_equal(moe_sampler_sample(sampler, &input, &of_top, NULL, NULL), MOE_OK);
+        if (whole != of_top) fail_msg("case %d: %d of all logits, %d of the highest", n, whole, of_top);
+        sampled += params.temperature > 0 && whole != ids[0];
+        greedy += params.temperature == 0;
+        moe_sampler_free(&sampler);
+    }
+    assert_true(sampled > TOP_CASES / 4 && greedy > TOP_CASES / 5); /* the cases are not all the same easy one */
+}
+
+static void when_all_logits_are_needed(void **state) {
+    (void)state;
+    moe_logit_bias bias = {.token_id = 1, .bias = 1};
+    int32_t tokens[2] = {0, 0};
+    moe_sampling_params params = neutral;
+    moe_sample_input input = {.params = &params, .tokens = tokens, .num_prompt = 1, .num_tokens = 2};
+    assert_int_equal(moe_sampler_num_top(&input), 0); /* no top-k */
+    params.top_k = MOE_MAX_TOP_LOGITS;
+    assert_int_equal(moe_sampler_num_top(&input), MOE_MAX_TOP_LOGITS);
+    params.top_k++;
+    assert_int_equal(moe_sampler_num_top(&input), 0);
+    params.temperature = 0;
+    assert_int_equal(moe_sampler_num_top(&input), 1);
+    moe_sampling_params plain = params;
+    params.min_tokens = 1; /* as many as there are */
+    assert_int_equal(moe_sampler_num_top(&input), 1);
+    params.min_tokens = 2;
+    assert_int_equal(moe_sampler_num_top(&input), 0);
+    params = plain, params.repetition_penalty = 1.1f;
+    assert_int_equal(moe_sampler_num_top(&input), 0);
+    params = plain, params.presence_penalty = -0.5f;
+    assert_int_equal(moe_sampler_num_top(&input), 0);
+    params = plain, params.frequency_penalty = 0.5f;
+    assert_int_equal(moe_sampler_num_top(&input), 0);
+    params = plain, params.logprobs = 0;
+    assert_int_equal(moe_sampler_num_top(&input), 0);
+    params = plain, input.logit_bias = &bias, input.num_logit_bias = 1;
+    assert_int_equal(moe_sampler_num_top(&input), 0);
+}
+
+static void a_row_that_is_not_finite_has_no_top(void **state) {
+    (void)state;
+    moe_sampler *sampler;
+    moe_error err;
+    const int32_t ids[2] = {-1, -1};
+    const float top[2] = {0, 0};
+    int32_t token;
+    moe_sampling_params params = neutral;
+    assert_int_equal(moe_sampler_new(VOCAB, &sampler, NULL), MOE_OK);
+    for (int greedy = 0; greedy < 2; greedy++) {
+        params.temperature = greedy ? 0 : 1;
+        params.top_k = 2;
+        moe_sample_input input = {.params = &params, .top_ids = ids, .top_logits = top, .num_top = 2};
+        assert_int_equal(moe_sampler_sample(sampler, &input, &token, NULL, &err), MOE_INTERNAL);
+        assert_non_null(strstr(err.message, "not finite"));
+    }
+    moe_sampler_free(&sampler);
+}
+
 static void allocations_may_fail(void **state) {
     (void)state;
     int failures = 0;
@@ -415,6 +519,9 @@ int main(void) {
         cmocka_unit_test(no_token_left_is_an_error),
         cmocka_unit_test(logprobs_are_of_the_raw_logits),
         cmocka_unit_test(large_vocabularies),
+        cmocka_unit_test(the_highest_logits_give_the_same_token),
+        cmocka_unit_test(when_all_logits_are_needed),
+        cmocka_unit_test(a_row_that_is_not_finite_has_no_top),
         cmocka_unit_test(allocations_may_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
