@@ -213,9 +213,25 @@ static moe_status measure_all(bench *b, moe_error *err) {
     return status;
 }
 
+/* --tune: nothing else is measured. */
+static int tune(const moe_options *o) {
+    moe_error err;
+    moe_model *model = NULL;
+    moe_backend_config backend;
+    moe_model_source source = moe_model_option(o, moe_options_positional(o));
+    moe_status status = moe_backend_option(o, 0, &backend, NULL, &err);
+    if (status == MOE_OK) status = moe_model_source_open(&source, &model, &err);
+    if (status == MOE_OK) status = moe_backend_tune(&backend, &model->config, &err);
+    moe_model_close(&model);
+    if (status != MOE_OK) return moe_command_failed(&err);
+    printf("thresholds for this model's experts are in %s\n", backend.tune_file);
+    return 0;
+}
+
 int moe_command_bench(const moe_options *o) {
     static bench b; /* large, and one per process */
     moe_error err;
+    if (moe_option_bool(o, "tune")) return tune(o);
     b.options = o;
     if (!moe_option_given(o, "log-level")) {
         moe_log_init(MOE_LOG_WARN, "bench");

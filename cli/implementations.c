@@ -20,20 +20,47 @@ moe_status moe_model_source_open(const moe_model_source *source, moe_model **out
     return moe_model_open(source->dir, out, err);
 }
 
+#ifdef MOESAIC_HAS_CUDA
+static moe_cuda_config cuda_config(const moe_backend_config *c) {
+    return (moe_cuda_config){
+        .device = c->device, .dtype = c->dtype, .deterministic = c->deterministic, .tune_file = c->tune_file};
+}
+
+static moe_status open_cuda(const moe_backend_config *config, moe_backend **out, moe_error *err) {
+    moe_cuda_config cuda = cuda_config(config);
+    moe_status status = moe_cuda_open(&cuda, out, err);
+    return status == MOE_UNAVAILABLE ? moe_fail_prefix(err, status, "--backend cuda (--backend cpu needs no GPU)") : status;
+}
+
+moe_status moe_backend_tune(const moe_backend_config *config, const moe_model_config *model, moe_error *err) {
+    moe_cuda_config cuda = cuda_config(config);
+    if (strcmp(config->name, "cuda") != 0 || !config->tune_file)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--tune: needs --backend cuda and --tune-file FILE");
+    return moe_cuda_tune_experts(&cuda, model->hidden, model->expert_intermediate, model->num_experts, err);
+}
+#else
+#define NO_CUDA                                                                                         \
+    "--backend cuda: this build has no CUDA backend (it needs the CUDA toolkit when it is configured; " \
+    "-DMOESAIC_CUDA=ON says what is missing); --backend cpu works"
+
+static moe_status open_cuda(const moe_backend_config *config, moe_backend **out, moe_error *err) {
+    (void)config;
+    (void)out;
+    return moe_fail(err, MOE_UNIMPLEMENTED, NO_CUDA);
+}
+
+moe_status moe_backend_tune(const moe_backend_config *config, const moe_model_config *model, moe_error *err) {
+    (void)config;
+    (void)model;
+    return moe_fail(err, MOE_UNIMPLEMENTED, NO_CUDA);
+}
+#endif
+
 moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err) {
     moe_cpu_config cpu = {.threads = config->threads, .dtype = config->dtype, .isa = NULL};
     if (strcmp(config->name, "cpu") == 0) return moe_cpu_open(&cpu, out, err);
     if (strcmp(config->name, "cpu-ref") == 0) return moe_cpu_ref_open(&cpu, out, err);
-#ifdef MOESAIC_HAS_CUDA
-    moe_cuda_config cuda = {
-        .device = config->device, .dtype = config->dtype, .deterministic = config->deterministic, .tune_file = config->tune_file};
-    if (strcmp(config->name, "cuda") == 0) return moe_cuda_open(&cuda, out, err);
-#else
-    if (strcmp(config->name, "cuda") == 0)
-        return moe_fail(err, MOE_UNIMPLEMENTED,
-                        "--backend cuda: this build has no CUDA backend (it needs the CUDA toolkit when it is "
-                        "configured; -DMOESAIC_CUDA=ON says what is missing); --backend cpu works");
-#endif
+    if (strcmp(config->name, "cuda") == 0) return open_cuda(config, out, err);
     return moe_fail(err, MOE_INVALID_ARGUMENT, "no backend is called '%s'; there are: cpu, cpu-ref, cuda", config->name);
 }
 

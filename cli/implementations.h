@@ -27,6 +27,10 @@ typedef struct moe_backend_config {
 /* Another name is INVALID_ARGUMENT, naming those built in; a dtype or device that the backend lacks is the backend's error. */
 moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err);
 
+/* Measures which kernels suit a model's experts on config->device and puts it into config->tune_file. Blocks for seconds.
+ * INVALID_ARGUMENT: another backend than cuda, or no file; UNIMPLEMENTED: not built; else the backend's error. */
+moe_status moe_backend_tune(const moe_backend_config *config, const moe_model_config *model, moe_error *err);
+
 /* A network transport for a process of `role`. keys_dir NULL or "": ipc endpoints only. poll_us: how long a wait may poll before
  * it sleeps; 0: never. */
 moe_status moe_network_open(const char *keys_dir, moe_role role, int64_t poll_us, moe_transport **out, moe_error *err);

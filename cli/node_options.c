@@ -78,11 +78,19 @@ moe_status moe_router_device_option(const moe_options *o, int32_t *out, moe_erro
     return status;
 }
 
+/* Sums may differ in their last bits between placements, which only a profile that promises its bits minds. */
+static moe_combine_mode combine_option(const moe_options *o) {
+    const char *wanted = moe_option_text(o, "combine");
+    bool sums = strcmp(moe_option_text(o, "backend"), "cuda") == 0 && !moe_option_bool(o, "deterministic");
+    if (strcmp(wanted, "auto") == 0) return sums ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT;
+    return strcmp(wanted, "partial") == 0 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT;
+}
+
 moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, moe_error *err) {
     c->source = moe_model_option(o, moe_options_positional(o));
     c->gating = (moe_gating)moe_option_choice(o, "gating");
     c->local_steps = moe_option_choice(o, "local-steps") == 0;
-    c->combine = (moe_combine_mode)moe_option_choice(o, "combine");
+    c->combine = combine_option(o);
     c->max_num_seqs = (int32_t)moe_option_int(o, "max-num-seqs");
     c->max_num_batched_tokens = (int32_t)moe_option_int(o, "max-num-batched-tokens");
     c->max_model_len = (int32_t)moe_option_int(o, "max-model-len");

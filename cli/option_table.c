@@ -95,8 +95,9 @@ static const moe_option_row rows[] = {
 
     {"gating", CHOICE, ENGINES, "Experts", "gate", 0, 0, "gate|hint|pre-gate", NULL,
      "who chooses experts: each layer's gate; the gate, with a prediction sent ahead; or the pre-gate, one layer ahead"},
-    {"combine", CHOICE, ENGINES, "Experts", "exact", 0, 0, "exact|partial", NULL,
-     "what workers return: a row per token and expert, or one weighted sum per token"},
+    {"combine", CHOICE, ENGINES, "Experts", "auto", 0, 0, "auto|exact|partial", NULL,
+     "what workers return: a row per token and expert, or one weighted sum per token. auto: rows, but sums on GPUs without "
+     "--deterministic"},
     {"local-steps", CHOICE, ENGINES, "Experts", "on", 0, 0, "on|off", NULL,
      "where the experts are in the router's process: compute a whole forward step at once (not with --gating hint), always "
      "combining "
@@ -171,6 +172,8 @@ static const moe_option_row rows[] = {
      "take to be read and multiplied"},
     {"measured-rate", FLOAT, BENCH, "Benchmark", NULL, 0, 1e6, NULL, "TFLOP/S", "of this machine's largest matrix products"},
     {"runs", INT, BENCH, "Benchmark", "5", 1, 101, NULL, "N", "rounds over all measurements, after one that warms up"},
+    {"tune", BOOL, BENCH, "Benchmark", "false", 0, 0, NULL, NULL,
+     "only measure which kernels suit this model's experts on the first of --devices, and put it into --tune-file"},
     {"csv", TEXT, BENCH, "Benchmark", NULL, 0, 0, NULL, "FILE", "write every measurement here, one a line"},
 };
 

@@ -263,7 +263,7 @@ static bool begin_expert(moe_control *c, control_op *op) {
     } else if (c->config.max_experts && c->shard->num_held >= c->config.max_experts) {
         moe_fail(&err, MOE_RESOURCE_EXHAUSTED, "this worker takes at most %d experts", c->config.max_experts);
         fail_load(c, op, &err);
-    } else if (op->source[0]) {
+    } else if (op->source[0] && !moe_ffn_generated(moe_model_expert(c->shard->model, e->layer, e->expert))) {
         c->stage = MOE_LOAD_COPIES;
         moe_fetch_begin(&c->fetch, op->source, op->source_incarnation, e->layer, e->expert, e->digest, expert_bytes(c, e));
     } else {

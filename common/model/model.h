@@ -12,6 +12,9 @@ typedef struct moe_ffn_weights { /* y = down · (silu(gate · x) ⊙ (up · x)) 
     moe_tensor down;             /* [H, I] */
 } moe_ffn_weights;
 
+/* Made by a generator, so that every process has them: nothing to read or to copy. */
+static inline bool moe_ffn_generated(const moe_ffn_weights *w) { return moe_tensor_present(&w->gate) && !w->gate.data; }
+
 typedef struct moe_layer_weights {
     moe_tensor input_norm;                     /* [H] */
     moe_tensor q, k, v, o;                     /* [heads·d, H], [kv·d, H], [kv·d, H], [H, heads·d] */

@@ -44,7 +44,7 @@ def mistakes_are_told():
         bench = ("bench", folder, "--experts", "inproc")
         for arguments, word in (((*bench, "--skip-tokenizer-init"), "safetensors"), ((*bench, "--layers", "2", "--load-format", "auto"), "--layers"),
                                 ((*bench, "--load-format", "dummy", "--layers", "4"), "it has 3"),
-                                ((*bench, "--load-format", "dummy", "--devices", "0,x"), "--devices"),
+                                ((*bench, "--load-format", "dummy", "--devices", "0,x"), "--devices"), ((*bench, "--load-format", "dummy", "--tune"), "--backend cuda"),
                                 (("worker", folder, "--load-format", "dummy", "--store", "unix:/nonexistent", "--listen", f"ipc://{folder}/s",
                                   "--devices", "0,1"), "--backend cuda")):
             answer = run(*arguments)

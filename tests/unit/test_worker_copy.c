@@ -81,13 +81,14 @@ static void start_worker(int i, moe_backend *backend, int64_t rate, int32_t max_
     OK(moe_rpc_connect(t.client, endpoint, &t.links[i], &err));
 }
 
-static void open_all(bool threads) {
+/* `model` is taken over. */
+static void open_with(moe_model *model, bool threads) {
     moe_error err;
     memset(&t, 0, sizeof t);
+    t.model = model;
     t.threads = threads;
     t.clock = moe_clock_fake(1000 * MOE_NS_PER_S);
     t.used = threads ? moe_clock_real() : &t.clock;
-    OK(moe_model_open(CHECKPOINT, &t.model, &err));
     OK(moe_cpu_ref_open(&(moe_cpu_config){.threads = 0}, &t.ref, &err));
     OK(moe_cpu_open(&(moe_cpu_config){.threads = threads ? 1 : 0}, &t.cpu, &err));
     t.faulty_ops = *t.cpu->ops;
@@ -102,6 +103,12 @@ static void open_all(bool threads) {
         .clock = t.used,
         .hello = {.cluster_uuid = UUID, .role = "router", .id = "r0", .profile = "", .incarnation = 1, .model_digest = t.model->digest}};
     OK(moe_rpc_new(&client, &t.client, &err));
+}
+
+static void open_all(bool threads) {
+    moe_model *model;
+    OK(moe_model_open(CHECKPOINT, &model, NULL));
+    open_with(model, threads);
 }
 
 static void close_all(void) {
@@ -213,6 +220,20 @@ static void test_verified_from_checkpoint_and_peer(void **state) {
         assert_int_equal(stats(1, 0).num_loaded, 3);
         close_all();
     }
+}
+
+/* A model of generated weights: their digest is of what they follow from, and a worker makes them rather than copy them. */
+static void test_generated_experts_are_made(void **state) {
+    (void)state;
+    moe_model *generated;
+    OK(moe_model_open_dummy(CHECKPOINT, &(moe_dummy_options){.seed = 4}, &generated, NULL));
+    open_with(generated, false);
+    start_worker(1, t.cpu, 0, 0);
+    int64_t before = moe_now_ns(t.used);
+    assert_int_equal(load_experts(1, (load){.layer = 1, .first = 1, .count = 3, .source = "inproc:nobody"}).status, MOE_OK);
+    assert_int_equal(stats(1, 0).num_loaded, 3);
+    assert_true(moe_now_ns(t.used) - before < MOE_NS_PER_S); /* nobody was waited for */
+    close_all();
 }
 
 /* Messages between the workers get lost: pieces are asked for again. What a peer cannot give comes from the checkpoint. */
@@ -337,6 +358,7 @@ static void test_stats_lists_what_changed(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_verified_from_checkpoint_and_peer),
+        cmocka_unit_test(test_generated_experts_are_made),
         cmocka_unit_test(test_copy_over_a_bad_network),
         cmocka_unit_test(test_wrong_digest_is_refused),
         cmocka_unit_test(test_known_answer_finds_a_bad_copy),
