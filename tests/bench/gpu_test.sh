@@ -11,7 +11,7 @@ run() {
   local name=$1 limit=$2 log start=$SECONDS; shift 2
   log=$(mktemp)
   if timeout "$limit" "$@" >"$log" 2>&1; then
-    note "ok      $name ($((SECONDS - start)) s; $(grep -c '\[       OK' "$log") passed, $(grep -o '^\[  SKIPPED \] [0-9]*' "$log" | grep -o '[0-9]*$' || echo 0) skipped)"
+    note "ok      $name ($((SECONDS - start)) s; $(grep -cE '^\[       OK|^ok ' "$log") passed, $(grep -o '^\[  SKIPPED \] [0-9]*' "$log" | grep -o '[0-9]*$' || echo 0) skipped)"
     grep -h '^figure:' "$log"
   else
     note "FAILED  $name (exit $?, $((SECONDS - start)) s)"
@@ -21,7 +21,7 @@ run() {
   rm -f "$log"
 }
 
-tests=(test_backend_ops test_cuda_backend test_cuda_bfloat16 test_demo_logits test_fixture_logits)
+tests=(test_backend_ops test_cuda_backend test_cuda_bfloat16 test_demo_logits test_fixture_logits test_local_steps)
 for extra in "$build"/tests/test_cuda_*; do
   name=$(basename "$extra")
   [[ " ${tests[*]} " == *" $name "* ]] || tests+=("$name")
@@ -30,6 +30,9 @@ for name in "${tests[@]}"; do run "$name" 150 "$build/tests/$name"; done
 for name in test_backend_ops test_cuda_backend test_fixture_logits; do
   run "$name, MOESAIC_CUDA_ARCH=sm80" 150 env MOESAIC_CUDA_ARCH=sm80 "$build/tests/$name"
 done
+
+# The cluster on the GPU: greedy tokens equal transformers' in every shape of cluster.
+MOESAIC_BACKEND=cuda MOESAIC_DTYPE=float32 MOESAIC_BIN=$PWD/$build/bin run "e2e/test_golden.py, float32" 170 python3 tests/e2e/test_golden.py
 
 # The sanitizers see the CUDA tests alone, without the one that faults on purpose.
 export MOESAIC_TEST_NO_FAULTS=1
