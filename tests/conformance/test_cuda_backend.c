@@ -296,6 +296,11 @@ static void *run_steps(void *ctx) {
 }
 
 static void micro_batches_in_flight(void **state) {
+    const char *sanitizer = getenv("MOESAIC_TEST_SANITIZER");
+    if (sanitizer && strcmp(sanitizer, "racecheck") == 0) {
+        print_message("not tested: racecheck loses track of kernels that several threads launch, and hangs\n");
+        skip();
+    }
     moe_backend *backend = moe_test_cuda_open((moe_dtype)(intptr_t)*state, true);
     if (!backend) skip();
     moe_model *model = open_model("qwen2_moe");
@@ -456,8 +461,8 @@ static void loading_without_host_memory(void **state) {
  * process's use of the device, so it is the last test. Not under compute-sanitizer, whose faults do not stick. */
 static void failed_kernel(void **state) {
     (void)state;
-    if (getenv("MOESAIC_TEST_NO_FAULTS")) {
-        print_message("not tested: MOESAIC_TEST_NO_FAULTS is set\n");
+    if (getenv("MOESAIC_TEST_SANITIZER")) {
+        print_message("not tested: a fault on purpose, under compute-sanitizer\n");
         skip();
     }
     moe_backend *backend = moe_test_cuda_open(MOE_F32, false);
