@@ -100,8 +100,7 @@ static const moe_option_row rows[] = {
      "--deterministic"},
     {"local-steps", CHOICE, ENGINES, "Experts", "on", 0, 0, "on|off", NULL,
      "where the experts are in the router's process: compute a whole forward step at once (not with --gating hint), always "
-     "combining "
-     "as exact; off: layer by layer, over messages, as with other processes"},
+     "combining as exact; off: layer by layer, over messages, as with other processes"},
     {"max-queued-calls", INT, SERVE | WORKER | BENCH, "Experts", "1024", 1, 65536, NULL, "N",
      "calls that a worker queues before it refuses"},
     {"max-batch-rows", INT, SERVE | WORKER | BENCH, "Experts", "16384", 1, 1 << 20, NULL, "N",
@@ -137,7 +136,7 @@ static const moe_option_row rows[] = {
     {"micro-batches", INT, ENGINES, "Performance", "0", 0, 8, NULL, "N",
      "micro-batches in flight: while one waits for experts another computes attention; 0: 2, or 1 where the experts are in the "
      "router's process or, under serve, each process has less than two cores"},
-    {"poll-us", INT, NODES | BENCH, "Performance", "-1", -1, 1000000, NULL, "N",
+    {"poll-us", INT, MODELS, "Performance", "-1", -1, 1000000, NULL, "N",
      "microseconds that a wait for messages may poll before it sleeps, while messages come faster than that; 0: never; -1: 500 "
      "in "
      "the router on two cores or more, and in workers where each process has two"},

@@ -22,9 +22,11 @@ static void count_rows(micro_batch *b, int32_t layer) {
     const int32_t *rows = b->expert_rows + (int64_t)layer * e->model->num_experts;
     int32_t *chosen = e->scratch.chosen, distinct = 0;
     for (int32_t x = 0; x < e->model->num_experts; x++) {
-        distinct += rows[x] > 0;
+        chosen[x] = MOE_PLAN_NO_WORKER;
+        if (rows[x] == 0) continue;
+        distinct++;
         int32_t placed = moe_placement_at(b->map->placement, layer, x)->replicas[0].worker;
-        chosen[x] = rows[x] > 0 && b->map->worker[placed] >= 0 ? placed : MOE_PLAN_NO_WORKER;
+        if (b->map->worker[placed] >= 0) chosen[x] = placed;
     }
     moe_metric_observe_count(MOE_METRIC_LAYER_EXPERTS, distinct);
     view_add_loads(e, layer, b->map, rows, chosen);
