@@ -115,9 +115,11 @@ void moe_zmq_auth_answer(zmq_transport *t, int64_t now_ns) {
         bool more = true;
         for (int i = 0; i < ZAP_REQUEST_FRAMES; i++) {
             zmq_msg_init(&frames[i]);
-            if (!more || zmq_msg_recv(&frames[i], t->zap, ZMQ_DONTWAIT) < 0) continue;
-            count++;
-            more = zmq_msg_more(&frames[i]);
+            if (!more) continue;
+            /* After a frame that has not come yet none is taken: one that comes this moment begins the next request. */
+            more = zmq_msg_recv(&frames[i], t->zap, ZMQ_DONTWAIT) >= 0;
+            count += more;
+            more = more && zmq_msg_more(&frames[i]);
         }
         /* The requests are libzmq's own: with CURVE they have exactly these frames. */
         if (count == ZAP_REQUEST_FRAMES) answer_one(t, frames, now_ns);
