@@ -10,12 +10,13 @@
 
 #define END_POLL_NS (20 * MOE_NS_PER_MS) /* how often the end of a measurement is looked for; it does not enter the result */
 
-const char *const moe_bench_stage_names[MOE_BENCH_STAGES] = {"attention", "handoff", "plan",   "wait", "expert",
-                                                             "combine",   "logits",  "sample", "step"};
+const char *const moe_bench_stage_names[MOE_BENCH_STAGES] = {"attention", "handoff", "plan",   "wait",   "copy",
+                                                             "expert",    "combine", "logits", "sample", "step"};
 
 static const moe_metric stage_metrics[MOE_BENCH_STAGES] = {
-    MOE_METRIC_STAGE_ATTENTION, MOE_METRIC_STAGE_HANDOFF, MOE_METRIC_STAGE_PLAN,   MOE_METRIC_STAGE_WAIT, MOE_METRIC_STAGE_EXPERT,
-    MOE_METRIC_STAGE_COMBINE,   MOE_METRIC_STAGE_LOGITS,  MOE_METRIC_STAGE_SAMPLE, MOE_METRIC_STAGE_STEP};
+    MOE_METRIC_STAGE_ATTENTION, MOE_METRIC_STAGE_HANDOFF, MOE_METRIC_STAGE_PLAN,    MOE_METRIC_STAGE_WAIT,
+    MOE_METRIC_STAGE_COPY,      MOE_METRIC_STAGE_EXPERT,  MOE_METRIC_STAGE_COMBINE, MOE_METRIC_STAGE_LOGITS,
+    MOE_METRIC_STAGE_SAMPLE,    MOE_METRIC_STAGE_STEP};
 
 typedef struct reading {
     int64_t at_ns, tokens, sum_ns[MOE_BENCH_STAGES], count[MOE_BENCH_STAGES];

@@ -10,6 +10,7 @@ typedef enum moe_bench_stage {
     MOE_BENCH_HANDOFF,
     MOE_BENCH_PLAN,
     MOE_BENCH_WAIT,
+    MOE_BENCH_COPY,
     MOE_BENCH_EXPERT,
     MOE_BENCH_COMBINE,
     MOE_BENCH_LOGITS,

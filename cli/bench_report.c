@@ -11,9 +11,9 @@ static double ms_per_token(const moe_bench_case *c, const moe_bench_sample *s) {
 
 static bool is_prefill(const moe_bench_case *c) { return c->output_tokens == 1; }
 
-/* Waiting for experts that no worker spent computing: messages, their encoding and copies, queues. */
+/* Waiting for experts that no worker spent computing or copying to and from its GPU: messages, their encoding, queues. */
 static double wire_ns(const moe_bench_sample *s) {
-    double ns = s->stage_ns[MOE_BENCH_WAIT] - s->stage_ns[MOE_BENCH_EXPERT];
+    double ns = s->stage_ns[MOE_BENCH_WAIT] - s->stage_ns[MOE_BENCH_EXPERT] - s->stage_ns[MOE_BENCH_COPY];
     return ns > 0 ? ns : 0;
 }
 
@@ -139,7 +139,7 @@ void moe_bench_tables(FILE *out, const moe_bench_series *series, int32_t count) 
     fprintf(out, "%-14s %-7s %9s %-18s %10s %10s %8s %8s %10s\n", "", "in", "", "", "", "ms", "", "a layer", "B/token");
     for (int32_t i = 0; i < count; i++) print_speed(out, &series[i]);
     fprintf(out,
-            "\n%-14s %-7s  us a layer and micro-batch (wire: of waiting, what no worker computed); logits, sample, step: "
+            "\n%-14s %-7s  us a layer and micro-batch (wire: of waiting, neither copies nor computation); logits, sample, step: "
             "us a micro-batch\n%22s",
             "", "", "");
     for (int s = 0; s < MOE_BENCH_STAGES; s++) fprintf(out, " %9s", moe_bench_stage_names[s]);

@@ -37,6 +37,7 @@ typedef struct moe_job {
     _Atomic uint64_t progress;         /* ticks while the job advances; for hang detection */
     moe_status status;                 /* valid once done was called */
     int64_t compute_ns;                /* time from start to end of the computation */
+    int64_t copy_ns;                   /* of an expert batch, beside it: copies between host and device; 0 where there are none */
     int64_t combine_ns, logits_ns;     /* of a segment or local step: how much of it went to these; 0 where it is not known */
     int64_t expert_ns;                 /* of a local step, likewise: to routed experts */
     char message[256];                 /* when status is not OK */

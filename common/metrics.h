@@ -33,6 +33,7 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(STAGE_PLAN, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"plan\"", "")                                                    \
     X(STAGE_WAIT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"wait\"", "")                                                    \
     X(STAGE_EXPERT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"expert\"", "")                                                \
+    X(STAGE_COPY, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"copy\"", "")                                                    \
     X(STAGE_COMBINE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"combine\"", "")                                              \
     X(STAGE_LOGITS, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"logits\"", "")                                                \
     X(STAGE_SAMPLE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"sample\"", "")                                                \

@@ -201,6 +201,7 @@ static void enqueue(ffn_run *r) {
     const void *x = b->x;
     fill_parcel(r, &parcel);
     if (!r->pinned_x) x = memcpy(parcel.pinned + parcel.capacity, b->x, r->x_bytes);
+    did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_START, stream), "recording an event");
     did(r, moe_cuda_parcel_send(&parcel, stream), "copying the routing to the GPU");
     did(r, cudaMemcpyAsync(r->x, x, r->x_bytes, cudaMemcpyHostToDevice, stream), "copying expert inputs to the GPU");
     did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_BEGIN, stream), "recording an event");

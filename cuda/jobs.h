@@ -9,6 +9,7 @@
 
 /* Events of a job, in stream order; a job records those that it has. Each that has passed is a tick of progress. */
 typedef enum moe_cuda_mark {
+    MOE_CUDA_START,    /* of an expert batch: the copies of its inputs begin */
     MOE_CUDA_BEGIN,    /* the inputs are on the device */
     MOE_CUDA_COMBINED, /* of a segment */
     MOE_CUDA_LAYERS,   /* of the last segment: logits follow */

@@ -124,6 +124,7 @@ static void answer_batch(moe_batcher *b, moe_batch *batch, moe_status status, co
     while ((w = TAILQ_FIRST(&batch->works))) {
         moe_batch_remove(batch, w);
         w->compute_ns = b->job.compute_ns;
+        w->copy_ns = b->job.copy_ns;
         if (status == MOE_OK) moe_work_check_finite(w, b->config.shard);
         if (status == MOE_OK)
             finish(b, w);
@@ -168,7 +169,7 @@ static void start_next(moe_batcher *b) {
     b->job_done = false;
     b->job.done = on_job_done;
     b->job.owner = b;
-    b->job.compute_ns = 0;
+    b->job.compute_ns = b->job.copy_ns = 0;
     atomic_store(&b->job.progress, 0);
     observe_start(b, next);
     b->config.backend->ops->ffn_submit(b->config.backend, &next->ffn, &b->job);

@@ -50,6 +50,7 @@ void moe_worker_answer_forward(void *ctx, moe_work *work) {
         .epoch = w->control.epoch,
         .shard_digest = moe_work_digest(work, &w->shard),
         .compute_ns = (uint64_t)work->compute_ns,
+        .copy_ns = (uint64_t)work->copy_ns,
         .queue_ns = (uint64_t)(work->started_ns - work->arrived_ns),
         .dtype = moe_work_out_dtype(work, &w->shard),
         .out = work->out,

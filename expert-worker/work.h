@@ -24,7 +24,7 @@ typedef struct moe_work {
     moe_status status;
     char message[128]; /* where status is not OK */
     const void *out;   /* exact [assignments, H], partial [rows, H] of moe_work_out_dtype; borrowed from the batch */
-    int64_t compute_ns;
+    int64_t compute_ns, copy_ns;
 } moe_work;
 
 TAILQ_HEAD(moe_work_list, moe_work);

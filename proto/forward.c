@@ -49,6 +49,7 @@ void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, i
     header.rows = (uint32_t)out_rows;
     header.width = (uint32_t)width;
     header.compute_ns = result->compute_ns;
+    header.copy_ns = result->copy_ns;
     header.queue_ns = result->queue_ns;
     const moe_frame payload = {result->out, (size_t)out_rows * moe_row_bytes(result->dtype, width)};
     moe_rpc_respond(call, (const ProtobufCMessage *)&header, &payload, 1);

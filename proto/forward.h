@@ -39,7 +39,7 @@ typedef struct moe_forward_call {
 } moe_forward_call;
 
 typedef struct moe_forward_result {
-    uint64_t incarnation, epoch, shard_digest, compute_ns, queue_ns;
+    uint64_t incarnation, epoch, shard_digest, compute_ns, copy_ns, queue_ns;
     moe_dtype dtype; /* of out: moe_expert_output_dtype */
     const void *out; /* exact [assignments, hidden], partial [rows, hidden]; when decoded possibly unaligned */
 } moe_forward_result;

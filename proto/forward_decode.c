@@ -196,6 +196,7 @@ moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, const moe_forwar
         .epoch = h->epoch,
         .shard_digest = h->shard_digest,
         .compute_ns = h->compute_ns,
+        .copy_ns = h->copy_ns,
         .queue_ns = h->queue_ns,
         .dtype = want->dtype,
         .out = reply->payload[0].data,

@@ -93,6 +93,8 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
                    expected.rows * (int64_t)moe_row_bytes(expected.dtype, e->model->hidden));
     int64_t compute_ns = result.compute_ns < (uint64_t)took ? (int64_t)result.compute_ns : took;
     if (compute_ns > b->expert_ns) b->expert_ns = compute_ns;
+    int64_t copy_ns = result.copy_ns < (uint64_t)(took - compute_ns) ? (int64_t)result.copy_ns : took - compute_ns;
+    if (copy_ns > b->copy_ns) b->copy_ns = copy_ns;
     place_results(call, result.out);
     release_call(call);
 }
@@ -249,7 +251,7 @@ void dispatch_begin(micro_batch *b) {
     bool exact = e->config.combine == MOE_COMBINE_EXACT;
     memset(b->excluded, 0, sizeof b->excluded);
     b->attempts = 0;
-    b->expert_ns = 0;
+    b->expert_ns = b->copy_ns = 0;
     b->num_orphans = 0;
     b->last_failure[0] = '\0';
     for (int32_t t = 0; t < b->num_rows; t++) {

@@ -146,6 +146,7 @@ struct micro_batch {
     int32_t max_calls, calls_outstanding;
     uint32_t attempts;       /* calls of this layer that failed */
     int64_t expert_ns;       /* longest computation that a reply of this layer told of */
+    int64_t copy_ns;         /* longest copies between host and device, likewise */
     moe_assignment *orphans; /* [max rows × top_k]: assignments without a usable replica */
     int32_t num_orphans;
     int64_t orphaned_ns;                      /* when the first of them became one */

@@ -275,6 +275,7 @@ bool micro_batch_advance(micro_batch *b) {
             if (!dispatch_done(b)) return false;
             moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, engine_now(e) - b->stage_began_ns);
             moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, b->expert_ns);
+            moe_metric_observe_ns(MOE_METRIC_STAGE_COPY, b->copy_ns);
             if (all_ended(b)) return true; /* the next turn ends it */
             submit_segment(b, b->segment.index + 1);
             return true;

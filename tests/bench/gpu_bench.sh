@@ -18,13 +18,18 @@ echo "bounds: $bounds"
 known=(--measured-bandwidth "$bandwidth" --measured-rate "$rate")
 
 measure inproc 110 "${known[@]}" --experts inproc --runs "$runs"
-for combine in exact partial; do
-  measure "ipc-$combine" 45 "${known[@]}" --experts ipc --workers 1 --runs 1 --combine $combine
-done
+
+# beside NAME OPTIONS...: experts in a worker process. `exact` sends a row for every expert of a token, 64 KiB a layer of this shape, so
+# that its prompts and lists are short and its prefill goes in pieces.
+beside() {
+  local name=$1; shift
+  output=16 prompt=16 concurrency=$(sed 's/,256$//' <<<"$concurrency") prefill=$(cut -d, -f1 <<<"$prefill") \
+    measure "$name-exact" 60 "${known[@]}" --experts ipc --workers 1 --runs 1 --combine exact --max-num-batched-tokens 512 "$@"
+  output=32 prompt=32 measure "$name-partial" 60 "${known[@]}" --experts ipc --workers 1 --runs 1 --combine partial "$@"
+}
+beside ipc
 if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
-  for combine in exact partial; do
-    measure "gpu2-$combine" 45 "${known[@]}" --experts ipc --workers 1 --devices 1 --router-device 0 --runs 1 --combine $combine
-  done
+  beside gpu2 --devices 1 --router-device 0
 else
   echo "not measured: a worker on a second GPU (there is one GPU)"
 fi
@@ -34,9 +39,7 @@ mps=$(mktemp -d)
 export CUDA_MPS_PIPE_DIRECTORY=$mps CUDA_MPS_LOG_DIRECTORY=$mps
 if command -v nvidia-cuda-mps-control >/dev/null && nvidia-cuda-mps-control -d >"$out/mps.txt" 2>&1; then
   trap 'echo quit | nvidia-cuda-mps-control >>"$out/mps.txt" 2>&1; rm -rf "$mps"' EXIT
-  for combine in exact partial; do
-    measure "mps-$combine" 45 "${known[@]}" --experts ipc --workers 1 --runs 1 --combine $combine
-  done
+  beside mps
 else
   trap 'rm -rf "$mps"' EXIT
   echo "not measured: a worker under MPS (it did not start: $(head -c 200 "$out/mps.txt" 2>/dev/null))"

@@ -347,7 +347,7 @@ static void result_init(result_sample *s) {
     for (int i = 0; i < ASSIGNMENTS * WIDTH; i++) s->out[i] = (float)i;
     Moesaic__V1__ForwardResponse *h = &s->header;
     h->incarnation = 77, h->epoch = 9, h->shard_digest = 123, h->dtype = MOESAIC__V1__DTYPE__FLOAT32;
-    h->rows = ASSIGNMENTS, h->width = WIDTH, h->compute_ns = 10, h->queue_ns = 20;
+    h->rows = ASSIGNMENTS, h->width = WIDTH, h->compute_ns = 10, h->queue_ns = 20, h->copy_ns = 30;
     s->payload[0] = (moe_frame){s->out, sizeof s->out};
     s->reply =
         (moe_rpc_reply){.message = "", .last = true, .body = (ProtobufCMessage *)h, .payload = s->payload, .num_payload = 1};
@@ -369,6 +369,7 @@ static void test_reply(void **state) {
     result_init(&s);
     assert_int_equal(moe_forward_decode_reply(&s.reply, &expected_reply, &out, NULL), MOE_OK);
     assert_true(out.incarnation == 77 && out.epoch == 9 && out.shard_digest == 123 && out.compute_ns == 10 && out.queue_ns == 20);
+    assert_int_equal(out.copy_ns, 30);
     assert_ptr_equal(out.out, s.out);
     moe_error err = {0};
     s.payload[0].size = 4;
