@@ -59,7 +59,7 @@ typedef struct moe_cuda_ffn {
     int32_t width_loaded;    /* intermediate width of the loaded experts: row length of `down` */
     int32_t num_groups;      /* G ≤ MOE_CUDA_MAX_GROUPS; groups may be empty */
     int32_t num_assignments; /* upper bound of expert_first[G]; sizes of `inner` and `y` follow from it */
-    int32_t tile_tokens;     /* token tile: one of 32, 64, 128, 256 (moe_cuda_tune_tile), or 0: built-in thresholds */
+    int32_t tile_tokens;     /* tokens of a tile: 32, 64, 128, or 256 for the widest (moe_cuda_tune_tile); 0: built-in thresholds */
 
     const int32_t *expert_first;              /* [G + 1] */
     const int32_t *sorted_rows;               /* [A], row of x */

@@ -7,6 +7,7 @@ namespace {
 using namespace moe_expert;
 
 constexpr int kThreads = 256;
+constexpr int kTileFeatures = 128;  // weight rows of a tile
 constexpr int kWeightBytes = kTileFeatures * kTileK * 2;  // of a stage
 
 // WARPS_N warps side by side over a tile's tokens, the rest over its features.
@@ -15,7 +16,7 @@ struct shape {
     static constexpr int warps_m = 8 / WARPS_N;
     static constexpr int blocks_m = kTileFeatures / warps_m / 16, blocks_n = TOKENS / WARPS_N / 8;  // of 16 and 8, for a warp
     static constexpr int stage_bytes = kWeightBytes + TOKENS * kTileK * 2;
-    static constexpr int bytes = STAGES * stage_bytes + (int)sizeof(tile_list);
+    static constexpr int bytes = STAGES * stage_bytes;  // and the list of tiles
 };
 
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -53,7 +54,7 @@ struct fetcher {
         const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
         if (index >= num_tiles) return;
         if (kb == 0) {
-            tile t = find_tile<TOKENS>(list, p.num_groups, feature_tiles, index);
+            tile t = find_tile<kTileFeatures, TOKENS>(list, p.num_groups, feature_tiles, index);
             const uint8_t *a = static_cast<const uint8_t *>(p.weights[t.group]);
             weights = a + 2 * ((int64_t)(p.feature_first + t.feature + row) * p.a_stride + p.k_first) + 16 * chunk;
             features_left = p.features - t.feature - row;
@@ -82,7 +83,7 @@ template <int TOKENS, int STAGES, int WARPS_N, bool SECOND>
 __global__ void __launch_bounds__(kThreads) expert_kernel(const __grid_constant__ product p) {
     using s = shape<TOKENS, STAGES, WARPS_N>;
     extern __shared__ __align__(128) uint8_t shared[];
-    tile_list &list = *reinterpret_cast<tile_list *>(shared + STAGES * s::stage_bytes);
+    const tile_list list(shared + STAGES * s::stage_bytes, p.num_groups);
     if (threadIdx.x < 32) list_tiles<TOKENS>(p, list);
     __syncthreads();
     const int feature_tiles = (p.features + kTileFeatures - 1) / kTileFeatures, steps = p.k / kTileK;
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) expert_kernel(const __grid_constant_
             }
             if (++stage == STAGES) stage = 0;
         }
-        tile t = find_tile<TOKENS>(list, p.num_groups, feature_tiles, index);
+        tile t = find_tile<kTileFeatures, TOKENS>(list, p.num_groups, feature_tiles, index);
 #pragma unroll
         for (int n = 0; n < s::blocks_n; n++) {
             int token = warp_token + 8 * n, own = token + 2 * (lane % 4), slot[2];
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) expert_kernel(const __grid_constant_
                 if (SECOND)
                     store_rows(d[m][n], p, row + lane / 4, slot[0], slot[1]);
                 else
-                    store_inner(d[m][n], p, t.first + token, t.count - token, row / 2);
+                    store_inner(d[m][n], d[m][n] + 2, p, t.first + token, t.count - token, row / 2);
             }
         }
     }
@@ -158,7 +159,7 @@ const variant kVariants[] = {make_variant<32, 3, 1, 2>(), make_variant<64, 5, 1,
 cudaError_t launch(const variant &v, kernel k, const product &p, const moe_cuda_ffn &f, cudaStream_t stream) {
     int64_t token_tiles = f.num_assignments / v.tokens + (f.num_assignments < f.num_groups ? f.num_assignments : f.num_groups);
     int64_t tiles = token_tiles * ((p.features + kTileFeatures - 1) / kTileFeatures), most = f.device.num_sms * v.blocks_per_sm;
-    k<<<(unsigned)(tiles < most ? tiles : most), kThreads, (size_t)v.bytes, stream>>>(p);
+    k<<<(unsigned)(tiles < most ? tiles : most), kThreads, (size_t)(v.bytes + list_bytes(p.num_groups)), stream>>>(p);
     return cudaGetLastError();
 }
 
@@ -167,7 +168,8 @@ cudaError_t launch(const variant &v, kernel k, const product &p, const moe_cuda_
 cudaError_t moe_cuda_expert_sm80_open(void) {
     for (const variant &v : kVariants) {
         for (kernel k : {v.first, v.second}) {
-            cudaError_t error = cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, v.bytes);
+            cudaError_t error = cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     v.bytes + list_bytes(MOE_CUDA_MAX_GROUPS));
             if (error != cudaSuccess) return error;
         }
     }

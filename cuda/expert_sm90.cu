@@ -1,9 +1,10 @@
-// Expert FFN on Hopper: one persistent kernel a product, three warpgroups. One fetches (weights by the copy engine, the experts'
-// token rows gathered by cp.async), two multiply (wgmma, 64 of a tile's 128 weight rows each) and write. Stages of 64 columns of K
-// go round in shared memory, so the next tile's weights are on their way while a tile ends.
+// Expert FFN on Hopper: one persistent kernel a product, three warpgroups. One fetches, two multiply (wgmma, half of a tile's weight
+// rows each) and write. Stages of 64 columns of K go round in shared memory, so the next tile's weights are on their way while a tile
+// ends.
 //
-// The same kernel serves few rows, where time is the weights' bytes and narrow token tiles leave room for many stages, and many rows,
-// where time is arithmetic and 256 tokens a tile feed the tensor cores.
+// Weights come by the copy engine (TMA). Token rows are gathered by cp.async, or, where the rows of a wide tile are consecutive, come
+// by the copy engine too. Few rows: time is the weights' bytes, and narrow token tiles leave room for many stages. Many rows: time is
+// arithmetic, and large tiles feed the tensor cores.
 #include <cuda.h>
 
 #include "cuda/expert_tiles.cuh"
@@ -16,108 +17,126 @@ using namespace moe_sm90;
 
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kWeightBytes = kTileFeatures * kTileK * 2;       // of a stage
+constexpr int kBoxFeatures = 128;  // weight rows of one copy
 
-template <int TOKENS, int STAGES>
-struct layout {
-    enum { fetch_registers = 56, multiply_registers = 224 };  // 128 · 56 + 256 · 224 ≤ 65536
-    static constexpr int token_bytes = TOKENS * kTileK * 2;
-    static constexpr int tokens_at = STAGES * kWeightBytes, barriers_at = tokens_at + STAGES * token_bytes;
-    static constexpr int list_at = barriers_at + 2 * STAGES * 8;
-    static constexpr int bytes = list_at + (int)sizeof(tile_list) + 1024;  // and room to align the stages to 1024
+// A kernel for tiles of FEATURES weight rows by TOKENS tokens. BULK: token rows are consecutive and come by the copy engine. Each
+// multiplying warpgroup has HALVES times 64 of the weight rows; two halves take turns at every 8 rows, so that a warp has 32 rows in
+// succession, gate rows in one half and up rows in the other.
+template <int FEATURES_, int TOKENS_, int STAGES_, bool SECOND_>
+struct config {
+    enum { FEATURES = FEATURES_, TOKENS = TOKENS_, STAGES = STAGES_, SECOND = SECOND_ };
+    enum { BULK = SECOND && TOKENS >= 128, HALVES = FEATURES / (64 * kConsumers) };
+    enum { fetch_registers = 56, multiply_registers = 224 };                           // 128 · 56 + 256 · 224 ≤ 65536
+    enum { weight_bytes = FEATURES * kTileK * 2, token_bytes = TOKENS * kTileK * 2 };  // of a stage
+    enum { tokens_at = STAGES * weight_bytes, barriers_at = tokens_at + STAGES * token_bytes };
+    enum { list_at = barriers_at + 2 * STAGES * 8 };
+    enum { bytes = list_at + 1024 };  // room to align the stages to 1024; and the list of tiles
 };
 
 // The pipeline as either side sees it: barriers `full` and `empty` of each stage, and where the thread is.
-template <int TOKENS, int STAGES>
+template <class C>
 struct pipeline {
     uint32_t base;
     int stage = 0, parity = 0;
-    using at = layout<TOKENS, STAGES>;
-    __device__ __forceinline__ uint32_t full(int s) const { return base + at::barriers_at + 8 * s; }
-    __device__ __forceinline__ uint32_t empty(int s) const { return base + at::barriers_at + 8 * (STAGES + s); }
-    __device__ __forceinline__ uint32_t weights(int s) const { return base + s * kWeightBytes; }
-    __device__ __forceinline__ uint32_t tokens(int s) const { return base + at::tokens_at + s * at::token_bytes; }
+    __device__ __forceinline__ uint32_t full(int s) const { return base + C::barriers_at + 8 * s; }
+    __device__ __forceinline__ uint32_t empty(int s) const { return base + C::barriers_at + 8 * (C::STAGES + s); }
+    __device__ __forceinline__ uint32_t weights(int s) const { return base + s * C::weight_bytes; }
+    __device__ __forceinline__ uint32_t tokens(int s) const { return base + C::tokens_at + s * C::token_bytes; }
     __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
+        if (++stage == C::STAGES) stage = 0, parity ^= 1;
     }
 };
 
-// The fetching warpgroup. Thread t copies the 16 bytes t % 8 of rows t / 8 + 16·i of each stage's token tile to where the 128-byte
-// swizzle wants them. A stage is announced LAG stages later, when its copies have landed.
-template <int TOKENS, int STAGES, bool SECOND>
-__device__ __forceinline__ void fetch(const product &p, const tile_list &list, uint32_t base, int feature_tiles, int num_tiles) {
-    constexpr int ROWS = TOKENS / 16, LAG = STAGES / 2;
-    const int thread = threadIdx.x - 128 * kConsumers, row = thread / 8, chunk = thread % 8, steps = p.k / kTileK;
+struct work {
+    const product &p;
+    const void *tokens_map;  // of p.b
+    const tile_list &list;
+    uint32_t base;  // of the stages
+    int feature_tiles, num_tiles, steps;
+
+    template <class C>
+    __device__ __forceinline__ tile find(int index) const {
+        return find_tile<C::FEATURES, C::TOKENS>(list, p.num_groups, feature_tiles, index);
+    }
+    __device__ __forceinline__ const uint8_t *map(const tile &t, bool second) const {
+        return second ? list.maps[t.group]->down : list.maps[t.group]->gate_up;
+    }
+};
+
+template <class C>
+__device__ __forceinline__ void fetch_weights(const work &w, const pipeline<C> &pipe, const void *map, const tile &t, int stage, int kb) {
+    barrier_arrive_expect(pipe.full(stage), C::weight_bytes + (C::BULK ? (int)C::token_bytes : 0));
+#pragma unroll
+    for (int i = 0; i < C::FEATURES / kBoxFeatures; i++)
+        copy_box(pipe.weights(stage) + i * kBoxFeatures * 128, map, w.p.k_first + kb * kTileK,
+                 w.p.feature_first + t.feature + i * kBoxFeatures, pipe.full(stage));
+}
+
+// The fetching warpgroup. Where rows are gathered, thread t copies the 16 bytes t % 8 of rows t / 8 + 16·i of each stage's token tile
+// to where the 128-byte swizzle wants them.
+template <class C>
+__device__ __forceinline__ void fetch(const work &w) {
+    constexpr int ROWS = C::TOKENS / 16;
+    const int thread = threadIdx.x - 128 * kConsumers, row = thread / 8, chunk = thread % 8;
     const bool leader = thread == 0;
     const uint32_t place = row * 128 + ((chunk ^ (row & 7)) << 4);
-    const uint8_t *b = reinterpret_cast<const uint8_t *>(p.b);
-    pipeline<TOKENS, STAGES> pipe = {base};
+    const uint8_t *b = reinterpret_cast<const uint8_t *>(w.p.b);
+    pipeline<C> pipe = {w.base};
     int step = 0, ahead = 0;  // steps so far; of them, weights requested before the previous grid ended
 
-    if (SECOND) {
-        if (leader && (int)blockIdx.x < num_tiles) {
-            tile t = find_tile<TOKENS>(list, p.num_groups, feature_tiles, blockIdx.x);
-            const uint8_t *map = p.maps[t.group]->down;
-            fence_map(map);
-            for (; ahead < min(STAGES, steps); ahead++) {
-                barrier_arrive_expect(pipe.full(ahead), kWeightBytes);
-                copy_box(pipe.weights(ahead), map, p.k_first + ahead * kTileK, t.feature, pipe.full(ahead));
-            }
+    if (C::SECOND) {
+        if (leader && (int)blockIdx.x < w.num_tiles) {
+            tile t = w.find<C>(blockIdx.x);
+            fence_map(w.map(t, C::SECOND));
+            for (; ahead < min((int)C::STAGES, w.steps); ahead++) fetch_weights(w, pipe, w.map(t, C::SECOND), t, ahead, ahead);
         }
         wait_for_previous_grid();
     }
-    for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-        tile t = find_tile<TOKENS>(list, p.num_groups, feature_tiles, index);
-        const uint8_t *map = SECOND ? p.maps[t.group]->down : p.maps[t.group]->gate_up;
-        int mine = (t.count - row + 15) / 16;  // rows of the tile that this thread copies
-        uint32_t offset[ROWS];                 // in units of 16 bytes
+    if (C::BULK && !leader) return;
+    for (int index = blockIdx.x; index < w.num_tiles; index += gridDim.x) {
+        tile t = w.find<C>(index);
+        const void *map = w.map(t, C::SECOND);
+        int mine = C::BULK ? 0 : (t.count - row + 15) / 16;  // rows of the tile that this thread copies
+        uint32_t offset[ROWS];                               // in units of 16 bytes
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             int from = t.first + row + 16 * i;
-            if (i < mine && !SECOND) from = p.rows[from];
-            offset[i] = (uint32_t)from * (uint32_t)(p.k / 8) + chunk;
+            if (i < mine && !C::SECOND) from = w.p.rows[from];
+            offset[i] = (uint32_t)from * (uint32_t)(w.p.k / 8) + chunk;
         }
         if (leader && step >= ahead) fence_map(map);
-        for (int kb = 0; kb < steps; kb++, step++) {
+        for (int kb = 0; kb < w.steps; kb++, step++) {
             barrier_wait(pipe.empty(pipe.stage), pipe.parity ^ 1);
-            if (leader && step >= ahead) {
-                barrier_arrive_expect(pipe.full(pipe.stage), kWeightBytes);
-                copy_box(pipe.weights(pipe.stage), map, p.k_first + kb * kTileK, p.feature_first + t.feature, pipe.full(pipe.stage));
-            }
-            uint32_t to = pipe.tokens(pipe.stage) + place;
+            if (leader && step >= ahead) fetch_weights(w, pipe, map, t, pipe.stage, kb);
+            if (C::BULK) {
+                copy_box(pipe.tokens(pipe.stage), w.tokens_map, kb * kTileK, t.first, pipe.full(pipe.stage));
+            } else {
+                uint32_t to = pipe.tokens(pipe.stage) + place;
 #pragma unroll
-            for (int i = 0; i < ROWS; i++)
-                if (i < mine) copy_16(to + i * 2048, b + ((uint64_t)(offset[i] + kb * 8) << 4));
-            copy_commit();
-            if (step >= LAG) {
-                copy_wait<LAG>();
-                fence_async_shared();
-                __syncwarp();
-                if (thread % 32 == 0) barrier_arrive(pipe.full(pipe.stage >= LAG ? pipe.stage - LAG : pipe.stage + STAGES - LAG));
+                for (int i = 0; i < ROWS; i++)
+                    if (i < mine) copy_16(to + i * 2048, b + ((uint64_t)(offset[i] + kb * 8) << 4));
+                barrier_arrive_copied(pipe.full(pipe.stage));
             }
             pipe.advance();
         }
     }
-    copy_wait<0>();
-    fence_async_shared();
-    __syncwarp();
-    if (thread % 32 == 0)
-        for (int left = min(LAG, step); left > 0; left--)
-            barrier_arrive(pipe.full(pipe.stage >= left ? pipe.stage - left : pipe.stage + STAGES - left));
 }
 
 // Multiplies the stages of one tile whose tokens are at most N into d, and leaves the pipeline at the next tile's first.
-template <int N, int TOKENS, int STAGES>
-__device__ __forceinline__ void multiply(pipeline<TOKENS, STAGES> &pipe, float *d, int warpgroup, int steps) {
+template <int N, class C>
+__device__ __forceinline__ void multiply(pipeline<C> &pipe, float (&d)[C::HALVES][C::TOKENS / 2], int warpgroup, int steps) {
     int previous = 0;
     bool elected = threadIdx.x % 32 == 0;
     for (int kb = 0; kb < steps; kb++) {
         barrier_wait(pipe.full(pipe.stage), pipe.parity);
-        uint64_t a = descriptor(pipe.weights(pipe.stage) + warpgroup * (kWeightBytes / kConsumers));
-        uint64_t b = descriptor(pipe.tokens(pipe.stage));
+        if (!C::BULK) fence_async_shared();
+        uint64_t a = descriptor(pipe.weights(pipe.stage) + warpgroup * (C::weight_bytes / kConsumers), 1024 * C::HALVES);
+        uint64_t b = descriptor(pipe.tokens(pipe.stage), 1024);
         wgmma_begin();
 #pragma unroll
-        for (int k = 0; k < kTileK / 16; k++) wgmma<N>(d, a + 2 * k, b + 2 * k, kb + k > 0);
+        for (int k = 0; k < kTileK / 16; k++)
+#pragma unroll
+            for (int h = 0; h < C::HALVES; h++) wgmma<N>(d[h], a + h * (1024 / 16) + 2 * k, b + 2 * k, kb + k > 0);
         wgmma_commit();
         wgmma_wait<1>();
         if (kb > 0 && elected) barrier_arrive(pipe.empty(previous));
@@ -128,109 +147,143 @@ __device__ __forceinline__ void multiply(pipeline<TOKENS, STAGES> &pipe, float *
     if (elected) barrier_arrive(pipe.empty(previous));
 }
 
-template <int TOKENS, int STAGES, bool SECOND>
-__device__ __forceinline__ void consume(const product &p, const tile_list &list, uint32_t base, int feature_tiles, int num_tiles) {
-    const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32, steps = p.k / kTileK;
-    const int warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;  // of the tile's weight rows
-    pipeline<TOKENS, STAGES> pipe = {base};
-    float d[TOKENS / 2];
-    for (int index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-        tile t = find_tile<TOKENS>(list, p.num_groups, feature_tiles, index);
-        int slot[SECOND ? TOKENS / 32 : 1];  // of token lane + 32·i
-        if (SECOND) {
+// Writes tokens 8j … 8j + 7 of a tile, for the warp's weight rows from `feature` on. slot: of token lane + 32·(j / 4).
+template <class C>
+__device__ __forceinline__ void store(const product &p, const tile &t, int feature, float (&d)[C::HALVES][C::TOKENS / 2], int j, int slot) {
+    const int lane = threadIdx.x % 32, first = t.first + 8 * j, count = t.count - 8 * j;
+    if (!C::SECOND && feature >= p.features) return;
+    if (!C::SECOND && C::HALVES == 1) {
+        store_inner(d[0] + 4 * j, d[0] + 4 * j + 2, p, first, count, feature / 2);
+    } else if (!C::SECOND) {
+        store_inner(d[0] + 4 * j, d[C::HALVES - 1] + 4 * j, p, first, count, feature / 2);
+        store_inner(d[0] + 4 * j + 2, d[C::HALVES - 1] + 4 * j + 2, p, first, count, feature / 2 + 8);
+    } else {
+        int from = 8 * j % 32 + 2 * (lane % 4);
+        int slots[2] = {__shfl_sync(0xffffffffu, slot, from), __shfl_sync(0xffffffffu, slot, from + 1)};
+        if (C::HALVES == 1) {
+            store_rows(d[0] + 4 * j, p, feature + lane / 4, slots[0], slots[1]);
+        } else {
 #pragma unroll
-            for (int i = 0; i < TOKENS / 32; i++) {
-                int token = lane + 32 * i;
-                slot[i] = token >= t.count ? -1 : p.slot_of ? p.slot_of[t.first + token] : t.first + token;
-            }
-        }
-        if (TOKENS > 64 && t.count <= 64)
-            multiply<64>(pipe, d, warpgroup, steps);
-        else if (TOKENS > 128 && t.count <= 128)
-            multiply<128>(pipe, d, warpgroup, steps);
-        else if (TOKENS > 192 && t.count <= 192)
-            multiply<192>(pipe, d, warpgroup, steps);
-        else
-            multiply<TOKENS>(pipe, d, warpgroup, steps);
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j++) {
-            if (8 * j >= t.count) continue;
-            if (SECOND) {
-                int from = 8 * j % 32 + 2 * (lane % 4);
-                int slot0 = __shfl_sync(0xffffffffu, slot[j / 4], from), slot1 = __shfl_sync(0xffffffffu, slot[j / 4], from + 1);
-                store_rows(d + 4 * j, p, t.feature + warp_row + lane / 4, slot0, slot1);
-            } else {
-                store_inner(d + 4 * j, p, t.first + 8 * j, t.count - 8 * j, (t.feature + warp_row) / 2);
+            for (int i = 0; i < 2; i++) {
+                float v[] = {d[0][4 * j + i], d[C::HALVES - 1][4 * j + i], d[0][4 * j + 2 + i], d[C::HALVES - 1][4 * j + 2 + i]};
+                store_row_line(v, p, feature, slots[i]);
             }
         }
     }
 }
 
-template <int TOKENS, int STAGES, bool SECOND>
-__global__ void __launch_bounds__(kThreads, 1) expert_kernel(const __grid_constant__ product p) {
+template <class C>
+__device__ __forceinline__ void consume(const work &w) {
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+    const int warp_row = warpgroup * (C::FEATURES / kConsumers) + threadIdx.x / 32 % 4 * 16 * C::HALVES;  // of the tile's weight rows
+    pipeline<C> pipe = {w.base};
+    float d[C::HALVES][C::TOKENS / 2];
+    for (int index = blockIdx.x; index < w.num_tiles; index += gridDim.x) {
+        tile t = w.find<C>(index);
+        int slot[C::SECOND ? C::TOKENS / 32 : 1];  // of token lane + 32·i
+        if (C::SECOND) {
+#pragma unroll
+            for (int i = 0; i < C::TOKENS / 32; i++) {
+                int token = lane + 32 * i;
+                slot[i] = token >= t.count ? -1 : w.p.slot_of ? w.p.slot_of[t.first + token] : t.first + token;
+            }
+        }
+        if (C::TOKENS > 64 && t.count <= 64)
+            multiply<64>(pipe, d, warpgroup, w.steps);
+        else
+            multiply<C::TOKENS>(pipe, d, warpgroup, w.steps);
+#pragma unroll
+        for (int j = 0; j < C::TOKENS / 8; j++)
+            if (8 * j < t.count) store<C>(w.p, t, t.feature + warp_row, d, j, slot[C::SECOND ? j / 4 : 0]);
+    }
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1) expert_kernel(const __grid_constant__ product p, const __grid_constant__ CUtensorMap map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ uint8_t shared[];
-    using at = layout<TOKENS, STAGES>;
     uint32_t base = (shared_address(shared) + 1023) & ~1023u;
-    tile_list &list = *reinterpret_cast<tile_list *>(shared + (base - shared_address(shared)) + at::list_at);
-    pipeline<TOKENS, STAGES> pipe = {base};
+    const tile_list list(shared + (base - shared_address(shared)) + C::list_at, p.num_groups);
+    pipeline<C> pipe = {base};
     if (threadIdx.x == 32) {
-        for (int s = 0; s < STAGES; s++) {
-            barrier_init(pipe.full(s), 4 + 1);  // the fetching warps, and the copy engine's bytes
+        for (int s = 0; s < C::STAGES; s++) {
+            barrier_init(pipe.full(s), 1 + (C::BULK ? 0 : 128));  // the leader with the copy engine's bytes, and every gatherer
             barrier_init(pipe.empty(s), 4 * kConsumers);
         }
         fence_barrier_init();
         fence_async_shared();
     }
-    if (!SECOND) wait_for_previous_grid();
-    if (threadIdx.x < 32) list_tiles<TOKENS>(p, list);
+    for (int g = threadIdx.x; g < p.num_groups; g += kThreads) list.maps[g] = p.maps[g];
+    if (!C::SECOND) wait_for_previous_grid();
+    if (threadIdx.x < 32) list_tiles<C::TOKENS>(p, list);
     __syncthreads();
     allow_next_grid();
-    int feature_tiles = (p.features + kTileFeatures - 1) / kTileFeatures;
-    int num_tiles = list.tiles[p.num_groups] * feature_tiles;
+    int feature_tiles = (p.features + C::FEATURES - 1) / C::FEATURES;
+    work w = {p, &map, list, base, feature_tiles, list.tiles[p.num_groups] * feature_tiles, p.k / kTileK};
     if (threadIdx.x >= 128 * kConsumers) {
-        registers_fewer<at::fetch_registers>();
-        fetch<TOKENS, STAGES, SECOND>(p, list, base, feature_tiles, num_tiles);
+        registers_fewer<C::fetch_registers>();
+        fetch<C>(w);
     } else {
-        registers_more<at::multiply_registers>();
-        consume<TOKENS, STAGES, SECOND>(p, list, base, feature_tiles, num_tiles);
+        registers_more<C::multiply_registers>();
+        consume<C>(w);
     }
 #endif
 }
 
-using kernel = void (*)(product);
+using kernel = void (*)(product, CUtensorMap);
 
 struct variant {
-    int tokens, bytes;
+    int tile, features, tokens, bytes;
+    bool bulk;  // the second kernel reads its tokens by a map
     kernel first, second;
 };
 
-template <int TOKENS, int STAGES>
-constexpr variant make_variant() {
-    return {TOKENS, layout<TOKENS, STAGES>::bytes, expert_kernel<TOKENS, STAGES, false>, expert_kernel<TOKENS, STAGES, true>};
+template <int FEATURES, int TOKENS, int STAGES>
+constexpr variant make_variant(int tile) {
+    using first = config<FEATURES, TOKENS, STAGES, false>;
+    using second = config<FEATURES, TOKENS, STAGES, true>;
+    return {tile, FEATURES, TOKENS, first::bytes, second::BULK, expert_kernel<first>, expert_kernel<second>};
 }
 
-// As many stages as shared memory holds.
-const variant kVariants[] = {make_variant<32, 10>(), make_variant<64, 8>(), make_variant<128, 6>(), make_variant<256, 4>()};
+// As many stages as shared memory holds. The widest tile is 256 weight rows by 128 tokens rather than 128 by 256: gathering costs more
+// than copying weights does.
+const variant kVariants[] = {make_variant<128, 32, 10>(32), make_variant<128, 64, 8>(64), make_variant<128, 128, 6>(128),
+                             make_variant<256, 128, 4>(256)};
 
-cudaError_t launch(kernel k, const product &p, int bytes, int blocks, cudaStream_t stream) {
+// cuTensorMapEncodeTiled, or NULL where the driver has none.
+decltype(&cuTensorMapEncodeTiled) find_encoder() {
+    cudaDriverEntryPointQueryResult found;
+    void *entry = nullptr;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) != cudaSuccess) return nullptr;
+    return found == cudaDriverEntryPointSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry) : nullptr;
+}
+
+// A map of a row-major bf16 matrix in boxes of kTileK columns.
+cudaError_t make_map(const void *matrix, int64_t rows, int64_t columns, int box_rows, void *map) {
+    static const auto encode = find_encoder();
+    if (!encode) return cudaErrorNotSupported;
+    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows}, strides[] = {(cuuint64_t)columns * 2};
+    cuuint32_t box[] = {kTileK, (cuuint32_t)box_rows}, steps[] = {1, 1};
+    CUresult result = encode(static_cast<CUtensorMap *>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(matrix), sizes,
+                             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t launch(const variant &v, kernel k, const product &p, const CUtensorMap &map, const moe_cuda_ffn &f, cudaStream_t stream) {
+    int64_t token_tiles = f.num_assignments / v.tokens + (f.num_assignments < f.num_groups ? f.num_assignments : f.num_groups);
+    int64_t tiles = token_tiles * ((p.features + v.features - 1) / v.features);
     cudaLaunchAttribute dependent = {};
     dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     dependent.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)blocks);
+    config.gridDim = dim3((unsigned)(tiles < f.device.num_sms ? tiles : f.device.num_sms));
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = (size_t)bytes;
+    config.dynamicSmemBytes = (size_t)(v.bytes + list_bytes(p.num_groups));
     config.stream = stream;
     config.attrs = &dependent;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, k, p);
-}
-
-int blocks_for(const product &p, const moe_cuda_ffn &f, int tokens) {
-    int64_t token_tiles = f.num_assignments / tokens + (f.num_assignments < f.num_groups ? f.num_assignments : f.num_groups);
-    int64_t tiles = token_tiles * ((p.features + kTileFeatures - 1) / kTileFeatures);
-    return (int)(tiles < f.device.num_sms ? tiles : f.device.num_sms);
+    return cudaLaunchKernelEx(&config, k, p, map);
 }
 
 }  // namespace
@@ -238,7 +291,8 @@ int blocks_for(const product &p, const moe_cuda_ffn &f, int tokens) {
 cudaError_t moe_cuda_expert_sm90_open(void) {
     for (const variant &v : kVariants) {
         for (kernel k : {v.first, v.second}) {
-            cudaError_t error = cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, v.bytes);
+            int bytes = v.bytes + list_bytes(MOE_CUDA_MAX_GROUPS);
+            cudaError_t error = cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
             if (error != cudaSuccess) return error;
         }
     }
@@ -247,31 +301,17 @@ cudaError_t moe_cuda_expert_sm90_open(void) {
 
 cudaError_t moe_cuda_expert_ffn_sm90(const moe_cuda_ffn *args, cudaStream_t stream) {
     for (const variant &v : kVariants) {
-        if (v.tokens != args->tile_tokens) continue;
-        product first = first_product(*args), second = second_product(*args);
-        cudaError_t error = launch(v.first, first, v.bytes, blocks_for(first, *args, v.tokens), stream);
-        return error != cudaSuccess ? error : launch(v.second, second, v.bytes, blocks_for(second, *args, v.tokens), stream);
+        if (v.tile != args->tile_tokens) continue;
+        alignas(64) CUtensorMap map = {};
+        cudaError_t error = !v.bulk ? cudaSuccess : make_map(args->inner, args->num_assignments, args->width, v.tokens, &map);
+        if (error == cudaSuccess) error = launch(v, v.first, first_product(*args), map, *args, stream);
+        return error != cudaSuccess ? error : launch(v, v.second, second_product(*args), map, *args, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-static cudaError_t make_map(const void *matrix, int32_t rows, int32_t columns, void *map) {
-    cudaDriverEntryPointQueryResult found;
-    void *encode = nullptr;
-    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-    if (error != cudaSuccess) return error;
-    if (found != cudaDriverEntryPointSuccess || !encode) return cudaErrorNotSupported;
-    cuuint64_t sizes[] = {(cuuint64_t)columns, (cuuint64_t)rows}, strides[] = {(cuuint64_t)columns * 2};
-    cuuint32_t box[] = {kTileK, kTileFeatures}, steps[] = {1, 1};
-    CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-        static_cast<CUtensorMap *>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void *>(matrix), sizes, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 cudaError_t moe_cuda_expert_maps_make(const void *gate_up, const void *down, int32_t hidden, int32_t width,
                                       moe_cuda_expert_maps *maps) {
-    cudaError_t error = make_map(gate_up, 2 * width, hidden, maps->gate_up);
-    return error != cudaSuccess ? error : make_map(down, hidden, width, maps->down);
+    cudaError_t error = make_map(gate_up, 2 * (int64_t)width, hidden, kBoxFeatures, maps->gate_up);
+    return error != cudaSuccess ? error : make_map(down, hidden, width, kBoxFeatures, maps->down);
 }

@@ -7,9 +7,8 @@
 
 namespace moe_expert {
 
-constexpr int kTileFeatures = 128;  // weight rows of a tile
-constexpr int kTileK = 64;          // columns of a pipeline stage: 128 bytes
-constexpr int kTokenBand = 16;      // token tiles that run side by side over the same weights
+constexpr int kTileK = 64;      // columns of a pipeline stage: 128 bytes
+constexpr int kTokenBand = 16;  // token tiles that run side by side over the same weights
 
 // One product of all experts: for each group g, d[feature, token] = Σ_k a_g[feature, k] · b[token, k].
 struct product {
@@ -25,11 +24,18 @@ struct product {
     int a_stride;
 };
 
-// Prefix sums of the groups' token tiles and rows, in shared memory.
+// In shared memory: what finding a tile needs. list_bytes(G), 8-byte aligned.
 struct tile_list {
-    int tiles[MOE_CUDA_MAX_GROUPS + 1];
-    int first[MOE_CUDA_MAX_GROUPS + 1];
+    const moe_cuda_expert_maps **maps;  // [G]
+    int *tiles, *first;                 // [G + 1], prefix sums of the groups' token tiles and rows
+
+    __device__ __forceinline__ tile_list(void *memory, int num_groups)
+        : maps(static_cast<const moe_cuda_expert_maps **>(memory)),
+          tiles(reinterpret_cast<int *>(maps + num_groups)),
+          first(tiles + num_groups + 1) {}
 };
+
+inline int list_bytes(int num_groups) { return num_groups * 16 + 8; }
 
 struct tile {
     int group, feature, token;  // feature and token: first of the tile; token within the group
@@ -38,7 +44,7 @@ struct tile {
 
 // By one warp. Readers synchronise with it.
 template <int TOKENS>
-__device__ __forceinline__ void list_tiles(const product &p, tile_list &list) {
+__device__ __forceinline__ void list_tiles(const product &p, const tile_list &list) {
     int lane = threadIdx.x & 31, each = (p.num_groups + 31) / 32, sum = 0;
     int lo = min(lane * each, p.num_groups), hi = min(lo + each, p.num_groups);
     int begin = p.expert_first[lo];
@@ -64,7 +70,7 @@ __device__ __forceinline__ void list_tiles(const product &p, tile_list &list) {
 
 // Tile `index` of num_tiles: experts in order; within one, bands of token tiles; within a band, features, then tokens, so that
 // blocks that run at a time share weights and tokens in the second-level cache.
-template <int TOKENS>
+template <int FEATURES, int TOKENS>
 __device__ __forceinline__ tile find_tile(const tile_list &list, int num_groups, int feature_tiles, int index) {
     int unit = index / feature_tiles, lo = 0, hi = num_groups;  // the group whose tiles[g] ≤ unit < tiles[g + 1]
     while (hi - lo > 1) {
@@ -79,20 +85,20 @@ __device__ __forceinline__ tile find_tile(const tile_list &list, int num_groups,
     int width = min(kTokenBand, token_tiles - band * kTokenBand), feature = in_band / width;
     tile t;
     t.group = lo;
-    t.feature = feature * kTileFeatures;
+    t.feature = feature * FEATURES;
     t.token = (band * kTokenBand + in_band - feature * width) * TOKENS;
     t.first = list.first[lo] + t.token;
     t.count = min(TOKENS, list.first[lo + 1] - t.first);
     return t;
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-// End of the first product, for the 16 features × 8 tokens that a warp holds as (gate, gate, up, up) of the tokens 2·(lane % 4) + 0,
-// 1 and the unit lane / 4. The 8 × 8 results turn round in registers, so that 4 lanes write 16 bytes of one token.
-__device__ __forceinline__ void store_inner(const float *d, const product &p, int first, int count, int unit) {
+// End of the first product, for the 8 units × 8 tokens of which a thread holds gate and up of unit lane / 4, tokens 2·(lane % 4) + 0, 1.
+// The results turn round in registers, so that 4 lanes write 16 bytes of one token.
+__device__ __forceinline__ void store_inner(const float *gate, const float *up, const product &p, int first, int count, int unit) {
     int lane = threadIdx.x & 31;
-    __nv_bfloat162 pair = __floats2bfloat162_rn(silu(d[0]) * d[2], silu(d[1]) * d[3]);
+    __nv_bfloat162 pair = __floats2bfloat162_rn(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
     uint32_t turned, held;
     memcpy(&held, &pair, sizeof held);
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(held));
@@ -102,7 +108,8 @@ __device__ __forceinline__ void store_inner(const float *d, const product &p, in
     }
 }
 
-// End of the second product: `feature` is the thread's upper row, slot0 and slot1 the output rows of its two tokens, -1: none.
+// End of the second product: `feature` is the thread's upper row, slot0 and slot1 the output rows of its two tokens, -1: none. 8 lanes
+// write 32 bytes, a sector.
 __device__ __forceinline__ void store_rows(const float *d, const product &p, int feature, int slot0, int slot1) {
     float *out = static_cast<float *>(p.out) + feature;
     if (feature < p.features) {
@@ -112,6 +119,26 @@ __device__ __forceinline__ void store_rows(const float *d, const product &p, int
     if (feature + 8 < p.features) {
         if (slot0 >= 0) out[(int64_t)slot0 * p.features + 8] = d[2];
         if (slot1 >= 0) out[(int64_t)slot1 * p.features + 8] = d[3];
+    }
+}
+
+// The same for a warp that holds 32 features × 4 tokens: v[i] of a thread is feature 8·i + lane / 4 of token lane % 4 of them. Four
+// lanes exchange, so that 8 lanes write 128 bytes of one token. `feature` is the first of the 32.
+__device__ __forceinline__ void store_row_line(float (&v)[4], const product &p, int feature, int slot) {
+    int lane = threadIdx.x & 31, row = lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        float got = __shfl_xor_sync(0xffffffffu, row & 1 ? v[i] : v[i + 1], 4);
+        (row & 1 ? v[i] : v[i + 1]) = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float got = __shfl_xor_sync(0xffffffffu, row & 2 ? v[i] : v[i + 2], 8);
+        (row & 2 ? v[i] : v[i + 2]) = got;
+    }
+    if (slot >= 0 && feature < p.features) {
+        float *out = static_cast<float *>(p.out) + (int64_t)slot * p.features + feature + row % 4 * 8 + row / 4 * 4;
+        *reinterpret_cast<float4 *>(out) = make_float4(v[0], v[1], v[2], v[3]);
     }
 }
 

@@ -24,6 +24,13 @@ __global__ void __launch_bounds__(kChunk) count_kernel(const moe_cuda_permute p)
     for (int i = threadIdx.x; i < p.num_experts; i += kChunk) p.scratch[blockIdx.x * p.num_experts + i] = counts[i];
 }
 
+// The next grid may begin, up to where it waits for this one.
+__device__ __forceinline__ void allow_next_grid() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Exclusive sum over the block's threads; *total is the sum of all.
 __device__ int block_scan(int value, int *total) {
     __shared__ int warp_sums[kWarps];
@@ -52,6 +59,7 @@ __global__ void __launch_bounds__(kChunk) place_kernel(const moe_cuda_permute p,
     extern __shared__ uint16_t warp_counts[];  // [kWarps, E]: of an expert in a warp, then in the warps before it
     __shared__ int base[MOE_CUDA_MAX_GROUPS];  // sorted position of the chunk's first assignment of an expert
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, num_experts = p.num_experts;
+    allow_next_grid();
     for (int i = threadIdx.x; i < kWarps * num_experts; i += kChunk) warp_counts[i] = 0;
     __syncthreads();
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Orders this thread's ordinary and cp.async writes to shared memory before what the asynchronous units read.
+// Orders ordinary and cp.async writes to shared memory that this thread has seen before what the asynchronous units read.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- copies ----
@@ -59,10 +59,9 @@ __device__ __forceinline__ void copy_box(uint32_t shared, const void *map, int c
 __device__ __forceinline__ void copy_16(uint32_t shared, const void *global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+// Arrives when this thread's copy_16 so far have landed.
+__device__ __forceinline__ void barrier_arrive_copied(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // ---- dependent launch ----
@@ -84,10 +83,10 @@ __device__ __forceinline__ void registers_fewer() {
 // ---- matrix products of a warpgroup ----
 
 // Descriptor of a matrix in shared memory whose rows are 128 bytes of K, 8 of them to a swizzle atom of 1024 bytes (128-byte
-// swizzle): start address, leading offset 1 (unused), stride 1024 bytes between atoms, in units of 16 bytes; layout 1. The next 16
+// swizzle): start address, leading offset 1 (unused), stride in bytes between atoms, in units of 16 bytes; layout 1. The next 16
 // columns of K are 32 bytes, 2 units, further.
-__device__ __forceinline__ uint64_t descriptor(uint32_t shared) {
-    return (uint64_t)((shared & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+__device__ __forceinline__ uint64_t descriptor(uint32_t shared, int stride) {
+    return (uint64_t)((shared & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(stride >> 4) << 32 | (uint64_t)1 << 62;
 }
 
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -112,12 +111,6 @@ __device__ void wgmma(float *d, uint64_t a, uint64_t b, int accumulate);
 #define MOE_REGS_64 MOE_REGS_32 \
     ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define MOE_REGS_96 MOE_REGS_64 \
-    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
-    ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define MOE_REGS_128 MOE_REGS_96 \
-    ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
-    ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define MOE_WGMMA(N, REGS, A, B, ACCUMULATE, ...)                                                                       \
     template <>                                                                                                           \
     __device__ __forceinline__ void wgmma<N>(float *d, uint64_t a, uint64_t b, int accumulate) {                        \
@@ -131,8 +124,6 @@ __device__ void wgmma(float *d, uint64_t a, uint64_t b, int accumulate);
 MOE_WGMMA(32, MOE_REGS_16, "%16", "%17", "%18", MOE_ACC_16(0))
 MOE_WGMMA(64, MOE_REGS_32, "%32", "%33", "%34", MOE_ACC_32(0))
 MOE_WGMMA(128, MOE_REGS_64, "%64", "%65", "%66", MOE_ACC_32(0), MOE_ACC_32(32))
-MOE_WGMMA(192, MOE_REGS_96, "%96", "%97", "%98", MOE_ACC_32(0), MOE_ACC_32(32), MOE_ACC_32(64))
-MOE_WGMMA(256, MOE_REGS_128, "%128", "%129", "%130", MOE_ACC_32(0), MOE_ACC_32(32), MOE_ACC_32(64), MOE_ACC_32(96))
 
 #undef MOE_WGMMA
 

@@ -2,13 +2,13 @@
  * from measurements on an H100 (docs/performance.md); a file with measured ones for a machine and shape overrides them.
  *
  * The file is text, one shape a line: hidden, intermediate width, and the largest mean rows at which tiles of 32, 64 and 128 tokens
- * are best (256 above). '#' begins a comment. */
+ * are best (the widest tile above). '#' begins a comment. */
 #pragma once
 #include "common/status.h"
 #include "cuda/expert_kernels.h"
 
 #define MOE_CUDA_TUNE_SHAPES 64
-#define MOE_CUDA_TUNE_TILES 4 /* 32, 64, 128, 256 tokens */
+#define MOE_CUDA_TUNE_TILES 4 /* 32, 64, 128 tokens, and the widest, which counts as 256 */
 
 typedef struct moe_cuda_tune_row {
     int32_t hidden, width;
