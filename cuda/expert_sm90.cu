@@ -58,8 +58,9 @@ struct work {
     __device__ __forceinline__ tile find(int index) const {
         return find_tile<C::FEATURES, C::TOKENS>(list, p.num_groups, feature_tiles, index);
     }
-    __device__ __forceinline__ const uint8_t *map(const tile &t, bool second) const {
-        return second ? list.maps[t.group]->down : list.maps[t.group]->gate_up;
+    template <class C>
+    __device__ __forceinline__ const uint8_t *map(const tile &t) const {
+        return C::SECOND ? list.maps[t.group]->down : list.maps[t.group]->gate_up;
     }
 };
 
@@ -87,15 +88,15 @@ __device__ __forceinline__ void fetch(const work &w) {
     if (C::SECOND) {
         if (leader && (int)blockIdx.x < w.num_tiles) {
             tile t = w.find<C>(blockIdx.x);
-            fence_map(w.map(t, C::SECOND));
-            for (; ahead < min((int)C::STAGES, w.steps); ahead++) fetch_weights(w, pipe, w.map(t, C::SECOND), t, ahead, ahead);
+            fence_map(w.map<C>(t));
+            for (; ahead < min((int)C::STAGES, w.steps); ahead++) fetch_weights(w, pipe, w.map<C>(t), t, ahead, ahead);
         }
         wait_for_previous_grid();
     }
     if (C::BULK && !leader) return;
     for (int index = blockIdx.x; index < w.num_tiles; index += gridDim.x) {
         tile t = w.find<C>(index);
-        const void *map = w.map(t, C::SECOND);
+        const void *map = w.map<C>(t);
         int mine = C::BULK ? 0 : (t.count - row + 15) / 16;  // rows of the tile that this thread copies
         uint32_t offset[ROWS];                               // in units of 16 bytes
 #pragma unroll
