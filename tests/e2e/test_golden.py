@@ -63,4 +63,16 @@ def seeds_and_placement_files():
             check(together == list(alone.values()), "a seed gives other tokens in company")
 
 
-main(SHAPES + [seeds_and_placement_files])
+
+def bfloat16_is_the_same_everywhere():
+    """Within the bfloat16 profile, too, tokens do not depend on where the experts are; status names the profile."""
+    tokens = {}
+    for workers in (0, 2):
+        with Cluster("--dtype", "bfloat16", workers=workers) as cluster:
+            tokens[workers] = [cluster.complete(case["ids"], 48) for case in golden()]
+            profiles = {w["profile"].split("/")[2] for w in cluster.status()["workers"]}
+            check(profiles == {"bfloat16"}, f"{workers} workers: profiles {profiles}")
+    check(tokens[0] == tokens[2], "the experts' place changes tokens")
+
+
+main(SHAPES + [seeds_and_placement_files, bfloat16_is_the_same_everywhere])
