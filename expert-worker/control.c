@@ -15,10 +15,10 @@ typedef struct expert_ref {
 typedef struct moe_control_op {
     TAILQ_ENTRY(moe_control_op) link;
     moe_rpc_call *call;
-    size_t count, next; /* next: experts done */
-    uint32_t dropped;   /* Drop: experts that were held */
-    uint32_t following; /* Load: experts of the share that later calls will ask for */
-    bool verify;        /* Load: with a known-answer batch */
+    size_t count, next;              /* next: experts done */
+    uint32_t dropped;                /* Drop: experts that were held */
+    uint32_t following;              /* Load: experts of the share that later calls will ask for */
+    bool verify;                     /* Load: with a known-answer batch */
     char source[MOE_ENDPOINT_BYTES]; /* Load: the worker to copy from; "": the checkpoint */
     uint64_t source_incarnation;
     expert_ref experts[];
@@ -341,6 +341,13 @@ static bool advance_load(moe_control *c) {
     return false;
 }
 
+bool moe_control_has_work(moe_control *c) {
+    if (TAILQ_EMPTY(&c->loads)) return false;
+    if (c->stage == MOE_LOAD_PACKS) return moe_loader_done(&c->loader);
+    if (c->stage == MOE_LOAD_CHECKS) return c->shard->backend->ops->poll || moe_known_check_ended(&c->check);
+    return c->stage == MOE_LOAD_NEXT;
+}
+
 bool moe_control_turn(moe_control *c) {
     int64_t end_ns = moe_now_ns(c->clock) + MOE_WORKER_LOAD_NS_PER_TURN;
     uint64_t last = c->loaded + MOE_WORKER_LOADS_PER_TURN;
@@ -355,11 +362,7 @@ bool moe_control_turn(moe_control *c) {
         following = TAILQ_NEXT(op, link);
         try_end_drop(c, op);
     }
-    return more;
+    return more || moe_control_has_work(c);
 }
 
-bool moe_control_has_work(const moe_control *c) { return !TAILQ_EMPTY(&c->loads) && c->stage == MOE_LOAD_NEXT; }
-
-int64_t moe_control_due_ns(const moe_control *c) {
-    return c->stage == MOE_LOAD_COPIES ? moe_fetch_due_ns(&c->fetch) : INT64_MAX;
-}
+int64_t moe_control_due_ns(const moe_control *c) { return c->stage == MOE_LOAD_COPIES ? moe_fetch_due_ns(&c->fetch) : INT64_MAX; }

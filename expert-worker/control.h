@@ -22,9 +22,9 @@ typedef struct moe_control_config { /* all borrowed */
     const moe_ops *reference; /* cpu-ref's operations, for known answers; NULL: none */
     const char *worker_id;
     uint64_t incarnation;
-    bool threaded;             /* loads happen in a thread of their own */
-    int64_t copy_bytes_per_s;  /* 0: no limit */
-    int32_t max_experts;       /* held at once; 0: no limit */
+    bool threaded;            /* loads happen in a thread of their own */
+    int64_t copy_bytes_per_s; /* 0: no limit */
+    int32_t max_experts;      /* held at once; 0: no limit */
 } moe_control_config;
 
 /* Where the first Load is with its next expert. */
@@ -32,7 +32,7 @@ typedef enum moe_load_stage { MOE_LOAD_NEXT, MOE_LOAD_COPIES, MOE_LOAD_PACKS, MO
 
 typedef struct moe_control {
     moe_control_config config;
-    moe_shard *shard;       /* as in the config, like the next two */
+    moe_shard *shard; /* as in the config, like the next two */
     const moe_clock *clock;
     uint64_t incarnation;
     uint64_t epoch, fence; /* highest seen */
@@ -62,6 +62,7 @@ void moe_control_on_drop(moe_control *control, moe_rpc_call *call, const Moesaic
 
 /* Takes loads further, answers what is complete. True while there is more to do at once. */
 bool moe_control_turn(moe_control *control);
-/* Whether a turn would do something without an event. */
-bool moe_control_has_work(const moe_control *control);
+/* Whether a turn would do something without an event: also what ended meanwhile, since a step may take its wake for its own. Of a
+ * polled backend's job only turns find out. */
+bool moe_control_has_work(moe_control *control);
 int64_t moe_control_due_ns(const moe_control *control); /* when a turn is due without an event; INT64_MAX: never */

@@ -137,8 +137,10 @@ static moe_status judge(const moe_known_check *c, moe_error *err) {
                     c->layer, (double)worst, (double)largest);
 }
 
+bool moe_known_check_ended(moe_known_check *c) { return c->running && job_done(c); }
+
 bool moe_known_check_end(moe_known_check *c, moe_status *verdict, moe_error *err) {
-    if (!c->running || !job_done(c)) return false;
+    if (!moe_known_check_ended(c)) return false;
     *verdict = judge(c, err);
     release(c);
     return true;

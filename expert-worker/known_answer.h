@@ -39,5 +39,7 @@ void moe_known_check_close(moe_known_check *check); /* waits for the job under w
 /* Submits the batch. Takes over `answer`. `expert` stays until the check has ended. RESOURCE_EXHAUSTED. */
 moe_status moe_known_check_begin(moe_known_check *check, const moe_model *model, int32_t layer, int32_t expert,
                                  moe_expert *loaded, float *answer, moe_error *err);
+/* Whether moe_known_check_end has something to tell. */
+bool moe_known_check_ended(moe_known_check *check);
 /* True when it has ended: *verdict OK, INTERNAL where an output is off by more than the bound, or the job's error. */
 bool moe_known_check_end(moe_known_check *check, moe_status *verdict, moe_error *err);

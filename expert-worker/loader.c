@@ -112,13 +112,17 @@ void moe_loader_start(moe_loader *l, const moe_loader_task *task) {
     pthread_mutex_unlock(&l->mutex);
 }
 
-bool moe_loader_take(moe_loader *l, moe_loader_task *out) {
+bool moe_loader_done(moe_loader *l) {
     if (!l->has_task) return false;
     if (l->config.threaded) pthread_mutex_lock(&l->mutex);
     bool done = l->done;
-    if (done) l->done = false;
     if (l->config.threaded) pthread_mutex_unlock(&l->mutex);
-    if (!done) return false;
+    return done;
+}
+
+bool moe_loader_take(moe_loader *l, moe_loader_task *out) {
+    if (!moe_loader_done(l)) return false;
+    l->done = false; /* its thread waits for the next task */
     *out = l->task;
     l->task = (moe_loader_task){.layer = 0};
     l->has_task = false;

@@ -1,5 +1,6 @@
-/* Makes one expert at a time ready: checks its digest, packs it, has the reference compute a known answer. In a thread of its own,
- * so that a load never delays a Forward call; without the thread (simulation, tests) all of it happens in moe_loader_start. */
+/* Makes one expert at a time ready: checks its digest, packs it, has the reference compute a known answer. In a thread of its
+ * own, so that a load never delays a Forward call; without the thread (simulation, tests) all of it happens in moe_loader_start.
+ */
 #pragma once
 #include <pthread.h>
 
@@ -32,7 +33,7 @@ typedef struct moe_loader {
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    moe_loader_task task;             /* the loader's between start and take */
+    moe_loader_task task;               /* the loader's between start and take */
     bool has_task, started, done, stop; /* guarded by mutex */
 } moe_loader;
 
@@ -42,6 +43,8 @@ void moe_loader_close(moe_loader *loader); /* waits for the task under way and t
 static inline bool moe_loader_idle(const moe_loader *loader) { return !loader->has_task; }
 /* The loader is idle. Takes over task->copied. */
 void moe_loader_start(moe_loader *loader, const moe_loader_task *task);
+/* Whether moe_loader_take has something to give. */
+bool moe_loader_done(moe_loader *loader);
 /* True once when the task has ended; its contents are the caller's then, who may free `loaded` by moe_loader_discard. */
 bool moe_loader_take(moe_loader *loader, moe_loader_task *out);
 void moe_loader_discard(const moe_loader *loader, moe_loader_task *task); /* frees what an ended task owns; idempotent */

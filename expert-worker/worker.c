@@ -133,7 +133,7 @@ void moe_worker_get_view(moe_worker *w, moe_worker_view *out) {
 
 moe_expert *const *moe_worker_lend_experts(moe_worker *w) { return moe_shard_lend(&w->shard); }
 
-bool moe_worker_has_work(const moe_worker *w) {
+bool moe_worker_has_work(moe_worker *w) {
     return moe_control_has_work(&w->control) || moe_batcher_polls(&w->batcher) ||
            (!w->batcher.busy && w->batcher.num_queued > 0);
 }
