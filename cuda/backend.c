@@ -5,6 +5,7 @@
 
 #include "common/alloc.h"
 #include "cuda/cuda.h"
+#include "cuda/local.h"
 
 static void close_backend(moe_backend *backend) {
     moe_cuda *cuda = moe_cuda_of(backend);
@@ -104,6 +105,21 @@ static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job)
     moe_cuda_ffn_submit(moe_cuda_of(b), batch, job);
 }
 
+static moe_status local_create(moe_backend *b, moe_base *base, moe_expert *const *experts, moe_local **out, moe_error *err) {
+    moe_cuda_device_use(&moe_cuda_of(b)->device);
+    return moe_cuda_local_create(moe_cuda_of(b), base, experts, out, err);
+}
+
+static void local_free(moe_backend *b, moe_local *local) {
+    moe_cuda_device_use(&moe_cuda_of(b)->device);
+    moe_cuda_local_free(local);
+}
+
+static void local_submit(moe_backend *b, moe_base *base, moe_local *local, const moe_local_step *step, moe_job *job) {
+    moe_cuda_device_use(&moe_cuda_of(b)->device);
+    moe_cuda_local_submit(moe_cuda_of(b), base, local, step, job);
+}
+
 static const moe_backend_ops common_ops = {
     .name = "cuda",
     .close = close_backend,
@@ -124,6 +140,9 @@ static const moe_backend_ops common_ops = {
     .expert_free = expert_free,
     .expert_bytes = expert_bytes,
     .ffn_submit = ffn_submit,
+    .local_create = local_create,
+    .local_free = local_free,
+    .local_submit = local_submit,
 };
 
 static moe_status open_parts(moe_cuda *cuda, const char *tune_file, moe_error *err) {
