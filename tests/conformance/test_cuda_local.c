@@ -213,8 +213,8 @@ static double typical_distance(const float *want, const float *got, int32_t rows
     return errors[rows / 2];
 }
 
-/* Steps beside segments in exact mode, bit for bit, and beside the CPU in float32: rows of crowds in the middle, all rows of all
- * steps within ten times as much. */
+/* Steps beside segments in exact mode, bit for bit, and beside the CPU in float32: in float32 all rows of a step together, in
+ * bfloat16 the middle row of a crowd (and no step as far off as unrelated logits, whose distance is 1.4). */
 static void check_script(moe_dtype dtype, bool deterministic, int shape, double bound) {
     moe_backend *backend = moe_test_cuda_open(dtype, deterministic), *reference = NULL;
     if (!backend) skip();
@@ -240,7 +240,8 @@ static void check_script(moe_dtype dtype, bool deterministic, int shape, double 
             assert_int_equal(top[row], moe_driver_argmax(got + (int64_t)row * vocab, vocab));
         moe_driver_step(on_cpu, s->ids[i], s->sequences[i], s->counts[i], want);
         double error = distance(want, got, count), typical = typical_distance(want, got, s->counts[i], vocab);
-        if (!(error < 10 * bound) || (s->counts[i] > 8 && !(typical < bound)))
+        bool near = dtype == MOE_F32 ? error < bound : error < 1 && (s->counts[i] <= 8 || typical < bound);
+        if (!near)
             fail_msg("shape %d, step %d of %d rows: distance %g to the CPU, of the middle row %g", shape, i, s->counts[i], error,
                      typical);
         worst = error > worst ? error : worst;
