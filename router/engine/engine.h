@@ -54,6 +54,8 @@ void moe_engine_cancel(moe_engine *engine, uint64_t id);
 
 /* Any thread. Adopts a newer map (see placement.h); steps that began keep the one they began with. */
 void moe_engine_set_placement(moe_engine *engine, moe_placement *placement);
+/* Any thread. The oldest epoch that a step under way routes by, or that of the newest map; 0 before the first. */
+uint64_t moe_engine_routing_epoch(const moe_engine *engine);
 
 /* Any thread: no new requests from now on; those accepted go on. */
 void moe_engine_drain(moe_engine *engine);

@@ -182,6 +182,7 @@ typedef struct plan_scratch {
 
 struct moe_engine {
     moe_engine_config config;
+    _Atomic uint64_t routing_epoch; /* the oldest of the maps in use */
     const moe_model_config *model;
     moe_dtype dtype, out_dtype; /* of activations and of expert outputs */
     moe_base *base;

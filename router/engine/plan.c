@@ -2,6 +2,13 @@
 
 #include <string.h>
 
+/* A replica that drains is left alone where another one can do the work. */
+static uint8_t replica_fitness(const moe_replica *replica, const uint8_t *fitness) {
+    if (replica->state == MOE_REPLICA_LOADING) return MOE_PLAN_UNFIT;
+    bool drains = replica->state == MOE_REPLICA_DRAINING && fitness[replica->worker] == MOE_PLAN_FIT;
+    return drains ? MOE_PLAN_LAST_RESORT : fitness[replica->worker];
+}
+
 /* Number of replicas on the fittest workers, and the cheapest of them (ties: lower worker index). */
 static int best_replicas(const moe_placement_entry *entry, const uint8_t *fitness, const int64_t *cost, int32_t *cheapest) {
     int count = 0;
@@ -9,9 +16,10 @@ static int best_replicas(const moe_placement_entry *entry, const uint8_t *fitnes
     *cheapest = MOE_PLAN_NO_WORKER;
     for (int r = 0; r < entry->num_replicas; r++) {
         int32_t w = entry->replicas[r].worker;
-        if (entry->replicas[r].state == MOE_REPLICA_LOADING || fitness[w] == MOE_PLAN_UNFIT || fitness[w] < fittest) continue;
-        if (fitness[w] > fittest) {
-            fittest = fitness[w];
+        uint8_t fit = replica_fitness(&entry->replicas[r], fitness);
+        if (fit == MOE_PLAN_UNFIT || fit < fittest) continue;
+        if (fit > fittest) {
+            fittest = fit;
             count = 0;
             *cheapest = MOE_PLAN_NO_WORKER;
         }

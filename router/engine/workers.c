@@ -128,6 +128,15 @@ static bool map_names(const placed_map *map, int32_t worker) {
 }
 
 /* Disconnects workers that neither the newest map nor a micro-batch's map names. */
+static void note_routing_epoch(moe_engine *e) {
+    uint64_t oldest = e->map ? e->map->placement->epoch : 0;
+    for (int32_t b = 0; b < e->config.micro_batches; b++)
+        if (e->batches[b].map && e->batches[b].map->placement->epoch < oldest) oldest = e->batches[b].map->placement->epoch;
+    atomic_store(&e->routing_epoch, oldest);
+}
+
+uint64_t moe_engine_routing_epoch(const moe_engine *e) { return atomic_load(&e->routing_epoch); }
+
 static void workers_retire(moe_engine *e) {
     for (int32_t w = 0; w < e->num_workers; w++) {
         bool named = map_names(e->map, w);
@@ -147,6 +156,7 @@ void placed_map_unref(moe_engine *e, placed_map **map) {
     moe_free(m->worker);
     moe_free(m);
     workers_retire(e);
+    note_routing_epoch(e);
 }
 
 void workers_adopt(moe_engine *e, moe_placement *placement) {
@@ -170,6 +180,7 @@ void workers_adopt(moe_engine *e, moe_placement *placement) {
     placed_map *previous = e->map;
     e->map = map;
     placed_map_unref(e, &previous);
+    note_routing_epoch(e);
     moe_info("placement map of epoch %llu: %d workers", (unsigned long long)placement->epoch, placement->num_workers);
     moe_metric_set(MOE_METRIC_EPOCH, (int64_t)placement->epoch);
     for (int32_t i = 0; i < e->config.num_transports; i++)

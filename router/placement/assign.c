@@ -12,16 +12,11 @@ static void wait_for(moe_controller *c, const char *what) {
     moe_info("no placement map yet: %s", what);
 }
 
-/* A worker that can be given a share now. */
-static bool available(const moe_controller *c, const moe_member *m) {
-    return m->registered && !moe_member_refused(m) && moe_controller_peer_of(c, m, m->identity.incarnation);
-}
-
 /* ---- bootstrap ---- */
 
 static int32_t total_experts(const moe_controller *c) { return c->config.num_moe_layers * c->config.num_experts; }
 
-static int64_t capacity(const moe_controller *c, const moe_member *m) {
+int64_t moe_member_capacity(const moe_controller *c, const moe_member *m) {
     return m->capacity_experts && m->capacity_experts < total_experts(c) ? m->capacity_experts : total_experts(c);
 }
 
@@ -30,7 +25,7 @@ static void refuse_other_profiles(moe_controller *c) {
     const moe_member *first = NULL;
     for (int32_t i = 0; i < c->num_members; i++) {
         moe_member *m = &c->members[i];
-        if (!available(c, m)) continue;
+        if (!moe_member_available(c, m)) continue;
         if (!first) first = m;
         if (strcmp(m->profile, first->profile) != 0)
             moe_member_refuse(m, m->identity.incarnation, "its numeric profile is not that of the other workers");
@@ -43,9 +38,9 @@ static bool bootstrap_due(moe_controller *c) {
     int64_t room = 0, needed = (int64_t)c->config.replicas * total_experts(c);
     refuse_other_profiles(c);
     for (int32_t i = 0; i < c->num_members; i++) {
-        if (!available(c, &c->members[i])) continue;
+        if (!moe_member_available(c, &c->members[i])) continue;
         workers++;
-        room += capacity(c, &c->members[i]);
+        room += moe_member_capacity(c, &c->members[i]);
     }
     int32_t wanted = c->config.initial_workers ? c->config.initial_workers : c->config.replicas;
     if (workers < wanted) {
@@ -63,13 +58,13 @@ static bool bootstrap_due(moe_controller *c) {
 
 static moe_placement *place_members(const moe_controller *c) {
     int32_t workers = 0;
-    for (int32_t i = 0; i < c->num_members; i++) workers += available(c, &c->members[i]);
+    for (int32_t i = 0; i < c->num_members; i++) workers += moe_member_available(c, &c->members[i]);
     moe_placement *plan = moe_placement_new(c->config.num_moe_layers, c->config.num_experts, workers);
     if (!plan) return NULL;
     plan->model_digest = c->config.model_digest;
     workers = 0;
     for (int32_t i = 0; i < c->num_members; i++) {
-        if (available(c, &c->members[i])) plan->workers[workers++] = c->members[i].identity;
+        if (moe_member_available(c, &c->members[i])) plan->workers[workers++] = c->members[i].identity;
     }
     return plan;
 }
@@ -80,7 +75,7 @@ static moe_status add_jobs(moe_controller *c, moe_placement *plan, moe_error *er
         if (!moe_jobs_add_share(&c->jobs, c, plan, w, worker->id, worker->incarnation)) {
             return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the layout");
         }
-        int64_t room = capacity(c, moe_controller_member(c, worker->id));
+        int64_t room = moe_member_capacity(c, moe_controller_member(c, worker->id));
         if (c->jobs.items[w]->num_experts > room) {
             return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "worker %s has room for %lld experts, its share is %d", worker->id,
                             (long long)room, c->jobs.items[w]->num_experts);
@@ -153,14 +148,7 @@ static bool dead(moe_controller *c, int32_t worker) {
     return moe_controller_now(c) >= moe_controller_trusted_at(c);
 }
 
-static bool has_job(const moe_controller *c, const char *id, int32_t worker) {
-    for (int32_t i = 0; i < c->jobs.count; i++) {
-        if (strcmp(c->jobs.items[i]->id, id) == 0 || c->jobs.items[i]->worker == worker) return true;
-    }
-    return false;
-}
-
-static bool profile_fits(moe_controller *c, const moe_member *newcomer) {
+bool moe_member_profile_fits(moe_controller *c, const moe_member *newcomer) {
     for (int32_t w = 0; w < c->map->num_workers; w++) {
         const moe_member *m = moe_controller_member(c, c->map->workers[w].id);
         if (moe_member_alive(m, c->map->workers[w].incarnation) && strcmp(m->profile, newcomer->profile) != 0) return false;
@@ -177,22 +165,23 @@ static int32_t share_of(const moe_placement *map, int32_t worker) {
 /* The same id first (it comes back to its own share), else any worker that is in no share. */
 static moe_member *find_newcomer(moe_controller *c, int32_t worker) {
     moe_member *same = moe_controller_member(c, c->map->workers[worker].id);
-    if (same && available(c, same)) return same;
+    if (same && moe_member_available(c, same)) return same;
     int32_t share = share_of(c->map, worker);
     for (int32_t i = 0; i < c->num_members; i++) {
         moe_member *m = &c->members[i];
-        bool free = available(c, m) && moe_placement_find_worker(c->map, m->identity.id) < 0 && !has_job(c, m->identity.id, -1);
-        if (free && capacity(c, m) >= share) return m;
+        bool free = moe_member_available(c, m) && moe_placement_find_worker(c->map, m->identity.id) < 0 &&
+                    !moe_jobs_has(&c->jobs, m->identity.id, -1) && !moe_member_leaves(c, m);
+        if (free && moe_member_capacity(c, m) >= share) return m;
     }
     return NULL;
 }
 
 static void start_takeovers(moe_controller *c) {
     for (int32_t w = 0; w < c->map->num_workers; w++) {
-        if (!dead(c, w) || has_job(c, "", w)) continue;
+        if (!dead(c, w) || moe_jobs_has(&c->jobs, "", w) || share_of(c->map, w) == 0) continue;
         moe_member *m = find_newcomer(c, w);
         if (!m) continue;
-        if (!profile_fits(c, m)) {
+        if (!moe_member_profile_fits(c, m)) {
             moe_member_refuse(m, m->identity.incarnation, "its numeric profile is not that of the other workers");
             continue;
         }
@@ -208,8 +197,8 @@ static void drop_stale_takeovers(moe_controller *c) {
     for (int32_t i = c->jobs.count - 1; i >= 0; i--) {
         const moe_load_job *job = c->jobs.items[i];
         const moe_member *m = moe_controller_member(c, job->id);
-        bool holds = moe_member_alive(m, job->incarnation) && available(c, m) && dead(c, job->worker);
-        if (!holds) moe_jobs_remove(&c->jobs, i);
+        bool holds = moe_member_alive(m, job->incarnation) && moe_member_available(c, m) && dead(c, job->worker);
+        if (!holds || !moe_job_covers_share(job, c->map)) moe_jobs_remove(&c->jobs, i); /* experts may have moved meanwhile */
     }
 }
 
@@ -235,14 +224,16 @@ static void publish_takeover(moe_controller *c, int32_t index) {
     moe_placement_unref(&next);
 }
 
-static void takeover(moe_controller *c) {
+/* True where it published. */
+static bool takeover(moe_controller *c) {
     drop_stale_takeovers(c);
     for (int32_t i = 0; i < c->jobs.count; i++) {
         if (!moe_load_job_done(c->jobs.items[i])) continue;
         publish_takeover(c, i);
-        return; /* one write a pass: the next sees what became of it */
+        return true; /* one write a pass: the next sees what became of it */
     }
     start_takeovers(c);
+    return false;
 }
 
 /* The store lost our map or has an older or damaged one, someone knows a higher epoch or another map under ours, or workers
@@ -269,7 +260,7 @@ void moe_controller_assign(moe_controller *c) {
         bootstrap(c);
     } else if (must_republish(c)) {
         republish(c);
-    } else {
-        takeover(c);
+    } else if (!takeover(c)) {
+        moe_controller_migrate(c);
     }
 }

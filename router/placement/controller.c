@@ -105,6 +105,32 @@ static moe_status open_rpc(moe_controller *c, moe_error *err) {
     return moe_rpc_new(&config, &c->rpc, err);
 }
 
+static void set_default_ns(int64_t *value, int64_t fallback) {
+    if (*value == 0) *value = fallback;
+}
+
+static void set_defaults(moe_balance_config *b) {
+    set_default_ns(&b->interval_ns, 5 * MOE_NS_PER_S);
+    set_default_ns(&b->dwell_ns, 30 * MOE_NS_PER_S);
+    set_default_ns(&b->load_half_life_ns, 30 * MOE_NS_PER_S);
+    set_default_ns(&b->heal_after_ns, 10 * MOE_NS_PER_S);
+    if (b->hysteresis == 0) b->hysteresis = 0.1;
+    if (b->max_moves == 0) b->max_moves = 16;
+    if (b->max_moves > MOE_MIGRATION_MAX_MOVES) b->max_moves = MOE_MIGRATION_MAX_MOVES;
+}
+
+static moe_status make_tables(moe_controller *c, moe_error *err) {
+    size_t total = (size_t)c->config.num_moe_layers * (size_t)c->config.num_experts;
+    c->loads = moe_calloc(total, sizeof *c->loads);
+    c->changed_ns = moe_calloc(total, sizeof *c->changed_ns);
+    c->steps = moe_calloc(MOE_VIEW_MAX_STEPS, sizeof *c->steps);
+    if (!c->loads || !c->changed_ns || !c->steps)
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the placement controller");
+    for (size_t i = 0; i < total; i++) c->changed_ns[i] = -(INT64_C(1) << 60); /* long ago */
+    c->loads_ns = moe_controller_now(c);
+    return MOE_OK;
+}
+
 moe_status moe_controller_new(const moe_controller_config *config, moe_controller **out, moe_error *err) {
     moe_status status = check_config(config, err);
     if (status) return status;
@@ -113,12 +139,15 @@ moe_status moe_controller_new(const moe_controller_config *config, moe_controlle
     pthread_mutex_init(&c->view_mutex, NULL);
     c->config = *config;
     c->contact_ns = INT64_MAX;
+    c->router_lost_ns = INT64_MIN;
+    set_defaults(&c->config.balance);
     if (!copy_strings(&c->config)) status = moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the placement controller");
     if (!status) {
         snprintf(c->cluster_uuid, sizeof c->cluster_uuid, "%s", config->cluster_uuid);
         moe_controller_lease_value(c->lease_value, config->id, config->incarnation);
         if (!c->cluster_uuid[0]) status = find_uuid(c, err);
     }
+    if (!status) status = make_tables(c, err);
     if (!status) status = open_rpc(c, err);
     if (status) {
         moe_controller_free(&c);
@@ -135,11 +164,16 @@ void moe_controller_free(moe_controller **controller) {
     moe_controller_stop(c);
     moe_jobs_clear(&c->jobs);
     moe_jobs_clear(&c->rejoins);
+    moe_migration_forget(c);
+    for (int32_t i = 0; i < c->num_members; i++) moe_worker_stats_free(&c->members[i].stats);
     moe_rpc_free(&c->rpc);
     moe_placement_unref(&c->plan);
     moe_placement_unref(&c->served);
     moe_placement_unref(&c->map);
     moe_buf_free(&c->meta_text);
+    moe_free(c->loads);
+    moe_free(c->changed_ns);
+    moe_free(c->steps);
     free_strings(&c->config);
     pthread_mutex_destroy(&c->view_mutex);
     moe_free(c);
@@ -147,15 +181,22 @@ void moe_controller_free(moe_controller **controller) {
 
 const char *moe_controller_cluster_uuid(const moe_controller *c) { return c->cluster_uuid; }
 
+static int64_t lease_poll_ns(const moe_controller *c) {
+    return c->leading && c->migration.phase != MOE_MIGRATION_NONE ? MOE_POLL_BUSY_NS : MOE_POLL_LEASES_NS;
+}
+
 static void talk_to_store(moe_controller *c, int64_t now) {
+    if (c->leased_epoch != moe_controller_routing_epoch(c)) c->next_renew_ns = 0;
+    moe_controller_store_submitted(c);
     if (now >= c->next_meta_ns) {
         c->next_meta_ns = now + MOE_POLL_META_NS;
         moe_controller_follow(c);
     }
     if (now >= c->next_leases_ns && c->store_up) {
-        c->next_leases_ns = now + MOE_POLL_LEASES_NS;
+        c->next_leases_ns = now + lease_poll_ns(c);
         moe_controller_list_workers(c);
         if (c->store_up) moe_controller_list_routers(c);
+        if (c->store_up) moe_controller_list_operations(c);
     }
     if (now >= c->next_renew_ns && c->store_up) {
         c->next_renew_ns = now + MOE_RENEW_NS;
@@ -169,13 +210,17 @@ moe_status moe_controller_step(moe_controller *c, int64_t deadline_ns, moe_error
         moe_controller_load_map(c);
     }
     talk_to_store(c, moe_controller_now(c));
+    moe_controller_poll_stats(c);
     if (moe_controller_may_write(c)) {
         moe_controller_assign(c);
         moe_jobs_step(&c->jobs, c);
     }
     moe_controller_rejoin(c);
+    moe_controller_plan_view(c);
     moe_controller_update_view(c);
     if (deadline_ns > c->next_meta_ns) deadline_ns = c->next_meta_ns;
+    int64_t soon = moe_controller_now(c) + MOE_MIGRATION_PASS_NS;
+    if (c->migration.phase != MOE_MIGRATION_NONE && deadline_ns > soon) deadline_ns = soon;
     return moe_rpc_step(c->rpc, deadline_ns, err);
 }
 

@@ -41,9 +41,11 @@ void moe_controller_serve(moe_controller *c, moe_placement *map) {
 }
 
 void moe_controller_adopt(moe_controller *c, moe_placement *map, uint64_t digest) {
+    moe_controller_note_changes(c, map);
     moe_placement_unref(&c->map);
     c->map = map;
     c->map_digest = digest;
+    c->next_renew_ns = 0; /* the leader waits to hear that we route by it */
     c->waiting_for[0] = '\0';
     moe_controller_learn(c, map->epoch, map->fence);
     moe_metric_set(MOE_METRIC_EPOCH, (int64_t)map->epoch);

@@ -17,17 +17,20 @@ void moe_controller_lost_lead(moe_controller *c, const char *why) {
     moe_info("router %s no longer leads: %s", c->config.id, why);
     c->leading = false;
     moe_jobs_clear(&c->jobs);
+    moe_migration_forget(c);
+    c->migration_known = false;
     moe_placement_unref(&c->plan);
 }
 
 static void put_router_lease(moe_controller *c) {
     const moe_placement *map = c->map;
     moe_buf text = {0};
-    json_t *root = json_pack("{s:s, s:o, s:s, s:s, s:I, s:s, s:I, s:I, s:o, s:I}", "id", c->config.id, "incarnation",
+    uint64_t routing_epoch = moe_controller_routing_epoch(c);
+    json_t *root = json_pack("{s:s, s:o, s:s, s:s, s:I, s:s, s:I, s:I, s:o, s:I, s:I}", "id", c->config.id, "incarnation",
                              moe_json_hex(c->config.incarnation), "endpoint", c->config.endpoint, "host", c->config.host, "pid",
                              (json_int_t)c->config.pid, "uuid", c->cluster_uuid, "epoch", (json_int_t)(map ? map->epoch : 0),
                              "fence", (json_int_t)(map ? map->fence : 0), "map_digest", moe_json_hex(map ? c->map_digest : 0),
-                             "known_fence", (json_int_t)c->highest_fence);
+                             "known_fence", (json_int_t)c->highest_fence, "routing_epoch", (json_int_t)routing_epoch);
     if (moe_json_write(root, &text)) {
         char key[MOE_WORKER_ID_BYTES + 8];
         moe_error err = {0};
@@ -35,6 +38,7 @@ static void put_router_lease(moe_controller *c) {
         snprintf(key, sizeof key, "router:%s", c->config.id);
         moe_status status = store->ops->put_lease(store, key, text.data, text.size, MOE_ROUTER_LEASE_TTL_MS, &err);
         moe_controller_store_answered(c, status, &err);
+        if (status == MOE_OK) c->leased_epoch = routing_epoch;
     }
     moe_buf_free(&text);
 }
@@ -62,6 +66,8 @@ static void claim_lead(moe_controller *c) {
         c->next_meta_ns = 0; /* someone else wrote: look before trying again */
     } else {
         moe_jobs_clear(&c->jobs); /* their calls carried another fence */
+        moe_migration_forget(c);
+        c->migration_known = false;
         moe_placement_unref(&c->plan);
         c->leading = true;
         c->fence = next.fence;

@@ -12,6 +12,7 @@ static void job_free(moe_load_job *job) {
     if (job->calling) moe_rpc_cancel(job->controller->rpc, job->call_id);
     moe_free(job->experts);
     moe_free(job->digests);
+    moe_free(job->sources);
     moe_free(job);
 }
 
@@ -24,9 +25,14 @@ void moe_jobs_clear(moe_jobs *jobs) {
     while (jobs->count) moe_jobs_remove(jobs, jobs->count - 1);
 }
 
-bool moe_jobs_add_share(moe_jobs *jobs, moe_controller *c, const moe_placement *map, int32_t worker, const char *id,
-                        uint64_t incarnation) {
-    int32_t total = map->num_layers * map->num_experts;
+bool moe_jobs_has(const moe_jobs *jobs, const char *id, int32_t worker) {
+    for (int32_t i = 0; i < jobs->count; i++)
+        if (strcmp(jobs->items[i]->id, id) == 0 || (worker >= 0 && jobs->items[i]->worker == worker)) return true;
+    return false;
+}
+
+/* A job without experts yet, and room for `total`; NULL: out of memory. */
+static moe_load_job *job_new(moe_jobs *jobs, moe_controller *c, int32_t total, const char *id, uint64_t incarnation) {
     moe_load_job *job = moe_calloc(1, sizeof *job);
     if (job) {
         job->controller = c;
@@ -35,24 +41,72 @@ bool moe_jobs_add_share(moe_jobs *jobs, moe_controller *c, const moe_placement *
     }
     if (!job || !job->experts || !job->digests || jobs->count == MOE_PLACEMENT_MAX_WORKERS) {
         if (job) job_free(job);
-        return false;
+        return NULL;
     }
     snprintf(job->id, sizeof job->id, "%s", id);
     job->incarnation = incarnation;
-    job->worker = worker;
+    job->worker = -1;
     job->epoch = c->highest_epoch;
     job->fence = c->leading ? c->fence : c->highest_fence;
+    jobs->items[jobs->count++] = job;
+    return job;
+}
+
+bool moe_jobs_add_share(moe_jobs *jobs, moe_controller *c, const moe_placement *map, int32_t worker, const char *id,
+                        uint64_t incarnation) {
+    int32_t total = map->num_layers * map->num_experts;
+    moe_load_job *job = job_new(jobs, c, total, id, incarnation);
+    if (!job) return false;
+    job->worker = worker;
     for (int32_t i = 0; i < total; i++) {
         if (moe_placement_has(&map->entries[i], worker)) job->experts[job->num_experts++] = i;
     }
-    jobs->items[jobs->count++] = job;
+    return true;
+}
+
+/* Whom to copy an expert from: AUTO reads the checkpoint where a holder's machine is the destination's, whose memory has its pages
+ * already. */
+static int32_t choose_source(moe_controller *c, const moe_member *to, int32_t expert) {
+    const moe_placement_entry *e = &c->map->entries[expert];
+    int32_t source = -1;
+    if (c->config.balance.copy_from == MOE_COPY_FILE) return -1;
+    for (int32_t r = 0; r < e->num_replicas; r++) {
+        int32_t w = e->replicas[r].worker;
+        if (!moe_controller_serves(c, c->map, w)) continue;
+        bool same_host = strcmp(moe_controller_member(c, c->map->workers[w].id)->host, to->host) == 0;
+        if (same_host && c->config.balance.copy_from == MOE_COPY_AUTO) return -1;
+        if (source < 0) source = w;
+    }
+    return source;
+}
+
+bool moe_jobs_add_experts(moe_jobs *jobs, moe_controller *c, const moe_member *to, const int32_t *experts, int32_t count) {
+    moe_load_job *job = job_new(jobs, c, count, to->identity.id, to->identity.incarnation);
+    if (!job) return false;
+    job->sources = moe_calloc((size_t)count, sizeof *job->sources);
+    if (!job->sources) {
+        moe_jobs_remove(jobs, jobs->count - 1);
+        return false;
+    }
+    memcpy(job->experts, experts, (size_t)count * sizeof *experts);
+    job->num_experts = count;
+    for (int32_t i = 0; i < count; i++) job->sources[i] = choose_source(c, to, experts[i]);
+    return true;
+}
+
+bool moe_job_covers_share(const moe_load_job *job, const moe_placement *map) {
+    int32_t at = 0;
+    for (int32_t i = 0; i < map->num_layers * map->num_experts; i++) {
+        if (!moe_placement_has(&map->entries[i], job->worker)) continue;
+        while (at < job->num_experts && job->experts[at] < i) at++;
+        if (at == job->num_experts || job->experts[at] != i) return false;
+    }
     return true;
 }
 
 /* Exactly the experts of the chunk, each once, by the incarnation that was asked, with a digest. */
 static moe_status take_report(moe_load_job *job, const Moesaic__V1__LoadResponse *report, moe_error *err) {
-    int32_t experts_per_layer = job->controller->config.num_experts, chunk = job->num_experts - job->num_loaded;
-    if (chunk > MOE_LOAD_CHUNK_EXPERTS) chunk = MOE_LOAD_CHUNK_EXPERTS;
+    int32_t experts_per_layer = job->controller->config.num_experts, chunk = job->chunk;
     uint64_t found[MOE_LOAD_CHUNK_EXPERTS] = {0};
     if (report->incarnation != job->incarnation || report->n_loaded != (size_t)chunk) {
         return moe_fail(err, MOE_INTERNAL, "it reports %zu experts where %d were asked for, or is another process",
@@ -85,7 +139,7 @@ static void job_failed(moe_load_job *job, moe_status status, const char *message
     job->retry_at_ns = moe_controller_now(c) + job->backoff_ns;
     moe_warn("worker %s: loading experts failed: %s: %s", job->id, moe_status_name(status), message);
     moe_member *m = moe_controller_member(c, job->id);
-    if (answered && ++job->refusals == MOE_LOAD_MAX_REFUSALS && m)
+    if (answered && ++job->refusals == MOE_LOAD_MAX_REFUSALS && m && !job->sources)
         moe_member_refuse(m, job->incarnation, "it fails to load its experts");
 }
 
@@ -108,9 +162,22 @@ static void on_loaded(void *ctx, const moe_rpc_reply *reply) {
     }
 }
 
+/* What a migration asks for beyond a share's load. The map may have changed since the source was chosen. */
+static void add_source(const moe_load_job *job, Moesaic__V1__LoadRequest *request, uint64_t *digests) {
+    const moe_placement *map = job->controller->map;
+    int32_t source = job->sources[job->num_loaded];
+    request->verify = true;
+    request->digests = digests;
+    request->n_digests = request->n_experts;
+    if (source < 0 || source >= map->num_workers || !moe_controller_serves(job->controller, map, source)) return;
+    request->source_endpoint = map->workers[source].endpoint;
+    request->source_incarnation = map->workers[source].incarnation;
+}
+
 static void start_chunk(moe_load_job *job, moe_peer peer) {
     moe_controller *c = job->controller;
     Moesaic__V1__ExpertId ids[MOE_LOAD_CHUNK_EXPERTS], *pointers[MOE_LOAD_CHUNK_EXPERTS];
+    uint64_t digests[MOE_LOAD_CHUNK_EXPERTS];
     Moesaic__V1__LoadRequest request;
     moesaic__v1__load_request__init(&request);
     request.epoch = job->epoch;
@@ -118,30 +185,44 @@ static void start_chunk(moe_load_job *job, moe_peer peer) {
     request.incarnation = job->incarnation;
     request.experts = pointers;
     for (int32_t i = job->num_loaded; i < job->num_experts && request.n_experts < MOE_LOAD_CHUNK_EXPERTS; i++) {
+        if (job->sources && job->sources[i] != job->sources[job->num_loaded]) break; /* one source a call */
+        digests[request.n_experts] = job->sources ? c->map->entries[job->experts[i]].digest : 0;
         Moesaic__V1__ExpertId *id = &ids[request.n_experts];
         moesaic__v1__expert_id__init(id);
         id->layer = (uint32_t)(job->experts[i] / c->config.num_experts);
         id->expert = (uint32_t)(job->experts[i] % c->config.num_experts);
         pointers[request.n_experts++] = id;
     }
+    job->chunk = (int32_t)request.n_experts;
+    if (job->sources) add_source(job, &request, digests);
     request.following = (uint32_t)(job->num_experts - job->num_loaded) - (uint32_t)request.n_experts;
     moe_error err = {0};
     int64_t deadline = moe_controller_now(c) + MOE_LOAD_TIMEOUT_NS;
     moe_status status =
         moe_rpc_call_start(c->rpc, peer, LOAD_METHOD, &request.base, NULL, 0, deadline, on_loaded, job, &job->call_id, &err);
     job->calling = status == MOE_OK;
+    job->called_ns = moe_controller_now(c);
     if (status) job_failed(job, status, err.message);
+}
+
+/* A call that was lost, or a worker that gets nowhere: asked again, which does no harm; what it has loaded stays. */
+static void end_silent_call(moe_load_job *job, const moe_rpc_peer *peer, int64_t now) {
+    int64_t since = peer && peer->progress_at_ns > job->called_ns ? peer->progress_at_ns : job->called_ns;
+    if (now - since < MOE_LOAD_SILENCE_NS) return;
+    moe_rpc_cancel(job->controller->rpc, job->call_id);
+    job->calling = false;
 }
 
 void moe_jobs_step(moe_jobs *jobs, moe_controller *c) {
     int64_t now = moe_controller_now(c);
     for (int32_t i = 0; i < jobs->count; i++) {
         moe_load_job *job = jobs->items[i];
-        if (job->calling || moe_load_job_done(job) || now < job->retry_at_ns) continue;
+        if (moe_load_job_done(job) || now < job->retry_at_ns) continue;
         const moe_member *m = moe_controller_member(c, job->id);
         const moe_rpc_peer *peer =
             m && m->refused_incarnation != job->incarnation ? moe_controller_peer_of(c, m, job->incarnation) : NULL;
-        if (peer) start_chunk(job, peer->peer);
+        if (job->calling) end_silent_call(job, peer, now);
+        if (peer && !job->calling) start_chunk(job, peer->peer);
     }
 }
 

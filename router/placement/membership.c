@@ -1,6 +1,7 @@
 /* Membership: the leases of workers and routers, and a control connection to every worker that is registered or in the map. */
 #include <string.h>
 
+#include "common/alloc.h"
 #include "common/json.h"
 #include "common/log.h"
 #include "router/placement/controller_internal.h"
@@ -19,6 +20,16 @@ bool moe_member_alive(const moe_member *m, uint64_t incarnation) {
 void moe_member_refuse(moe_member *m, uint64_t incarnation, const char *why) {
     if (m->refused_incarnation != incarnation) moe_error_log("worker %s is refused until it restarts: %s", m->identity.id, why);
     m->refused_incarnation = incarnation;
+}
+
+bool moe_member_available(const moe_controller *c, const moe_member *m) {
+    return m->registered && !moe_member_refused(m) && moe_controller_peer_of(c, m, m->identity.incarnation);
+}
+
+bool moe_controller_serves(moe_controller *c, const moe_placement *map, int32_t worker) {
+    const moe_placement_worker *w = &map->workers[worker];
+    const moe_member *m = moe_controller_member(c, w->id);
+    return m && m->identity.incarnation == w->incarnation && moe_member_available(c, m);
 }
 
 const moe_rpc_peer *moe_controller_peer_of(const moe_controller *c, const moe_member *m, uint64_t incarnation) {
@@ -43,6 +54,7 @@ static moe_member *insert_member(moe_controller *c, const char *id) {
 
 static void remove_member(moe_controller *c, int32_t index) {
     disconnect(c, &c->members[index]);
+    moe_worker_stats_free(&c->members[index].stats);
     memmove(&c->members[index], &c->members[index + 1], (size_t)(--c->num_members - index) * sizeof *c->members);
 }
 
@@ -76,8 +88,11 @@ static void update_member(moe_controller *c, moe_member *m, const moe_member *le
                  (unsigned long long)lease->identity.incarnation, lease->identity.endpoint);
     }
     uint64_t link = m->link, refused_incarnation = m->refused_incarnation;
-    int64_t linked_ns = m->linked_ns;
+    int64_t linked_ns = m->linked_ns, gone_ns = m->gone_ns;
+    moe_worker_stats *stats = m->stats;
     *m = *lease;
+    m->stats = stats;
+    m->gone_ns = gone_ns;
     m->link = link;
     m->linked_ns = linked_ns;
     m->refused_incarnation = refused_incarnation;
@@ -158,7 +173,7 @@ static void on_router_lease(void *ctx, const char *key, const char *value, size_
     moe_controller *c = ctx;
     moe_controller_router_view r = {0};
     char uuid[MOE_UUID_BYTES];
-    int64_t epoch, fence, known_fence;
+    int64_t epoch, fence, known_fence, routing_epoch;
     json_t *root = size <= MOE_MAX_LEASE_BYTES ? json_loadb(value, size, JSON_REJECT_DUPLICATES, NULL) : NULL;
     bool ok = moe_json_get_text(root, "id", r.id, sizeof r.id) && strcmp(r.id, key + strlen("router:")) == 0 &&
               moe_json_get_hex(root, "incarnation", &r.incarnation) &&
@@ -167,11 +182,13 @@ static void on_router_lease(void *ctx, const char *key, const char *value, size_
               moe_json_get_count(root, "epoch", MOE_MAX_EPOCH, &epoch) &&
               moe_json_get_count(root, "fence", MOE_MAX_EPOCH, &fence) && moe_json_get_hex(root, "map_digest", &r.map_digest) &&
               moe_json_get_count(root, "known_fence", MOE_MAX_EPOCH, &known_fence) &&
+              moe_json_get_count(root, "routing_epoch", MOE_MAX_EPOCH, &routing_epoch) &&
               moe_json_get_text(root, "uuid", uuid, sizeof uuid) && strcmp(uuid, c->cluster_uuid) == 0;
     json_decref(root);
     if (!ok || c->num_routers == MOE_MAX_ROUTERS) return;
     r.epoch = (uint64_t)epoch;
     r.fence = (uint64_t)fence;
+    r.routing_epoch = (uint64_t)routing_epoch;
     moe_controller_learn(c, r.epoch, (uint64_t)known_fence);
     if (c->map && r.epoch == c->map->epoch && r.fence == c->map->fence && r.map_digest != c->map_digest) c->map_disputed = true;
     int32_t at = 0;
@@ -180,10 +197,51 @@ static void on_router_lease(void *ctx, const char *key, const char *value, size_
     c->routers[at] = r;
 }
 
+static bool is_self(const moe_controller *c, const moe_controller_router_view *r) {
+    return strcmp(r->id, c->config.id) == 0 && r->incarnation == c->config.incarnation;
+}
+
+/* A router without a map routes nothing. */
+static bool routes_by(const moe_controller_router_view *r, uint64_t epoch) { return r->epoch == 0 || r->routing_epoch >= epoch; }
+
+/* Routers that are no longer listed and had not acknowledged our map: they may be dead, or route on without the store. */
+static void note_lost_routers(moe_controller *c, const moe_controller_router_view *before, int32_t count) {
+    for (int32_t i = 0; c->map && i < count; i++) {
+        bool listed = is_self(c, &before[i]) || routes_by(&before[i], c->map->epoch);
+        for (int32_t k = 0; k < c->num_routers && !listed; k++)
+            listed = strcmp(before[i].id, c->routers[k].id) == 0 && before[i].incarnation == c->routers[k].incarnation;
+        if (!listed) c->router_lost_ns = moe_controller_now(c);
+    }
+}
+
 void moe_controller_list_routers(moe_controller *c) {
     moe_error err = {0};
+    moe_controller_router_view *before = moe_calloc(MOE_MAX_ROUTERS, sizeof *before);
+    int32_t count = c->num_routers;
+    if (!before) return; /* the next listing finds them */
+    memcpy(before, c->routers, (size_t)count * sizeof *before);
     c->num_routers = 0;
     c->map_disputed = false;
     moe_status status = moe_controller_store(c)->ops->list(moe_controller_store(c), "router:", on_router_lease, c, &err);
     moe_controller_store_answered(c, status, &err);
+    if (status == MOE_OK) {
+        note_lost_routers(c, before, count);
+    } else {
+        memcpy(c->routers, before, (size_t)count * sizeof *before);
+        c->num_routers = count;
+    }
+    moe_free(before);
+}
+
+uint64_t moe_controller_routing_epoch(const moe_controller *c) {
+    if (c->config.routing_epoch) return c->config.routing_epoch(c->config.ctx);
+    return c->map ? c->map->epoch : 0;
+}
+
+bool moe_controller_acknowledged(const moe_controller *c) {
+    if (!c->map || moe_controller_routing_epoch(c) < c->map->epoch) return false;
+    if (c->router_lost_ns != INT64_MIN && moe_controller_now(c) - c->router_lost_ns < MOE_ROUTER_GRACE_NS) return false;
+    for (int32_t i = 0; i < c->num_routers; i++)
+        if (!is_self(c, &c->routers[i]) && !routes_by(&c->routers[i], c->map->epoch)) return false;
+    return true;
 }

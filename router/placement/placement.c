@@ -60,6 +60,46 @@ bool moe_placement_has(const moe_placement_entry *entry, int32_t worker) {
     return false;
 }
 
+/* ---- changes ---- */
+
+int32_t moe_placement_add_worker(moe_placement *p, const moe_placement_worker *worker) {
+    if (p->num_workers == MOE_PLACEMENT_MAX_WORKERS) return -1;
+    moe_placement_worker *workers = moe_realloc(p->workers, (size_t)p->num_workers + 1, sizeof *workers);
+    if (!workers) return -1;
+    p->workers = workers;
+    p->workers[p->num_workers] = *worker;
+    return p->num_workers++;
+}
+
+void moe_placement_remove_worker(moe_placement *p, int32_t worker) {
+    memmove(&p->workers[worker], &p->workers[worker + 1], (size_t)(--p->num_workers - worker) * sizeof *p->workers);
+    for (int64_t i = 0; i < (int64_t)p->num_layers * p->num_experts; i++) {
+        moe_placement_entry *e = &p->entries[i];
+        for (int32_t r = 0; r < e->num_replicas; r++) {
+            MOE_ASSERT(e->replicas[r].worker != worker);
+            e->replicas[r].worker -= e->replicas[r].worker > worker;
+        }
+    }
+}
+
+moe_replica *moe_placement_replica(moe_placement_entry *e, int32_t worker) {
+    for (int32_t r = 0; r < e->num_replicas; r++)
+        if (e->replicas[r].worker == worker) return &e->replicas[r];
+    return NULL;
+}
+
+void moe_placement_add_replica(moe_placement_entry *e, int32_t worker, moe_replica_state state) {
+    MOE_ASSERT(e->num_replicas < MOE_PLACEMENT_MAX_REPLICAS && !moe_placement_has(e, worker));
+    e->replicas[e->num_replicas++] = (moe_replica){.worker = (uint16_t)worker, .state = (uint8_t)state};
+}
+
+void moe_placement_remove_replica(moe_placement_entry *e, int32_t worker) {
+    moe_replica *found = moe_placement_replica(e, worker);
+    if (!found) return;
+    size_t behind = (size_t)(&e->replicas[e->num_replicas--] - found) - 1;
+    memmove(found, found + 1, behind * sizeof *found);
+}
+
 /* ---- JSON ---- */
 
 static json_t *worker_json(const moe_placement_worker *w) {

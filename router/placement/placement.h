@@ -51,6 +51,13 @@ moe_placement *moe_placement_copy(const moe_placement *placement);
 int32_t moe_placement_find_worker(const moe_placement *p, const char *id); /* its index, or -1 */
 bool moe_placement_has(const moe_placement_entry *entry, int32_t worker);  /* whether one of the replicas is there */
 
+/* Changes to a map that is not shared yet. */
+int32_t moe_placement_add_worker(moe_placement *p, const moe_placement_worker *worker); /* its index; -1: no memory or room */
+void moe_placement_remove_worker(moe_placement *p, int32_t worker);                     /* it has no replica */
+void moe_placement_add_replica(moe_placement_entry *entry, int32_t worker, moe_replica_state state); /* there is room */
+void moe_placement_remove_replica(moe_placement_entry *entry, int32_t worker);          /* nothing where it has none */
+moe_replica *moe_placement_replica(moe_placement_entry *entry, int32_t worker);         /* NULL: none */
+
 static inline moe_placement_entry *moe_placement_at(const moe_placement *p, int32_t layer, int32_t expert) {
     return &p->entries[(int64_t)layer * p->num_experts + expert];
 }

@@ -19,6 +19,8 @@ typedef struct plan {
     double *expert_cost;          /* [experts], of the layer at work */
     double *cost;                 /* [workers], of the layer at work */
     int32_t *held;                /* [workers]: replicas in the layer at work */
+    int32_t num_held, accepting;  /* replicas in the layer at work; workers that accept */
+    bool idle;                    /* the layer at work has too little load to judge by */
     moe_policy_step *steps;
     int32_t max_steps, num_steps;
 } plan;
@@ -47,24 +49,28 @@ static double share(const plan *p, int32_t layer, int32_t expert) {
 
 static void cost_experts(plan *p, int32_t layer) {
     const moe_policy_load *loads = &p->in->loads[(int64_t)layer * p->num_experts];
-    double total = 0;
-    for (int32_t e = 0; e < p->num_experts; e++) {
+    double total = 0, rows = 0;
+    for (int32_t e = 0; e < p->num_experts; e++) rows += loads[e].rows;
+    p->idle = rows <= p->config->min_rows;
+    for (int32_t e = 0; e < p->num_experts && !p->idle; e++) {
         p->expert_cost[e] = p->config->alpha * loads[e].calls + p->config->beta * loads[e].rows;
         total += p->expert_cost[e];
     }
     double spread = total > 0 ? SPREAD_SHARE * total / p->num_experts : 1;
-    for (int32_t e = 0; e < p->num_experts; e++) p->expert_cost[e] += spread;
+    for (int32_t e = 0; e < p->num_experts; e++) p->expert_cost[e] = (p->idle ? 0 : p->expert_cost[e]) + spread;
 }
 
 static void cost_workers(plan *p, int32_t layer) {
     memset(p->cost, 0, (size_t)p->num_workers * sizeof *p->cost);
     memset(p->held, 0, (size_t)p->num_workers * sizeof *p->held);
+    p->num_held = 0;
     for (int32_t e = 0; e < p->num_experts; e++) {
         const moe_placement_entry *entry = at(p, layer, e);
         double each = share(p, layer, e);
         for (int32_t r = 0; r < entry->num_replicas; r++) {
             int32_t w = entry->replicas[r].worker;
             p->held[w]++;
+            p->num_held++;
             if (state_of(p, w) <= MOE_POLICY_AWAY) p->cost[w] += each;
         }
     }
@@ -94,14 +100,12 @@ static double max_over_mean(const plan *p) {
 /* ---- steps ---- */
 
 static void add_replica(plan *p, moe_placement_entry *e, int32_t worker) {
-    e->replicas[e->num_replicas++] = (moe_replica){.worker = (uint16_t)worker, .state = MOE_REPLICA_READY};
+    moe_placement_add_replica(e, worker, MOE_REPLICA_READY);
     p->totals[worker]++;
 }
 
 static void drop_replica(plan *p, moe_placement_entry *e, int32_t worker) {
-    int32_t r = 0;
-    while (e->replicas[r].worker != worker) r++;
-    memmove(&e->replicas[r], &e->replicas[r + 1], (size_t)(--e->num_replicas - r) * sizeof *e->replicas);
+    moe_placement_remove_replica(e, worker);
     p->totals[worker]--;
 }
 
@@ -187,9 +191,7 @@ static void secure_layer(plan *p, int32_t layer, int32_t wanted, bool *done) {
 }
 
 static void secure(plan *p, bool *done) {
-    int32_t accepting = 0;
-    for (int32_t w = 0; w < p->num_workers; w++) accepting += state_of(p, w) == MOE_POLICY_ACCEPTS;
-    int32_t wanted = p->config->replicas < accepting ? p->config->replicas : accepting;
+    int32_t wanted = p->config->replicas < p->accepting ? p->config->replicas : p->accepting;
     for (int32_t l = 0; l < p->num_layers && p->num_steps < p->max_steps; l++) {
         cost_experts(p, l);
         secure_layer(p, l, wanted, done);
@@ -203,9 +205,14 @@ typedef struct candidate {
     double gain;
 } candidate;
 
+/* As one that has just joined. */
+static bool is_underfilled(const plan *p, int32_t worker) {
+    return state_of(p, worker) == MOE_POLICY_ACCEPTS && 2 * p->held[worker] * p->accepting < p->num_held;
+}
+
 static bool may_change(const plan *p, int32_t layer, int32_t expert, int32_t to) {
     int64_t changed = p->in->changed_ns[(int64_t)layer * p->num_experts + expert];
-    return p->held[to] == 0 || p->in->now_ns - changed >= p->config->dwell_ns;
+    return is_underfilled(p, to) || p->in->now_ns - changed >= p->config->dwell_ns;
 }
 
 /* The step's worth: how much lower the higher of the two workers' costs becomes. */
@@ -290,6 +297,13 @@ static bool balance_step(plan *p, int32_t layer) {
     return true;
 }
 
+/* Of the layer at work. */
+static bool may_balance(const plan *p) {
+    bool may = !p->idle || p->in->even_idle;
+    for (int32_t w = 0; w < p->num_workers && !may; w++) may = is_underfilled(p, w) && has_room(p, w);
+    return may;
+}
+
 static void balance(plan *p, bool *done) {
     memset(done, 0, (size_t)p->num_layers * sizeof *done);
     while (p->num_steps < p->max_steps) {
@@ -300,8 +314,8 @@ static void balance(plan *p, bool *done) {
             cost_experts(p, l);
             cost_workers(p, l);
             double imbalance = max_over_mean(p);
-            done[l] = imbalance <= 1 + p->config->hysteresis;
-            if (imbalance > most) {
+            done[l] = imbalance <= 1 + p->config->hysteresis || !may_balance(p);
+            if (!done[l] && imbalance > most) {
                 most = imbalance;
                 worst = l;
             }
@@ -331,6 +345,7 @@ static moe_status plan_init(plan *p, const moe_policy_config *config, const moe_
     p->held = moe_calloc((size_t)in->num_workers, sizeof *p->held);
     if (!p->entries || !p->totals || !p->expert_cost || !p->cost || !p->held)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for planning the placement");
+    for (int32_t w = 0; w < p->num_workers; w++) p->accepting += state_of(p, w) == MOE_POLICY_ACCEPTS;
     memcpy(p->entries, map->entries, total * sizeof *p->entries);
     for (size_t i = 0; i < total; i++)
         for (int32_t r = 0; r < map->entries[i].num_replicas; r++) p->totals[map->entries[i].replicas[r].worker]++;

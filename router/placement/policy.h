@@ -7,7 +7,8 @@
  *      step that helps most moves an expert of the busiest worker to the least loaded one with room, or gives the expert that is
  *      hottest by load per replica another replica there. It goes on down to half the hysteresis, so that a layer which was
  *      balanced stays alone until it is well out of balance. An expert whose replicas changed less than dwell_ns ago stays,
- *      unless it goes to a worker that has nothing of the layer yet.
+ *      unless it goes to a worker that has less than half of its share of the layer's replicas, as one that has just joined. A
+ *      layer without enough load to judge by is spread by number of experts, and only where such a worker is, or `even_idle`.
  *
  * Cost of an expert = alpha · calls + beta · rows (a call is one batch in which it was active: its weights are read once), shared
  * evenly by its replicas; a small part of the layer's mean is added, so that experts without load are spread, too. */
@@ -36,6 +37,7 @@ typedef struct moe_policy_config {
     double alpha, beta; /* of the cost */
     double hysteresis;  /* (max - mean) / mean of a layer's cost by worker above which it is balanced; above 0 */
     int64_t dwell_ns;
+    double min_rows; /* decayed rows of a layer below which its loads say nothing */
 } moe_policy_config;
 
 typedef struct moe_policy_input {
@@ -45,7 +47,8 @@ typedef struct moe_policy_input {
     const moe_policy_load *loads;     /* [num_layers, num_experts] */
     const int64_t *changed_ns;        /* [num_layers, num_experts]: when the expert's replicas changed last */
     int64_t now_ns;
-    bool balance; /* false: only what safety asks */
+    bool balance;   /* false: only what safety asks */
+    bool even_idle; /* layers without load are spread, too */
 } moe_policy_input;
 
 typedef enum moe_policy_reason {

@@ -47,3 +47,12 @@ moe_status moe_controller_publish(moe_controller *c, moe_placement *next, moe_er
     moe_buf_free(&meta_text);
     return status;
 }
+
+moe_status moe_controller_write(moe_controller *c, const moe_store_write *writes, int count, moe_error *err) {
+    moe_store *store = moe_controller_store(c);
+    moe_status status =
+        store->ops->compare_and_set(store, "meta", moe_buf_text(&c->meta_text), c->meta_text.size, writes, count, err);
+    moe_controller_store_answered(c, status, err);
+    if (status) c->next_meta_ns = 0;
+    return status;
+}

@@ -4,7 +4,7 @@
 #include "router/placement/controller_internal.h"
 
 const char *moe_worker_state_name(moe_worker_state state) {
-    static const char *const names[] = {"up", "down", "joining", "refused"};
+    static const char *const names[] = {"up", "down", "joining", "refused", "leaving"};
     return (unsigned)state < sizeof names / sizeof *names ? names[state] : "unknown";
 }
 
@@ -37,7 +37,8 @@ static void view_worker(moe_controller *c, const moe_member *m, const bool *up, 
                : moe_member_refused(m)   ? MOE_WORKER_REFUSED
                : in_map                  ? MOE_WORKER_DOWN
                                          : MOE_WORKER_JOINING;
-    v->experts = in_map || v->state == MOE_WORKER_UP ? shares[worker] : loaded_by(&c->jobs, m->identity.id);
+    if (v->state == MOE_WORKER_UP && moe_member_leaves(c, m)) v->state = MOE_WORKER_LEAVING;
+    v->experts = in_map || (worker >= 0 && up[worker]) ? shares[worker] : loaded_by(&c->jobs, m->identity.id);
 }
 
 static void view_routers(moe_controller *c) {
@@ -58,6 +59,7 @@ static void view_routers(moe_controller *c) {
                                       .epoch = c->map ? c->map->epoch : 0,
                                       .fence = c->map ? c->map->fence : 0,
                                       .map_digest = c->map ? c->map_digest : 0,
+                                      .routing_epoch = moe_controller_routing_epoch(c),
                                       .pid = c->config.pid,
                                       .leader = c->leading};
     snprintf(r->id, sizeof r->id, "%s", c->config.id);
@@ -84,6 +86,23 @@ static void view_layers(moe_controller *c, const bool *up, int32_t *shares) {
     }
 }
 
+static void view_moves(moe_controller *c) {
+    const moe_migration *g = &c->migration;
+    moe_controller_view *v = &c->view;
+    const char *phase = moe_migration_phase_name(g->phase);
+    v->moves = c->moves;
+    v->migration[0] = '\0';
+    if (g->count)
+        snprintf(v->migration, sizeof v->migration, "%s: %d moves in MoE layer %d: %s", g->id, g->count, g->moves[0].layer, phase);
+    v->num_operations = c->num_operations;
+    memcpy(v->operations, c->operations, (size_t)c->num_operations * sizeof *c->operations);
+    for (int32_t i = 0; i < v->num_operations; i++)
+        if (g->count && strcmp(v->operations[i].id, g->id) == 0)
+            snprintf(v->operations[i].phase, sizeof v->operations[i].phase, "%s", phase);
+    for (int32_t i = 0; i < c->num_submitted && v->num_operations < MOE_MAX_OPERATIONS; i++)
+        v->operations[v->num_operations++] = c->submitted[i];
+}
+
 void moe_controller_update_view(moe_controller *c) {
     bool up[MOE_PLACEMENT_MAX_WORKERS] = {0};
     int32_t shares[MOE_PLACEMENT_MAX_WORKERS] = {0};
@@ -101,6 +120,7 @@ void moe_controller_update_view(moe_controller *c) {
     if (c->served) view_layers(c, up, shares);
     for (int32_t i = 0; i < c->num_members; i++) view_worker(c, &c->members[i], up, shares);
     view_routers(c);
+    view_moves(c);
     pthread_mutex_unlock(&c->view_mutex);
 }
 

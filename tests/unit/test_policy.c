@@ -47,7 +47,7 @@ static void make(int32_t laid_out, int32_t workers, int32_t replicas) {
     w.now_ns = 1000 * MOE_NS_PER_S;
     for (int32_t i = 0; i < workers; i++) w.workers[i] = (moe_policy_worker){MOE_POLICY_ACCEPTS, INT32_MAX};
     w.config = (moe_policy_config){
-        .replicas = replicas, .redundant = 8, .alpha = 8, .beta = 1, .hysteresis = 0.1, .dwell_ns = DWELL_NS};
+        .replicas = replicas, .redundant = 8, .alpha = 8, .beta = 1, .hysteresis = 0.1, .dwell_ns = DWELL_NS, .min_rows = 10};
 }
 
 static void skew(moe_random *random, double exponent) {
@@ -67,7 +67,7 @@ static int32_t live_replicas(const moe_placement_entry *e) {
 /* Plans, and takes every step while checking it. */
 static int32_t run(int32_t max_steps) {
     moe_error err;
-    moe_policy_input in = {w.map, w.num_workers, w.workers, w.loads, w.changed_ns, w.now_ns, true};
+    moe_policy_input in = {w.map, w.num_workers, w.workers, w.loads, w.changed_ns, w.now_ns, true, false};
     assert_int_equal(moe_policy_plan(&w.config, &in, w.steps, max_steps, &w.num_steps, &err), MOE_OK);
     assert_true(w.num_steps <= max_steps);
     for (int32_t i = 0; i < w.num_steps; i++) {
@@ -93,7 +93,7 @@ static int32_t run(int32_t max_steps) {
 }
 
 static double imbalance(int32_t layer) {
-    moe_policy_input in = {w.map, w.num_workers, w.workers, w.loads, w.changed_ns, w.now_ns, true};
+    moe_policy_input in = {w.map, w.num_workers, w.workers, w.loads, w.changed_ns, w.now_ns, true, false};
     return moe_policy_imbalance(&w.config, &in, layer, NULL);
 }
 
