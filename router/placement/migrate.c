@@ -458,11 +458,20 @@ static bool empty_worker(moe_controller *c, const moe_operation *op) {
     for (int64_t i = 0; worker >= 0 && i < (int64_t)c->map->num_layers * c->map->num_experts; i++)
         if (moe_placement_has(&c->map->entries[i], worker)) return false;
     const moe_worker_stats *stats = m ? moe_member_stats(m) : NULL;
-    return !m || m->identity.incarnation != op->incarnation || (stats && stats->num_held == 0);
+    return !m || !m->registered || (stats && stats->num_held == 0);
+}
+
+static bool restarted(moe_controller *c, const moe_operation *op) {
+    const moe_member *m = moe_controller_member(c, op->from);
+    return m && m->registered && m->identity.incarnation != op->incarnation;
 }
 
 static void run_planned(moe_controller *c, moe_operation *op) {
     bool drains = op->kind == MOE_OP_DRAIN;
+    if (drains && restarted(c, op)) {
+        end_operation(c, op, "the worker was restarted, which ends its drain");
+        return;
+    }
     int32_t steps = begin_planned(c, op->id, drains ? MOE_PLAN_SAFETY : MOE_PLAN_NOW);
     if (steps) {
         op->total = op->done + steps;

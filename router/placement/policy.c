@@ -297,10 +297,10 @@ static bool balance_step(plan *p, int32_t layer) {
     return true;
 }
 
-/* Of the layer at work. */
+/* Of the layer at work. What was laid out for a load that has ended may well have one expert on a worker, but not none. */
 static bool may_balance(const plan *p) {
     bool may = !p->idle || p->in->even_idle;
-    for (int32_t w = 0; w < p->num_workers && !may; w++) may = is_underfilled(p, w) && has_room(p, w);
+    for (int32_t w = 0; w < p->num_workers && !may; w++) may = is_underfilled(p, w) && p->held[w] == 0 && has_room(p, w);
     return may;
 }
 

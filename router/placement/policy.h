@@ -8,7 +8,8 @@
  *      hottest by load per replica another replica there. It goes on down to half the hysteresis, so that a layer which was
  *      balanced stays alone until it is well out of balance. An expert whose replicas changed less than dwell_ns ago stays,
  *      unless it goes to a worker that has less than half of its share of the layer's replicas, as one that has just joined. A
- *      layer without enough load to judge by is spread by number of experts, and only where such a worker is, or `even_idle`.
+ *      layer without enough load to judge by is spread by number of experts, and only where a worker has none of it, or
+ *      `even_idle`.
  *
  * Cost of an expert = alpha · calls + beta · rows (a call is one batch in which it was active: its weights are read once), shared
  * evenly by its replicas; a small part of the layer's mean is added, so that experts without load are spread, too. */

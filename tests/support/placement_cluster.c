@@ -54,8 +54,35 @@ static uint64_t hash_of(const moe_placement *p) {
     return hash;
 }
 
+static const pc_worker *running(const pc_cluster *c, const moe_placement_worker *worker) {
+    for (int32_t w = 0; w < PC_MAX_WORKERS; w++) {
+        const pc_worker *candidate = &c->workers[w];
+        if (candidate->alive && strcmp(candidate->id, worker->id) == 0) {
+            return candidate->incarnation == worker->incarnation ? candidate : NULL;
+        }
+    }
+    return NULL;
+}
+
+/* Each expert has a READY replica on a worker that lives, and whoever lives holds what the map says. */
+static void check_moving_map(const pc_cluster *c, const moe_placement *p) {
+    for (int32_t i = 0; i < PC_LAYERS * PC_EXPERTS; i++) {
+        const moe_placement_entry *e = &p->entries[i];
+        int32_t live = 0;
+        for (int32_t r = 0; r < e->num_replicas; r++) {
+            const pc_worker *w = running(c, &p->workers[e->replicas[r].worker]);
+            if (!w) continue;
+            assert_true(w->held[i]);
+            live += e->replicas[r].state == MOE_REPLICA_READY;
+        }
+        assert_true(live > 0);
+        assert_true(e->digest == moe_mix64((uint64_t)i + 1));
+    }
+}
+
 static void check_map(const pc_cluster *c, const moe_placement *p) {
     assert_true(p->num_layers == PC_LAYERS && p->num_experts == PC_EXPERTS && p->model_digest == PC_MODEL);
+    if (c->moving) return; /* checked when it is published */
     for (int32_t i = 0; i < PC_LAYERS * PC_EXPERTS; i++) {
         const moe_placement_entry *e = &p->entries[i];
         assert_int_equal(e->num_replicas, c->replicas);
@@ -76,6 +103,11 @@ static void on_map(void *ctx, moe_placement *map) {
     pc_cluster *c = r->cluster;
     assert_true(map->epoch > r->epoch || (map->epoch == r->epoch && map->fence >= r->fence));
     check_map(c, map);
+    if (c->moving && map->epoch > c->newest_epoch) { /* the first to see it has just published it */
+        check_moving_map(c, map);
+        c->newest_epoch = map->epoch;
+    }
+    r->given_ns = c->clock.fake_now_ns;
     bool rejoin = r->map && map->epoch == r->epoch && map->fence == r->fence;
     if (!rejoin) r->published_hash = hash_of(map);
     r->epoch = map->epoch;
@@ -89,6 +121,17 @@ static void on_map(void *ctx, moe_placement *map) {
             assert_true(other->published_hash == r->published_hash);
         }
     }
+}
+
+static uint64_t routing_epoch(void *ctx) {
+    const pc_router *r = ctx;
+    return r->routed ? r->routed->epoch : 0;
+}
+
+static void route(pc_cluster *c, pc_router *r) {
+    if (!r->map || r->routed == r->map || (r->routed && c->clock.fake_now_ns - r->given_ns < r->lag_ns)) return;
+    moe_placement_unref(&r->routed);
+    r->routed = moe_placement_ref(r->map);
 }
 
 void pc_router_config(pc_cluster *c, int32_t r, moe_controller_config *out) {
@@ -116,6 +159,8 @@ void pc_router_config(pc_cluster *c, int32_t r, moe_controller_config *out) {
                                    .new_cluster = c->new_cluster,
                                    .layout = MOE_PLACEMENT_BALANCED,
                                    .state_dir = c->state_dirs[r],
+                                   .balance = c->balance,
+                                   .routing_epoch = c->moving ? routing_epoch : NULL,
                                    .on_map = on_map,
                                    .ctx = router};
 }
@@ -135,6 +180,7 @@ void pc_router_crash(pc_cluster *c, int32_t r) {
     router->store->ops->close(router->store);
     router->store = NULL;
     moe_placement_unref(&router->map);
+    moe_placement_unref(&router->routed);
 }
 
 /* ---- workers ---- */
@@ -151,6 +197,7 @@ static void answer(pc_worker *w, moe_rpc_call *call, const int32_t *experts, int
         loaded[i].id = &ids[i];
         loaded[i].digest = moe_mix64((uint64_t)experts[i] + 1) ^ w->digest_salt;
         pointers[i] = &loaded[i];
+        if (!w->held[experts[i]]) w->holdings++, w->rows[experts[i]] = w->calls[experts[i]] = 0;
         w->held[experts[i]] = true;
     }
     response.loaded = pointers;
@@ -191,6 +238,71 @@ static void on_load(void *ctx, moe_rpc_call *call, const ProtobufCMessage *messa
     }
 }
 
+static void on_stats(void *ctx, moe_rpc_call *call, const ProtobufCMessage *message, const moe_frame *payload, int num_payload) {
+    (void)payload;
+    (void)num_payload;
+    enum { ALL = PC_LAYERS * PC_EXPERTS };
+    pc_worker *w = ctx;
+    Moesaic__V1__LoadedExpert loaded[ALL], *pointers[ALL];
+    Moesaic__V1__ExpertId ids[ALL];
+    uint64_t rows[ALL], calls[ALL];
+    Moesaic__V1__StatsResponse response = MOESAIC__V1__STATS_RESPONSE__INIT;
+    size_t count = 0;
+    for (int32_t i = 0; i < ALL; i++) {
+        if (!w->held[i]) continue;
+        moesaic__v1__expert_id__init(&ids[count]);
+        moesaic__v1__loaded_expert__init(&loaded[count]);
+        ids[count].layer = (uint32_t)(i / PC_EXPERTS);
+        ids[count].expert = (uint32_t)(i % PC_EXPERTS);
+        loaded[count].id = &ids[count];
+        pointers[count] = &loaded[count];
+        rows[count] = w->rows[i];
+        calls[count++] = w->calls[i];
+    }
+    response.incarnation = w->incarnation;
+    response.holdings = w->holdings;
+    response.leaving = w->leaving;
+    response.loaded = pointers;
+    response.n_loaded = ((const Moesaic__V1__StatsRequest *)message)->known_holdings == w->holdings ? 0 : count;
+    response.loaded_rows = rows;
+    response.loaded_calls = calls;
+    response.n_loaded_rows = response.n_loaded_calls = count;
+    moe_rpc_respond(call, &response.base, NULL, 0);
+}
+
+/* Oracle: nothing is dropped that a live router may still ask for. */
+static void check_drop(const pc_worker *w, int32_t expert) {
+    for (int32_t r = 0; r < PC_MAX_ROUTERS; r++) {
+        const pc_router *router = &w->cluster->routers[r];
+        if (!router->controller || !router->routed) continue;
+        int32_t worker = moe_placement_find_worker(router->routed, w->id);
+        bool routed = worker >= 0 && router->routed->workers[worker].incarnation == w->incarnation &&
+                      moe_placement_has(&router->routed->entries[expert], worker);
+        if (routed) fail_msg("expert %d is dropped by %s, router %d routes there", expert, w->id, r);
+    }
+}
+
+static void on_drop(void *ctx, moe_rpc_call *call, const ProtobufCMessage *message, const moe_frame *payload, int num_payload) {
+    (void)payload;
+    (void)num_payload;
+    pc_worker *w = ctx;
+    const Moesaic__V1__DropRequest *request = (const Moesaic__V1__DropRequest *)message;
+    Moesaic__V1__DropResponse response = MOESAIC__V1__DROP_RESPONSE__INIT;
+    w->drops++;
+    if (request->incarnation != w->incarnation || request->fence < w->fence) {
+        moe_rpc_fail(call, MOE_FAILED_PRECONDITION, "another incarnation or a lower fence", NULL);
+        return;
+    }
+    w->fence = request->fence;
+    for (size_t i = 0; i < request->n_experts; i++) {
+        int32_t expert = (int32_t)(request->experts[i]->layer * PC_EXPERTS + request->experts[i]->expert);
+        check_drop(w, expert);
+        if (w->held[expert]) w->holdings++;
+        w->held[expert] = false;
+    }
+    moe_rpc_respond(call, &response.base, NULL, 0);
+}
+
 void pc_worker_release(pc_cluster *c, int32_t i) {
     pc_worker *w = &c->workers[i];
     for (int32_t n = 0; n < w->num_waiting; n++) answer(w, w->waiting[n].call, w->waiting[n].experts, w->waiting[n].count);
@@ -201,13 +313,20 @@ void pc_worker_release(pc_cluster *c, int32_t i) {
 void pc_worker_start(pc_cluster *c, int32_t i) {
     static const moe_rpc_method methods[] = {
         {.method = "/moesaic.v1.WorkerService/Load", .handler = on_load, .roles = 1u << MOE_ROLE_ROUTER}, {0}};
+    static const moe_rpc_method moving_methods[] = {
+        {.method = "/moesaic.v1.WorkerService/Load", .handler = on_load, .roles = 1u << MOE_ROLE_ROUTER},
+        {.method = "/moesaic.v1.WorkerService/Stats", .handler = on_stats, .roles = 1u << MOE_ROLE_ROUTER},
+        {.method = "/moesaic.v1.WorkerService/Drop", .handler = on_drop, .roles = 1u << MOE_ROLE_ROUTER},
+        {0}};
     pc_worker *w = &c->workers[i];
     char endpoint[MOE_ENDPOINT_BYTES], bound[MOE_ENDPOINT_BYTES];
     moe_error err;
     assert_false(w->alive);
     w->cluster = c;
     w->alive = true;
-    w->loads = 0;
+    w->loads = w->drops = 0;
+    w->holdings = 1;
+    w->leaving = false;
     w->fence = w->first_fence;
     memset(w->held, 0, sizeof w->held);
     snprintf(w->id, sizeof w->id, "w%d", i);
@@ -224,7 +343,7 @@ void pc_worker_start(pc_cluster *c, int32_t i) {
                                     .profile = w->profile,
                                     .incarnation = w->incarnation,
                                     .model_digest = w->model_digest},
-                          .methods = methods,
+                          .methods = c->moving ? moving_methods : methods,
                           .ctx = w};
     OK(moe_rpc_new(&rpc, &w->rpc, &err));
     moe_registration_config registration = {.store = w->store,
@@ -267,7 +386,9 @@ void pc_step(pc_cluster *c) {
         check_step(moe_rpc_step(c->workers[w].rpc, 0, &err));
     }
     for (int32_t r = 0; r < PC_MAX_ROUTERS; r++) {
-        if (c->routers[r].controller) check_step(moe_controller_step(c->routers[r].controller, 0, &err));
+        if (!c->routers[r].controller) continue;
+        route(c, &c->routers[r]);
+        check_step(moe_controller_step(c->routers[r].controller, 0, &err));
     }
 }
 
@@ -305,16 +426,6 @@ moe_worker_state pc_state(pc_cluster *c, int32_t r, const char *id) {
     return MOE_WORKER_DOWN;
 }
 
-static const pc_worker *running(const pc_cluster *c, const moe_placement_worker *worker) {
-    for (int32_t w = 0; w < PC_MAX_WORKERS; w++) {
-        const pc_worker *candidate = &c->workers[w];
-        if (candidate->alive && strcmp(candidate->id, worker->id) == 0) {
-            return candidate->incarnation == worker->incarnation ? candidate : NULL;
-        }
-    }
-    return NULL;
-}
-
 static bool holds_share(const pc_cluster *c, const moe_placement *map) {
     for (int32_t w = 0; w < map->num_workers; w++) {
         const pc_worker *worker = running(c, &map->workers[w]);
@@ -336,4 +447,38 @@ bool pc_settled(pc_cluster *c) {
         first = map;
     }
     return first != NULL;
+}
+
+bool pc_tidy(pc_cluster *c) {
+    if (!pc_settled(c)) return false;
+    int32_t leader = pc_leader(c);
+    if (leader < 0 || pc_view(c, leader)->migration[0]) return false;
+    const moe_placement *map = c->routers[leader].map;
+    for (int32_t i = 0; i < PC_MAX_WORKERS; i++) {
+        const pc_worker *w = &c->workers[i];
+        int32_t worker = w->alive ? moe_placement_find_worker(map, w->id) : -1;
+        for (int32_t e = 0; w->alive && e < PC_LAYERS * PC_EXPERTS; e++)
+            if (w->held[e] && (worker < 0 || !moe_placement_has(&map->entries[e], worker))) return false;
+    }
+    return true;
+}
+
+int32_t pc_leader(pc_cluster *c) {
+    for (int32_t r = 0; r < PC_MAX_ROUTERS; r++)
+        if (c->routers[r].controller && pc_view(c, r)->leading) return r;
+    return -1;
+}
+
+void pc_compute(pc_cluster *c, int32_t expert, uint64_t rows, uint64_t calls) {
+    int32_t leader = pc_leader(c);
+    const moe_placement *map = leader < 0 ? NULL : c->routers[leader].map;
+    int32_t replicas = map ? map->entries[expert].num_replicas : 0;
+    for (int32_t r = 0; r < replicas; r++) {
+        for (int32_t i = 0; i < PC_MAX_WORKERS; i++) {
+            pc_worker *w = &c->workers[i];
+            if (!w->alive || strcmp(w->id, map->workers[map->entries[expert].replicas[r].worker].id) != 0) continue;
+            w->rows[expert] += rows / (uint64_t)replicas;
+            w->calls[expert] += (calls + (uint64_t)replicas - 1) / (uint64_t)replicas;
+        }
+    }
 }

@@ -25,6 +25,9 @@ typedef struct pc_router {
     uint64_t published_hash; /* of the newest map that was not a rejoin's */
     moe_placement *map;
     int32_t num_maps; /* given, in all */
+    /* What its steps route by: the map, but some time later (lag_ns). */
+    moe_placement *routed;
+    int64_t given_ns, lag_ns;
 } pc_router;
 
 typedef struct pc_worker {
@@ -37,7 +40,10 @@ typedef struct pc_worker {
     moe_rpc *rpc;
     moe_registration *registration;
     bool held[PC_LAYERS * PC_EXPERTS];
-    int32_t loads; /* calls */
+    uint64_t rows[PC_LAYERS * PC_EXPERTS], calls[PC_LAYERS * PC_EXPERTS];
+    uint64_t holdings;
+    bool leaving;
+    int32_t loads, drops; /* calls */
     /* behaviour, kept over restarts */
     uint64_t digest_salt; /* not 0: its weights differ */
     bool stalls;          /* Load calls wait */
@@ -60,10 +66,13 @@ struct pc_cluster {
     moe_store *store; /* the test's own client */
     int32_t replicas, initial_workers;
     bool new_cluster; /* told to routers that start from now on */
+    bool moving;      /* experts move: maps may have more replicas than wanted, or fewer after a death; workers serve Stats and Drop */
+    moe_balance_config balance; /* told to routers that start from now on */
     bool may_lose_history;
     const char *uuid;
     const char *state_dirs[PC_MAX_ROUTERS]; /* NULL: none */
     uint64_t next_incarnation;
+    uint64_t newest_epoch; /* of the maps checked while experts move */
     pc_router routers[PC_MAX_ROUTERS];
     pc_worker workers[PC_MAX_WORKERS];
     moe_controller_view view; /* of the newest pc_view */
@@ -90,3 +99,8 @@ const moe_controller_view *pc_view(pc_cluster *c, int32_t r);
 moe_worker_state pc_state(pc_cluster *c, int32_t r, const char *id);
 /* Every running router serves one same map in which every worker runs, registered, and holds its share. */
 bool pc_settled(pc_cluster *c);
+/* And no worker holds more than its share. */
+bool pc_tidy(pc_cluster *c);
+int32_t pc_leader(pc_cluster *c); /* -1: none */
+/* The replicas of an expert compute so much more, shared evenly. */
+void pc_compute(pc_cluster *c, int32_t expert, uint64_t rows, uint64_t calls);
