@@ -130,7 +130,12 @@ static moe_status report(void *ctx, moe_cluster_status *out, moe_error *err) {
         fill_workers(s, out);
         fill_routers(s, out);
         for (int32_t l = 0; l < layers; l++)
-            out->layers[l] = (moe_layer_status){max_over_mean(s, l), (uint32_t)s->controller.min_replicas[l]};
+            out->layers[l] =
+                (moe_layer_status){max_over_mean(s, l), (uint32_t)s->controller.min_replicas[l], s->controller.imbalance[l]};
+        out->num_operations = s->controller.num_operations;
+        memcpy(out->operations, s->controller.operations, sizeof out->operations);
+        snprintf(out->migration, sizeof out->migration, "%s", s->controller.migration);
+        out->moves = s->controller.moves;
     }
     snapshot_free(s);
     return status;
@@ -165,11 +170,28 @@ static moe_status report_experts(void *ctx, moe_buf *out, moe_error *err) {
     return failed ? moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory") : MOE_OK;
 }
 
+static moe_status report_plan(void *ctx, moe_step_view *steps, int32_t *num_steps, uint64_t *epoch, moe_error *err) {
+    moe_cluster_reporter *r = ctx;
+    snapshot *s = take_snapshot(r);
+    if (!s) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    *num_steps = s->controller.num_steps;
+    *epoch = s->controller.epoch;
+    memcpy(steps, s->controller.steps, (size_t)*num_steps * sizeof *steps);
+    snapshot_free(s);
+    return MOE_OK;
+}
+
+static moe_status submit(void *ctx, const moe_operation *wanted, char id[MOE_OPERATION_ID_BYTES], moe_error *err) {
+    moe_cluster_reporter *r = ctx;
+    if (!r->config.controller) return moe_fail(err, MOE_FAILED_PRECONDITION, "this model has no experts to place");
+    return moe_controller_submit(r->config.controller, wanted, id, err);
+}
+
 moe_status moe_cluster_reporter_new(const moe_cluster_reporter_config *config, moe_cluster_reporter **out, moe_error *err) {
     moe_cluster_reporter *r = *out = moe_calloc(1, sizeof *r);
     if (!r) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     r->config = *config;
-    r->view = (moe_cluster_view){.ctx = r, .status = report, .experts = report_experts};
+    r->view = (moe_cluster_view){.ctx = r, .status = report, .experts = report_experts, .plan = report_plan, .submit = submit};
     pthread_mutex_init(&r->lock, NULL);
     return MOE_OK;
 }

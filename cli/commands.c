@@ -13,6 +13,9 @@ static const command_function functions[MOE_COMMAND_COUNT] = {
     [MOE_COMMAND_WORKER] = moe_command_worker, [MOE_COMMAND_CHAT] = moe_command_chat,
     [MOE_COMMAND_STATUS] = moe_command_status, [MOE_COMMAND_EVAL] = moe_command_eval,
     [MOE_COMMAND_KEYGEN] = moe_command_keygen, [MOE_COMMAND_BENCH] = moe_command_bench,
+    [MOE_COMMAND_PLACEMENT] = moe_command_placement, [MOE_COMMAND_MOVE] = moe_command_move,
+    [MOE_COMMAND_REPLICATE] = moe_command_replicate, [MOE_COMMAND_DRAIN] = moe_command_drain,
+    [MOE_COMMAND_REBALANCE] = moe_command_rebalance,
 };
 
 static int print(void (*render)(const moe_option_table *, moe_buf *)) {

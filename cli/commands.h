@@ -10,6 +10,11 @@ int moe_command_status(const moe_options *options);
 int moe_command_eval(const moe_options *options);
 int moe_command_keygen(const moe_options *options);
 int moe_command_bench(const moe_options *options);
+int moe_command_placement(const moe_options *options);
+int moe_command_move(const moe_options *options);
+int moe_command_replicate(const moe_options *options);
+int moe_command_drain(const moe_options *options);
+int moe_command_rebalance(const moe_options *options);
 
 /* Parses argv (argv[0] is the command's name) and runs the command: the whole of each main. */
 int moe_run_command(int argc, char **argv);

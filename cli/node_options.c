@@ -102,6 +102,18 @@ moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, m
     return moe_backend_option(o, 0, &c->backend, NULL, err);
 }
 
+moe_balance_config moe_balance_options(const moe_options *o) {
+    return (moe_balance_config){.automatic = moe_option_bool(o, "auto-placement"),
+                                .interval_ns = moe_option_ns(o, "rebalance-interval"),
+                                .dwell_ns = moe_option_ns(o, "rebalance-dwell"),
+                                .load_half_life_ns = moe_option_ns(o, "load-half-life"),
+                                .heal_after_ns = moe_option_ns(o, "heal-after"),
+                                .hysteresis = moe_option_float(o, "rebalance-hysteresis"),
+                                .redundant = (int32_t)moe_option_int(o, "redundant-experts"),
+                                .max_moves = (int32_t)moe_option_int(o, "max-moves"),
+                                .copy_from = (moe_copy_from)moe_option_choice(o, "copy-from")};
+}
+
 moe_status moe_placement_option(const moe_options *o, moe_router_node_config *c, moe_error *err) {
     const char *how = moe_option_text(o, "placement");
     c->layout = MOE_PLACEMENT_BALANCED;

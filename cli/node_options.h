@@ -18,6 +18,9 @@ moe_status moe_backend_option(const moe_options *options, int32_t index, moe_bac
 /* --router-device, else the first of --devices. INVALID_ARGUMENT. */
 moe_status moe_router_device_option(const moe_options *options, int32_t *out, moe_error *err);
 
+/* How experts move, for commands with the Placement options. */
+moe_balance_config moe_balance_options(const moe_options *options);
+
 /* --placement: balanced, random:SEED or a file. INVALID_ARGUMENT for a bad seed. */
 moe_status moe_placement_option(const moe_options *options, moe_router_node_config *config, moe_error *err);
 

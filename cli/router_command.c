@@ -40,6 +40,7 @@ static moe_status read_options(const moe_options *o, char *id, size_t id_size, m
     if (c->embedded && c->replicas > 1)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--replicas %d: without --store the experts live in this process, once",
                         c->replicas);
+    c->balance = moe_balance_options(o);
     return moe_placement_option(o, c, err);
 }
 

@@ -67,6 +67,15 @@ static void on_map(void *ctx, moe_placement *map) {
     pthread_mutex_unlock(&n->map_mutex);
 }
 
+/* Before there is an engine, nothing is routed by any map. */
+static uint64_t routing_epoch(void *ctx) {
+    moe_router_node *n = ctx;
+    pthread_mutex_lock(&n->map_mutex);
+    uint64_t epoch = n->takes_maps ? moe_engine_routing_epoch(n->engine) : n->map ? n->map->epoch : 0;
+    pthread_mutex_unlock(&n->map_mutex);
+    return epoch;
+}
+
 static void take_maps(moe_router_node *n) {
     pthread_mutex_lock(&n->map_mutex);
     n->takes_maps = true;
@@ -141,6 +150,8 @@ static moe_status open_remote(moe_router_node *n, moe_error *err) {
 static moe_status open_controller(moe_router_node *n, moe_error *err) {
     const moe_router_node_config *c = &n->config;
     if (n->model->config.num_moe_layers == 0) return MOE_OK;
+    moe_balance_config balance = c->balance;
+    if (c->embedded) balance.automatic = false;
     moe_controller_config config = {.store = n->store,
                                     .transport = n->controller_transport,
                                     .clock = moe_clock_real(),
@@ -160,6 +171,8 @@ static moe_status open_controller(moe_router_node *n, moe_error *err) {
                                     .layout_seed = c->layout_seed,
                                     .layout_file = c->layout_file,
                                     .state_dir = c->state_dir,
+                                    .balance = balance,
+                                    .routing_epoch = routing_epoch,
                                     .on_map = on_map,
                                     .ctx = n};
     moe_status status = moe_controller_new(&config, &n->controller, err);

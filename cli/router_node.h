@@ -32,6 +32,7 @@ typedef struct moe_router_node_config {
     int64_t poll_us; /* how long the engine polls for its workers' messages before it sleeps */
     int32_t replicas, initial_workers;
     bool new_cluster; /* as in moe_controller_config */
+    moe_balance_config balance;
     moe_placement_kind layout;
     uint64_t layout_seed;
     const char *layout_file, *state_dir;

@@ -91,10 +91,18 @@ void moe_status_text(const json_t *status, moe_buf *out) {
                                      {"HOST", "host", false},
                                      {"PID", "pid", true},
                                      {"LEADER", "leader", false}};
+    static const column operations[] = {{"OPERATION", "id", false}, {"KIND", "kind", false},           {"STATE", "state", false},
+                                        {"PHASE", "phase", false},  {"DONE", "done", true},            {"TOTAL", "total", true},
+                                        {"SAFE TO STOP", "safe_to_stop", false}, {"LAST ERROR", "error", false}};
+    const char *migration = json_string_value(json_object_get(status, "migration"));
     summary(status, out);
     moe_buf_append_text(out, "\n");
     table(json_object_get(status, "workers"), workers, sizeof workers / sizeof *workers, out);
     moe_buf_append_text(out, "\n");
     table(json_object_get(status, "routers"), routers, sizeof routers / sizeof *routers, out);
     layers(json_object_get(status, "layers"), out);
+    if (migration && migration[0]) moe_buf_printf(out, "\nexperts are moving: %s\n", migration);
+    if (json_array_size(json_object_get(status, "operations")) == 0) return;
+    moe_buf_append_text(out, "\n");
+    table(json_object_get(status, "operations"), operations, sizeof operations / sizeof *operations, out);
 }

@@ -59,7 +59,21 @@ static json_t *layers_json(const moe_cluster_status *status) {
     for (int32_t i = 0; i < status->num_layers; i++) {
         const moe_layer_status *l = &status->layers[i];
         json_array_append_new(list,
-                              json_pack("{s:f, s:i}", "max_over_mean", l->max_over_mean, "min_replicas", (int)l->min_replicas));
+                              json_pack("{s:f, s:i, s:f}", "max_over_mean", l->max_over_mean, "min_replicas", (int)l->min_replicas,
+                                        "cost_max_over_mean", l->cost_max_over_mean));
+    }
+    return list;
+}
+
+static json_t *operations_json(const moe_cluster_status *status) {
+    json_t *list = json_array();
+    for (int32_t i = 0; i < status->num_operations; i++) {
+        const moe_operation *o = &status->operations[i];
+        json_array_append_new(
+            list, json_pack("{s:s, s:s, s:s, s:s, s:i, s:i, s:b, s:s, s:i, s:i, s:s, s:s}", "id", o->id, "kind",
+                            moe_operation_kind_name(o->kind), "state", moe_operation_state_name(o->state), "phase", o->phase,
+                            "done", o->done, "total", o->total, "safe_to_stop", o->safe_to_stop, "error", o->error, "layer",
+                            o->layer, "expert", o->expert, "from", o->from, "to", o->to));
     }
     return list;
 }
@@ -67,7 +81,8 @@ static json_t *layers_json(const moe_cluster_status *status) {
 json_t *moe_cluster_status_to_json(const moe_cluster_status *status) {
     json_t *redis = json_pack("{s:b, s:b}", "used", status->redis_used, "up", status->redis_up);
     if (status->redis_pid) json_object_set_new(redis, "pid", json_integer((json_int_t)status->redis_pid));
-    return json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o}", "epoch", (json_int_t)status->epoch, "ready", status->ready,
+    return json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o, s:o, s:s, s:I}", "epoch", (json_int_t)status->epoch, "ready", status->ready,
                      "model", status->model, "cluster_uuid", status->cluster_uuid, "replicas", (int)status->replicas, "workers",
-                     workers_json(status), "routers", routers_json(status), "redis", redis, "layers", layers_json(status));
+                     workers_json(status), "routers", routers_json(status), "redis", redis, "layers", layers_json(status), "operations",
+                     operations_json(status), "migration", status->migration, "moves", (json_int_t)status->moves);
 }

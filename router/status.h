@@ -5,6 +5,7 @@
 #include "common/buf.h"
 #include "common/status.h"
 #include "common/transport.h"
+#include "router/placement/controller.h"
 
 #define MOE_STATUS_NAME_BYTES 256
 
@@ -31,6 +32,7 @@ typedef struct moe_router_status {
 typedef struct moe_layer_status { /* one MoE layer */
     double max_over_mean;         /* of the expert rows by worker */
     uint32_t min_replicas;        /* the least READY replicas of any of its experts */
+    double cost_max_over_mean;    /* of the placement policy's cost by worker; 0: not known */
 } moe_layer_status;
 
 typedef struct moe_cluster_status {
@@ -45,6 +47,10 @@ typedef struct moe_cluster_status {
     moe_worker_status *workers; /* owned, as the next two */
     moe_router_status *routers;
     moe_layer_status *layers;
+    int32_t num_operations;
+    moe_operation operations[MOE_MAX_OPERATIONS]; /* newest last */
+    char migration[160];                          /* moves under way, where this router leads */
+    uint64_t moves;                               /* that it has brought to an end as the leader */
 } moe_cluster_status;
 
 /* Zeroed arrays of those lengths, replacing what was there. RESOURCE_EXHAUSTED when out of memory. */
@@ -60,4 +66,8 @@ typedef struct moe_cluster_view {
     void *ctx;
     moe_status (*status)(void *ctx, moe_cluster_status *out, moe_error *err); /* `out` comes zeroed; the caller frees it */
     moe_status (*experts)(void *ctx, moe_buf *json, moe_error *err);          /* loads by layer and expert; NULL: not known */
+    /* What the placement policy would do: at most MOE_VIEW_MAX_STEPS steps. */
+    moe_status (*plan)(void *ctx, moe_step_view *steps, int32_t *num_steps, uint64_t *epoch, moe_error *err);
+    /* As moe_controller_submit. */
+    moe_status (*submit)(void *ctx, const moe_operation *wanted, char id[MOE_OPERATION_ID_BYTES], moe_error *err);
 } moe_cluster_view;

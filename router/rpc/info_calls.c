@@ -45,6 +45,7 @@ typedef struct status_arrays {
     Moesaic__V1__WorkerStatus *workers, **worker_pointers;
     Moesaic__V1__RouterStatus *routers, **router_pointers;
     Moesaic__V1__LayerStatus *layers, **layer_pointers;
+    Moesaic__V1__Operation operations[MOE_MAX_OPERATIONS], *operation_pointers[MOE_MAX_OPERATIONS];
 } status_arrays;
 
 static void free_arrays(status_arrays *a) {
@@ -104,8 +105,29 @@ static void fill_routers_and_layers(const moe_cluster_status *status, status_arr
         Moesaic__V1__LayerStatus *to = a->layer_pointers[i] = &a->layers[i];
         moesaic__v1__layer_status__init(to);
         to->max_over_mean = from->max_over_mean;
+        to->cost_max_over_mean = from->cost_max_over_mean;
         to->min_replicas = &from->min_replicas;
         to->n_min_replicas = 1;
+    }
+}
+
+static void fill_operations(const moe_cluster_status *status, status_arrays *a) {
+    for (int32_t i = 0; i < status->num_operations; i++) {
+        const moe_operation *from = &status->operations[i];
+        Moesaic__V1__Operation *to = a->operation_pointers[i] = &a->operations[i];
+        moesaic__v1__operation__init(to);
+        to->id = (char *)from->id;
+        to->kind = (char *)moe_operation_kind_name(from->kind);
+        to->state = (char *)moe_operation_state_name(from->state);
+        to->phase = (char *)from->phase;
+        to->done = (uint32_t)from->done;
+        to->total = (uint32_t)from->total;
+        to->safe_to_stop = from->safe_to_stop;
+        to->error = (char *)from->error;
+        to->layer = (uint32_t)from->layer;
+        to->expert = (uint32_t)from->expert;
+        to->from = (char *)from->from;
+        to->to = (char *)from->to;
     }
 }
 
@@ -127,6 +149,10 @@ static void respond_status(moe_rpc_call *call, moe_cluster_status *status, const
     response.n_routers = (size_t)status->num_routers;
     response.layers = a->layer_pointers;
     response.n_layers = (size_t)status->num_layers;
+    response.operations = (Moesaic__V1__Operation **)a->operation_pointers;
+    response.n_operations = (size_t)status->num_operations;
+    response.migration = status->migration;
+    response.moves = status->moves;
     moe_rpc_respond(call, &response.base, NULL, 0);
 }
 
@@ -149,6 +175,7 @@ static void answer_cluster(moe_rpc_front *front, moe_rpc_call *call, bool worker
     if (status == MOE_OK) {
         fill_workers(&cluster_status, &arrays);
         fill_routers_and_layers(&cluster_status, &arrays);
+        fill_operations(&cluster_status, &arrays);
     }
     if (status != MOE_OK)
         moe_rpc_fail(call, status, err.message, NULL);

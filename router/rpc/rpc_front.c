@@ -15,6 +15,11 @@ static const moe_rpc_method methods[] = {
     {"/moesaic.v1.InferenceService/Models", moe_rpc_handle_models, OPERATOR},
     {"/moesaic.v1.ClusterService/Status", moe_rpc_handle_status, OPERATOR},
     {"/moesaic.v1.ClusterService/Workers", moe_rpc_handle_workers, OPERATOR},
+    {"/moesaic.v1.ClusterService/Plan", moe_rpc_handle_plan, OPERATOR},
+    {"/moesaic.v1.ClusterService/Move", moe_rpc_handle_move, OPERATOR},
+    {"/moesaic.v1.ClusterService/Replicate", moe_rpc_handle_replicate, OPERATOR},
+    {"/moesaic.v1.ClusterService/Drain", moe_rpc_handle_drain, OPERATOR},
+    {"/moesaic.v1.ClusterService/Rebalance", moe_rpc_handle_rebalance, OPERATOR},
     {"/moesaic.v1.Health/Check", moe_rpc_handle_health, ANYONE},
     {0},
 };

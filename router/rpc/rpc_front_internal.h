@@ -26,6 +26,16 @@ void moe_rpc_handle_status(void *ctx, moe_rpc_call *call, const ProtobufCMessage
                            int num_payload);
 void moe_rpc_handle_workers(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
                             int num_payload);
+void moe_rpc_handle_plan(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                           int num_payload);
+void moe_rpc_handle_move(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                           int num_payload);
+void moe_rpc_handle_replicate(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                           int num_payload);
+void moe_rpc_handle_drain(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                           int num_payload);
+void moe_rpc_handle_rebalance(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                           int num_payload);
 void moe_rpc_handle_health(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
                            int num_payload);
 

@@ -38,7 +38,7 @@ static moe_status cluster_status(void *ctx, moe_cluster_status *out, moe_error *
     worker->load = 0.5;
     worker->incarnation = 0xabcdef;
     snprintf(out->routers[0].id, sizeof out->routers[0].id, "r0");
-    out->layers[0] = (moe_layer_status){1.25, 2};
+    out->layers[0] = (moe_layer_status){1.25, 2, 1.5};
     return MOE_OK;
 }
 
