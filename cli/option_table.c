@@ -118,6 +118,11 @@ static const moe_option_row rows[] = {
      "calls that a worker queues before it refuses"},
     {"max-batch-rows", INT, SERVE | WORKER | BENCH, "Experts", "16384", 1, 1 << 20, NULL, "N",
      "expert rows that a worker computes in one batch"},
+    {"max-experts", INT, SERVE | WORKER, "Experts", "0", 0, 1 << 24, NULL, "N",
+     "expert replicas that a worker takes, over all layers; 0: no limit"},
+    {"copy-rate", BYTES, SERVE | WORKER, "Experts", "1GiB", 0, MAX_BYTES, NULL, "SIZE",
+     "bytes a second that a worker copies from other workers at most; 0: no limit"},
+
     {"auto-placement", BOOL, FRONTS, "Placement", "true", 0, 0, NULL, NULL,
      "move and replicate experts as their load asks, and replace what dead workers held; workers that leave hand over in any case"},
     {"rebalance-interval", DURATION, FRONTS, "Placement", "5s", 0.1, 86400, NULL, "TIME", "between two looks at the balance"},
@@ -133,11 +138,6 @@ static const moe_option_row rows[] = {
     {"max-moves", INT, FRONTS, "Placement", "16", 1, 64, NULL, "N", "experts that move at once, all of one layer"},
     {"copy-from", CHOICE, FRONTS, "Placement", "auto", 0, 0, "auto|file|peer", NULL,
      "where a worker gets an expert that moves to it; auto: from a worker on another machine, else from its own file"},
-
-    {"max-experts", INT, SERVE | WORKER, "Experts", "0", 0, 1 << 24, NULL, "N",
-     "expert replicas that a worker takes, over all layers; 0: no limit"},
-    {"copy-rate", BYTES, SERVE | WORKER, "Experts", "1GiB", 0, MAX_BYTES, NULL, "SIZE",
-     "bytes a second that a worker copies from other workers at most; 0: no limit"},
 
     {"backend", CHOICE, NODES | EVAL | BENCH, "Performance", "cpu", 0, 0, "cpu|cpu-ref|cuda", NULL, "what computes"},
     {"devices", TEXT, MODELS, "Performance", "0", 0, 0, NULL, "LIST",

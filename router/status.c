@@ -81,8 +81,9 @@ static json_t *operations_json(const moe_cluster_status *status) {
 json_t *moe_cluster_status_to_json(const moe_cluster_status *status) {
     json_t *redis = json_pack("{s:b, s:b}", "used", status->redis_used, "up", status->redis_up);
     if (status->redis_pid) json_object_set_new(redis, "pid", json_integer((json_int_t)status->redis_pid));
-    return json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o, s:o, s:s, s:I}", "epoch", (json_int_t)status->epoch, "ready", status->ready,
-                     "model", status->model, "cluster_uuid", status->cluster_uuid, "replicas", (int)status->replicas, "workers",
-                     workers_json(status), "routers", routers_json(status), "redis", redis, "layers", layers_json(status), "operations",
-                     operations_json(status), "migration", status->migration, "moves", (json_int_t)status->moves);
+    return json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o, s:o, s:s, s:I}", "epoch", (json_int_t)status->epoch, "ready",
+                     status->ready, "model", status->model, "cluster_uuid", status->cluster_uuid, "replicas",
+                     (int)status->replicas, "workers", workers_json(status), "routers", routers_json(status), "redis", redis,
+                     "layers", layers_json(status), "operations", operations_json(status), "migration", status->migration,
+                     "moves", (json_int_t)status->moves);
 }

@@ -120,7 +120,8 @@ static void test_get_routes(void **state) {
                 "float32\",\"state\":\"up\",\"experts\":96,\"load\":0.5,"
                 "\"incarnation\":\"0000000000abcdef\"}],"
                 "\"routers\":[{\"id\":\"r0\",\"pid\":0,\"host\":\"\",\"state\":\"up\",\"leader\":false}],"
-                "\"redis\":{\"used\":true,\"up\":true},\"layers\":[{\"max_over_mean\":1.25,\"min_replicas\":2}]}");
+                "\"redis\":{\"used\":true,\"up\":true},\"layers\":[{\"max_over_mean\":1.25,\"min_replicas\":2,"
+                "\"cost_max_over_mean\":1.5}],\"operations\":[],\"migration\":\"\",\"moves\":0}");
     http_response metrics = http_get(f->port, "/metrics");
     assert_int_equal(metrics.status, 200);
     assert_string_equal(http_response_header(&metrics, "Content-Type"), "text/plain; version=0.0.4; charset=utf-8");
