@@ -2,17 +2,12 @@
  * head) pairs of one key head, so that the query heads of a key head share the keys; keys come in tiles of 64 at absolute
  * multiples of 64, ascending, double-buffered. A pair's result depends on its own row and keys alone: a wholly masked tile of
  * keys changes no bit of it, so any cut of a prompt into chunks and tiles gives the same bits. */
-#include "cuda/base_device.cuh"
+#include "cuda/attention_tile.cuh"
 
 #define WARPS 4
 #define QUERIES MOE_CUDA_PREFILL_QUERIES
 #define KEYS 64
 #define PAGE MOE_CUDA_PAGE_TOKENS
-
-typedef struct tile {
-    int32_t first_row, rows, kv_head, group;
-    int32_t first_position, last_position; /* of its rows */
-} tile;
 
 template <int D>
 static __device__ __forceinline__ void load_queries(const moe_cuda_attention &a, const tile &t, uint32_t to) {
@@ -187,10 +182,7 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) prefill_kernel(const moe
     let_successor_start();
     wait_for_predecessor();
     if (item >= *a.num_tiles) return;
-    tile t = {.first_row = a.tiles[item].first_row, .rows = a.tiles[item].rows, .kv_head = (int32_t)blockIdx.x};
-    t.group = a.shape.num_heads / a.shape.num_kv_heads;
-    t.first_position = a.rows.positions[t.first_row];
-    t.last_position = t.first_position + t.rows - 1;
+    const tile t = read_tile(a, item, blockIdx.x);
     const int32_t *table = a.rows.tables + a.rows.table_at[t.first_row];
     int32_t positions[2][2];
     for (int i = 0; i < 4; i++)
@@ -226,5 +218,6 @@ static cudaError_t start(const moe_cuda_queue *q, const moe_cuda_attention *a) {
 
 extern "C" cudaError_t moe_cuda_attention_prefill(const moe_cuda_queue *q, const moe_cuda_attention *a) {
     if (!moe_cuda_attention_supported(&a->shape)) return cudaErrorInvalidValue;
+    if (a->shape.head_dim == 128 && q->hopper) return moe_cuda_attention_prefill_sm90(q, a);
     return a->shape.head_dim == 128 ? start<128>(q, a) : start<64>(q, a);
 }

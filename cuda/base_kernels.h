@@ -28,6 +28,7 @@ extern "C" {
 typedef struct moe_cuda_queue {
     cudaStream_t stream;
     bool overlap;
+    bool hopper; /* code for sm_90a alone runs here */
     int32_t num_sms;
 } moe_cuda_queue;
 
@@ -117,6 +118,8 @@ typedef struct moe_cuda_attention {
 bool moe_cuda_attention_supported(const moe_cuda_attention_shape *shape);
 cudaError_t moe_cuda_attention_decode(const moe_cuda_queue *q, const moe_cuda_attention *a);
 cudaError_t moe_cuda_attention_prefill(const moe_cuda_queue *q, const moe_cuda_attention *a);
+/* What the latter takes where the queue is Hopper's: head_dim 128. */
+cudaError_t moe_cuda_attention_prefill_sm90(const moe_cuda_queue *q, const moe_cuda_attention *a);
 
 /* Rows of a tile of prompt attention. */
 static inline int32_t moe_cuda_prefill_rows(const moe_cuda_attention_shape *shape) {
@@ -158,6 +161,16 @@ typedef struct moe_cuda_gate {
     int32_t *expert_rows; /* [E], counts are added; or NULL */
 } moe_cuda_gate;
 cudaError_t moe_cuda_gate_topk(const moe_cuda_queue *q, const moe_cuda_gate *a);
+
+/* The same, and the assignments sorted by expert (as moe_cuda_permute has them), in one launch for few assignments. */
+#define MOE_CUDA_FEW_ASSIGNMENTS 128
+typedef struct moe_cuda_route_few {
+    moe_cuda_gate gate;
+    int32_t *expert_first;          /* [E + 1] */
+    int32_t *sorted_rows, *slot_of; /* [rows · top_k] */
+} moe_cuda_route_few;
+bool moe_cuda_route_few_takes(const moe_cuda_gate *gate);
+cudaError_t moe_cuda_route_few_rows(const moe_cuda_queue *q, const moe_cuda_route_few *a);
 
 /* ---- logits_top.cu ---- */
 

@@ -98,7 +98,7 @@ static void lay_out(const local_pass *l, void *memory, scratch *out) {
 }
 
 /* outputs = what the chosen experts of a MoE layer make of `normed`, by slot; pending. */
-static void run_experts(local_pass *l, int32_t moe_layer, const moe_route *route) {
+static void run_experts(local_pass *l, int32_t moe_layer, const moe_route *route, bool sorted) {
     moe_cuda_pass *p = &l->pass;
     const moe_model_config *c = p->config;
     const scratch *at = &l->scratch;
@@ -109,7 +109,7 @@ static void run_experts(local_pass *l, int32_t moe_layer, const moe_route *route
     permute.sorted_rows = at->sorted_rows;
     permute.slot_of = at->slot_of;
     permute.scratch = at->permute;
-    moe_cuda_pass_did(p, moe_cuda_permute_run(&permute, p->queue.stream), "sorting rows by expert");
+    if (!sorted) moe_cuda_pass_did(p, moe_cuda_permute_run(&permute, p->queue.stream), "sorting rows by expert");
     moe_cuda_groups groups = {.device = &p->cuda->expert_device,
                               .tune = &p->cuda->tune,
                               .shape = &l->local->shape,
@@ -140,10 +140,13 @@ static void moe_layer(local_pass *l, const moe_cuda_layer *layer, int32_t index)
     const moe_model_config *c = p->config;
     bool last = index + 1 == c->num_moe_layers;
     int32_t *counters = l->step->expert_rows ? l->scratch.expert_rows + (size_t)index * (size_t)c->num_experts : NULL;
-    if (!l->step->pre_gate || index == 0) moe_cuda_pass_route(p, &layer->gate, index % 2, counters);
+    const moe_cuda_route_few places = {
+        .expert_first = l->scratch.expert_first, .sorted_rows = l->scratch.sorted_rows, .slot_of = l->scratch.slot_of};
+    bool sorted = false;
+    if (!l->step->pre_gate || index == 0) sorted = moe_cuda_pass_route(p, &layer->gate, index % 2, counters, &places);
     if (l->step->pre_gate && !last)
-        moe_cuda_pass_route(p, &layer->pre_gate, (index + 1) % 2, counters ? counters + c->num_experts : NULL);
-    run_experts(l, index, &p->rows->routes[index % 2]);
+        moe_cuda_pass_route(p, &layer->pre_gate, (index + 1) % 2, counters ? counters + c->num_experts : NULL, NULL);
+    run_experts(l, index, &p->rows->routes[index % 2], sorted);
     moe_cuda_pass_shared(p, layer);
 }
 

@@ -131,14 +131,18 @@ static __global__ void __launch_bounds__(WARPS * 32) project_kernel(const moe_cu
     const int q_heads = a.shape.num_heads, kv_heads = a.shape.num_kv_heads, heads = q_heads + 2 * kv_heads;
     let_successor_start();
     wait_for_predecessor();
-    if (row >= *a.rows.num_rows) return;
+    /* the first head's values, of padding too, are on their way while positions and tables are read */
     bf16 *values = (bf16 *)a.qkv + (int64_t)row * heads * d;
+    int head = (int)blockIdx.y * WARPS + (int)threadIdx.x / 32;
+    head_values<PAIRS> v = {};
+    if (head < heads) v = read_head<PAIRS>(values + head * d, a.bias ? a.bias + head * d : NULL, half, lane);
+    if (row >= *a.rows.num_rows) return;
     if (a.full_norm) full_norm_scales<PAIRS>(a, values, head_squares, scales);
     int32_t position = a.rows.positions[row], block = a.rows.tables[a.rows.table_at[row] + position / MOE_CUDA_PAGE_TOKENS];
-    for (int head = (int)blockIdx.y * WARPS + (int)threadIdx.x / 32; head < heads; head += (int)gridDim.y * WARPS) {
+    for (bool first = true; head < heads; head += (int)gridDim.y * WARPS, first = false) {
         bool is_query = head < q_heads, is_value = head >= q_heads + kv_heads;
         int kv_head = is_value ? head - q_heads - kv_heads : head - q_heads;
-        head_values<PAIRS> v = read_head<PAIRS>(values + head * d, a.bias ? a.bias + head * d : NULL, half, lane);
+        if (!first) v = read_head<PAIRS>(values + head * d, a.bias ? a.bias + head * d : NULL, half, lane);
         const float *norm = is_value ? NULL : is_query ? a.q_norm : a.k_norm;
         if (norm && a.full_norm)
             apply_norm(v, scales[is_query ? 0 : 1], norm + (is_query ? head : kv_head) * d, half, lane);

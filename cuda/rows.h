@@ -42,5 +42,8 @@ struct moe_rows {
 };
 
 static inline moe_cuda_queue moe_cuda_rows_queue(const moe_cuda *cuda, const moe_rows *rows) {
-    return (moe_cuda_queue){.stream = rows->stream, .overlap = cuda->device.arch >= 90, .num_sms = cuda->device.num_sms};
+    return (moe_cuda_queue){.stream = rows->stream,
+                            .overlap = cuda->device.arch >= 90,
+                            .hopper = cuda->device.arch == 90,
+                            .num_sms = cuda->device.num_sms};
 }

@@ -322,7 +322,7 @@ int main(void) {
         fprintf(stderr, "%s\n", error.message);
         return 1;
     }
-    queue = (moe_cuda_queue){.overlap = device.arch >= 90, .num_sms = device.num_sms};
+    queue = (moe_cuda_queue){.overlap = device.arch >= 90, .hopper = device.arch == 90, .num_sms = device.num_sms};
     ok(cudaStreamCreateWithFlags(&queue.stream, cudaStreamNonBlocking), "stream");
     measure_bounds();
     bench_product("qkv", (HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN, MOE_CUDA_OUT_BF16);

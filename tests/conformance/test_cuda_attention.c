@@ -272,13 +272,18 @@ static void check_layout(const moe_cuda_attention_shape *shape, const span *span
         memcpy(first, l.y, bytes);
     }
     int32_t most = moe_cuda_prefill_rows(shape);
-    for (int32_t rows = most; rows > 0; rows = rows > 1 ? rows / 3 + 1 - (rows == 2) : 0) {
-        count = make_tiles(&l, rows, tiles);
-        run_attention(&l, NULL, tiles, count);
-        check_attention(&l, "prefill");
-        if (rows < most) assert_memory_equal(first, l.y, bytes); /* any cut into tiles gives the same bits */
-        memcpy(first, l.y, bytes);
+    const bool hopper = queue.hopper;
+    for (int path = 0; path < 1 + hopper; path++) {
+        queue.hopper = path > 0;
+        for (int32_t rows = most; rows > 0; rows = rows > 1 ? rows / 3 + 1 - (rows == 2) : 0) {
+            count = make_tiles(&l, rows, tiles);
+            run_attention(&l, NULL, tiles, count);
+            check_attention(&l, path ? "prefill, sm_90" : "prefill");
+            if (rows < most) assert_memory_equal(first, l.y, bytes); /* any cut into tiles gives the same bits */
+            memcpy(first, l.y, bytes);
+        }
     }
+    queue.hopper = hopper;
     free(pieces);
     free(tiles);
     free(first);
@@ -624,7 +629,7 @@ static int open_queue(void **state) {
     (void)state;
     struct cudaDeviceProp p;
     ok(cudaGetDeviceProperties(&p, 0));
-    queue = (moe_cuda_queue){.overlap = p.major >= 9, .num_sms = p.multiProcessorCount};
+    queue = (moe_cuda_queue){.overlap = p.major >= 9, .hopper = p.major == 9 && p.minor == 0, .num_sms = p.multiProcessorCount};
     ok(cudaStreamCreateWithFlags(&queue.stream, cudaStreamNonBlocking));
     random_source.state = 7;
     return 0;
