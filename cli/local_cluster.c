@@ -10,6 +10,7 @@
 #include "cli/node_options.h"
 #include "cli/option_table.h"
 #include "cli/signals.h"
+#include "common/redis/redis_acl.h"
 #include "common/zmq/zmq_transport.h"
 
 #define REDIS_TICK_NS (20 * MOE_NS_PER_MS)
@@ -50,6 +51,8 @@ moe_status moe_local_cluster_prepare(const moe_local_cluster_config *config, moe
 
 moe_status moe_local_cluster_start_redis(moe_local_cluster *c, bool restart, moe_error *err) {
     const char *socket = c->file.redis + strlen("unix:");
+    char acl[PATH_MAX + 32];
+    snprintf(acl, sizeof acl, "%s/" MOE_REDIS_ACL_FILE, c->file.run_dir);
     const char *argv[] = {"/usr/bin/redis-server",
                           "--port",
                           "0",
@@ -63,6 +66,8 @@ moe_status moe_local_cluster_start_redis(moe_local_cluster *c, bool restart, moe
                           "no",
                           "--dir",
                           c->file.run_dir,
+                          "--aclfile",
+                          acl,
                           "--daemonize",
                           "no",
                           "--loglevel",
@@ -73,6 +78,8 @@ moe_status moe_local_cluster_start_redis(moe_local_cluster *c, bool restart, moe
     if (access(argv[0], X_OK) != 0)
         return moe_fail(err, MOE_NOT_FOUND, "%s is missing: install the package redis-server", argv[0]);
     unlink(socket);
+    moe_status written = moe_redis_acl_write(c->file.run_dir, true, err);
+    if (written != MOE_OK) return written;
     moe_status status = moe_children_start(&c->children, "redis", argv, restart, err);
     int64_t until = moe_now_ns(moe_clock_real()) + REDIS_START_TIMEOUT_NS;
     while (status == MOE_OK && access(socket, F_OK) != 0) {

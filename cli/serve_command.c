@@ -63,7 +63,7 @@ static const char *const own_options[] = {"listen", "keys", "threads", "micro-ba
 
 static moe_status start_router(supervisor *s, moe_error *err) {
     char store[PATH_MAX + 16], listen[PATH_MAX + 16], keys[PATH_MAX + 16], workers[48], threads[48], batches[48], port[48],
-        host[300], devices[32];
+        host[300], devices[32], password[PATH_MAX + 64];
     moe_machine_share share = moe_share_machine(s->options, s->workers);
     const char *argv[MOE_CHILD_MAX_ARGS];
     int32_t device;
@@ -79,9 +79,10 @@ static moe_status start_router(supervisor *s, moe_error *err) {
     snprintf(port, sizeof port, "--port=%s", moe_option_text(s->options, "port"));
     snprintf(host, sizeof host, "--host=%s", moe_option_text(s->options, "host"));
     snprintf(devices, sizeof devices, "--devices=%d", device);
+    snprintf(password, sizeof password, "--redis-password-file=%s/redis-router.password", s->cluster.file.run_dir);
     const char *own[] = {
-        s->cluster.self, "router", s->cluster.file.model, "--id=r0", store, listen, workers, threads, batches, port, host,
-        devices};
+        s->cluster.self, "router", s->cluster.file.model, "--id=r0", "--redis-username=router", password, store, listen, workers,
+        threads, batches, port, host, devices};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) argv[n++] = own[i];
     if (s->cluster.file.keys[0]) argv[n++] = keys;
     n += moe_options_pass_on(s->options, MOE_COMMAND_ROUTER, own_options, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);

@@ -6,6 +6,7 @@
 
 #include "common/buf.h"
 #include "common/clock.h"
+#include "common/random.h"
 #include "common/redis/redis_store.h"
 
 #define MOE_REDIS_MAX_REPLY_BYTES (MOE_STORE_MAX_VALUE_BYTES + (INT64_C(1) << 20)) /* not yet parsed */
@@ -14,9 +15,19 @@
 #define MOE_REDIS_FIRST_BACKOFF_NS (50 * MOE_NS_PER_MS)
 #define MOE_REDIS_MAX_BACKOFF_NS (1 * MOE_NS_PER_S)
 
-typedef struct moe_redis_connection {
-    char *host; /* or the path of the socket */
+#define MOE_REDIS_MAX_SENTINELS 16
+
+typedef struct moe_redis_endpoint {
+    char *host; /* or the path of the socket; owned */
     int port;   /* 0: a unix socket */
+} moe_redis_endpoint;
+
+typedef struct moe_redis_connection {
+    moe_redis_endpoint server;                             /* as sentinels last told, where there are any */
+    moe_redis_endpoint sentinels[MOE_REDIS_MAX_SENTINELS]; /* asked in turn, which one has the master; none: a fixed server */
+    int num_sentinels, next_sentinel;
+    char *master; /* its name among the sentinels */
+    moe_random random;
     char *username, *password_file;
     int64_t timeout_ns;
     redisContext *context; /* NULL while not connected */

@@ -6,7 +6,7 @@
 #include "common/store.h"
 
 typedef struct moe_redis_config {
-    const char *address;       /* "unix:/path" or "host:port" */
+    const char *address;       /* "unix:/path", "host:port", or "sentinel://host:port,host:port/master-name" */
     const char *username;      /* ACL user; NULL: default user */
     const char *password_file; /* first line; NULL: none */
     const char *cluster;       /* key prefix "moe:{cluster}:", braces included: a cluster is one hash slot */

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <netinet/in.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -14,6 +15,7 @@
 #include "common/alloc.h"
 #include "common/clock.h"
 #include "common/memory/memory_store.h"
+#include "common/redis/redis_acl.h"
 #include "common/redis/redis_store.h"
 #include "tests/support/test.h"
 
@@ -417,6 +419,165 @@ static void test_redis_user(void **state) {
     user->ops->close(user);
 }
 
+/* A refusal closes the connection, and the next attempt waits for a moment. */
+static void expect_denied(moe_store *s, const char *key) {
+    moe_status status;
+    while ((status = put(s, key, "forged", 60000)) == MOE_UNAVAILABLE) nap();
+    assert_int_equal(status, MOE_PERMISSION_DENIED);
+}
+
+/* A server with the ACL file that keygen writes: each role can do what it must, and no more. */
+static void test_redis_roles(void **state) {
+    fixture *f = *state;
+    char acl[160];
+    moe_error err;
+    stop_server(f);
+    assert_int_equal(moe_redis_acl_write(f->dir, false, &err), MOE_OK);
+    assert_int_equal(moe_redis_acl_write(f->dir, false, &err), MOE_ALREADY_EXISTS);
+    assert_int_equal(moe_redis_acl_write(f->dir, true, &err), MOE_OK);
+    snprintf(acl, sizeof acl, "%s/redis-worker.password", f->dir);
+    unlink(acl);
+    snprintf(acl, sizeof acl, "%s/redis-router.password", f->dir);
+    unlink(acl);
+    snprintf(acl, sizeof acl, "%s/redis-operator.password", f->dir);
+    unlink(acl);
+    snprintf(acl, sizeof acl, "%s/redis.acl", f->dir);
+    unlink(acl);
+    assert_int_equal(moe_redis_acl_write(f->dir, false, &err), MOE_OK);
+    unlink(f->socket);
+    f->server = fork();
+    if (f->server == 0) {
+        int null = open("/dev/null", O_RDWR);
+        dup2(null, 1);
+        dup2(null, 2);
+        execlp("redis-server", "redis-server", "--port", "0", "--unixsocket", f->socket, "--save", "", "--dir", f->dir, "--aclfile", acl,
+               NULL);
+        _exit(127);
+    }
+    wait_until(f->a, MOE_UNAUTHENTICATED); /* the default user is off */
+    moe_store *stores[3];
+    static const char *const roles[] = {"router", "worker", "operator"};
+    f->password = true;
+    for (int i = 0; i < 3; i++) {
+        snprintf(f->password_file, sizeof f->password_file, "%s/redis-%s.password", f->dir, roles[i]);
+        f->username = roles[i];
+        stores[i] = open_redis(f);
+    }
+    assert_int_equal(cas1(stores[0], "meta", NULL, "m"), MOE_OK);
+    assert_int_equal(take(stores[0], "leader", "r0", 60000), MOE_OK);
+    assert_int_equal(put(stores[1], "worker:w0", "lease", 60000), MOE_OK);
+    assert_int_equal(take(stores[1], "worker:w0", "lease", 60000), MOE_OK);
+    assert_value(stores[1], "meta", "m");
+    assert_int_equal(list(stores[0], "").count, 3);
+    assert_int_equal(list(stores[2], "").count, 3);
+    expect_denied(stores[1], "meta");
+    expect_denied(stores[1], "leader");
+    expect_denied(stores[2], "worker:w1");
+    wait_until(stores[0], MOE_OK);
+    assert_value(stores[0], "meta", "m");
+    assert_value(stores[0], "leader", "r0");
+    while (stores[1]->ops->remove(stores[1], "worker:w0", &err) == MOE_UNAVAILABLE) nap();
+    assert_int_equal(list(stores[0], "").count, 2);
+    for (int i = 0; i < 3; i++) stores[i]->ops->close(stores[i]);
+    static const char *const files[] = {"redis.acl", "redis-router.password", "redis-worker.password", "redis-operator.password"};
+    for (int i = 0; i < 4; i++) {
+        snprintf(acl, sizeof acl, "%s/%s", f->dir, files[i]);
+        assert_int_equal(unlink(acl), 0);
+    }
+    snprintf(f->password_file, sizeof f->password_file, "%s/password", f->dir); /* what teardown removes */
+    f->password = false;
+}
+
+/* Servers on loopback ports: two Redis of which one follows the other, and a sentinel. */
+static pid_t start_on_port(const fixture *f, int port, const char *const *more) {
+    char text[16];
+    const char *argv[24] = {"redis-server"};
+    int n = 1;
+    snprintf(text, sizeof text, "%d", port);
+    while (*more) argv[n++] = *more++;
+    const char *common[] = {"--port", text, "--bind", "127.0.0.1", "--dir", f->dir};
+    for (size_t i = 0; i < sizeof common / sizeof *common; i++) argv[n++] = common[i];
+    pid_t pid = fork();
+    if (pid == 0) {
+        int null = open("/dev/null", O_RDWR);
+        dup2(null, 1);
+        dup2(null, 2);
+        execvp("redis-server", (char *const *)argv);
+        _exit(127);
+    }
+    return pid;
+}
+
+static int free_port(void) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    assert_int_equal(bind(fd, (struct sockaddr *)&address, size), 0);
+    assert_int_equal(getsockname(fd, (struct sockaddr *)&address, &size), 0);
+    close(fd);
+    return ntohs(address.sin_port);
+}
+
+static void write_sentinel_file(const char *path, int master_port) {
+    FILE *file = fopen(path, "w");
+    assert_non_null(file);
+    fprintf(file, "sentinel monitor main 127.0.0.1 %d 1\n", master_port);
+    assert_int_equal(fclose(file), 0);
+}
+
+/* The sentinel knows who the master is; when it names another, the store follows; a replica is not taken for a master. */
+static void test_redis_sentinel(void **state) {
+    fixture *f = *state;
+    int ports[3];
+    char path[160], address[128];
+    pid_t pids[3];
+    for (int i = 0; i < 3; i++) ports[i] = free_port();
+    snprintf(path, sizeof path, "%s/sentinel.conf", f->dir);
+    const char *const plain[] = {"--save", "", NULL}, *const sentinel[] = {path, "--sentinel", NULL};
+    for (int i = 0; i < 2; i++) pids[i] = start_on_port(f, ports[i], plain);
+    write_sentinel_file(path, ports[0]);
+    pids[2] = start_on_port(f, ports[2], sentinel);
+    snprintf(address, sizeof address, "sentinel://127.0.0.1:1,127.0.0.1:%d/main", ports[2]);
+    moe_redis_config config = {.address = address, .cluster = "c", .timeout_ms = TIMEOUT_MS};
+    moe_store *store, *direct[2];
+    moe_error err;
+    assert_int_equal(moe_redis_open(&config, &store, &err), MOE_OK);
+    for (int i = 0; i < 2; i++) {
+        char fixed[64];
+        snprintf(fixed, sizeof fixed, "127.0.0.1:%d", ports[i]);
+        config.address = fixed;
+        assert_int_equal(moe_redis_open(&config, &direct[i], &err), MOE_OK);
+        wait_until(direct[i], MOE_OK);
+    }
+    wait_until(store, MOE_OK);
+    assert_int_equal(put(store, "k", "first", 60000), MOE_OK);
+    assert_value(direct[0], "k", "first");
+    /* The master dies and a sentinel that knows the other one takes over. */
+    for (int i = 0; i < 3; i += 2) {
+        kill(pids[i], SIGKILL);
+        waitpid(pids[i], NULL, 0);
+    }
+    wait_until(store, MOE_UNAVAILABLE);
+    write_sentinel_file(path, ports[1]);
+    pids[2] = start_on_port(f, ports[2], sentinel);
+    wait_until(store, MOE_OK);
+    assert_int_equal(put(store, "k", "second", 60000), MOE_OK);
+    assert_value(direct[1], "k", "second");
+    config.address = address;
+    snprintf(address, sizeof address, "sentinel://127.0.0.1:%d/other", ports[2]); /* it knows no such master */
+    moe_store *unknown;
+    assert_int_equal(moe_redis_open(&config, &unknown, &err), MOE_OK);
+    assert_int_equal(put(unknown, "k", "v", 60000), MOE_UNAVAILABLE);
+    unknown->ops->close(unknown);
+    store->ops->close(store);
+    for (int i = 0; i < 2; i++) direct[i]->ops->close(direct[i]);
+    for (int i = 1; i < 3; i++) {
+        kill(pids[i], SIGKILL);
+        waitpid(pids[i], NULL, 0);
+    }
+    unlink(path);
+}
+
 static void test_redis_wrong_type(void **state) {
     fixture *f = *state;
     char value[64];
@@ -429,7 +590,8 @@ static void test_redis_wrong_type(void **state) {
 
 static void test_redis_bad_configuration(void **state) {
     (void)state;
-    const char *const addresses[] = {"", "unix:", "unix:relative", "host", "host:", ":1", "host:0", "host:65536", "host:1x"};
+    const char *const addresses[] = {"", "unix:", "unix:relative", "host", "host:", ":1", "host:0", "host:65536", "host:1x",
+                                     "sentinel://", "sentinel://host:1", "sentinel:///main", "sentinel://host/main", "sentinel://host:1,x/main"};
     moe_error err;
     moe_store *store = NULL;
     for (size_t i = 0; i < sizeof addresses / sizeof *addresses; i++) {
@@ -512,6 +674,8 @@ int main(void) {
         REDIS(test_redis_hung),
         cmocka_unit_test_setup_teardown(test_redis_password, setup_redis_password, teardown),
         cmocka_unit_test_setup_teardown(test_redis_user, setup_redis_password, teardown),
+        REDIS(test_redis_roles),
+        REDIS(test_redis_sentinel),
         REDIS(test_redis_wrong_type),
         cmocka_unit_test(test_redis_bad_configuration),
         REDIS(test_redis_hostile_replies),

@@ -1,0 +1,143 @@
+"""Redis hung, dead and back empty, and rolled back, each with a worker killed in between, under load with two replicas: no failed
+request, no wrong token, and the map is published again when Redis returns. Short form: 15 s outages; MOESAIC_TEST_FULL=1: 120 s."""
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+from harness import FULL, Cluster, check, golden, main
+
+OUTAGE_S = 120 if FULL else 15
+CLIENTS = 3
+
+
+class Load:
+    """Clients that stream golden prompts until told to stop; any failure or wrong token is kept."""
+
+    def __init__(self, cluster):
+        self.cluster, self.cases, self.stop, self.errors, self.done = cluster, golden(), threading.Event(), [], 0
+        self.threads = [threading.Thread(target=self.run, args=(i,), daemon=True) for i in range(CLIENTS)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *ignored):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(60)
+
+    def run(self, first):
+        i = first
+        while not self.stop.is_set():
+            case = self.cases[i % len(self.cases)]
+            i += 1
+            try:
+                got = self.cluster.stream_tokens(case["ids"], len(case["greedy"]))
+                check(got == case["greedy"], f"{case['prompt']!r}: got {got}")
+                self.done += 1
+            except Exception as error:
+                self.errors.append(error)
+                return
+
+    def rate(self, seconds):
+        before = self.done
+        time.sleep(seconds)
+        return (self.done - before) / seconds
+
+    def check(self):
+        check(not self.errors, f"a client saw: {self.errors[:3]}")
+
+
+def redis(cluster, *command):
+    out = subprocess.run(["redis-cli", "-s", os.path.join(cluster.run_dir, "redis.sock"), *command], capture_output=True, text=True, timeout=10)
+    return out.stdout.strip()
+
+
+def meta(cluster):
+    keys = [key for key in redis(cluster, "KEYS", "moe:*:meta").splitlines() if key]
+    text = redis(cluster, "GET", keys[0]) if keys else ""
+    return (keys[0], json.loads(text)) if text.startswith("{") else (None, {"epoch": 0})
+
+
+def published(cluster, least=1):
+    """Redis has a map of at least that epoch, and it is the one in use."""
+    key, now = meta(cluster)
+    return key and now["epoch"] >= least and redis(cluster, "EXISTS", key.replace(":meta", f":map:{now['epoch']}")) == "1" and \
+        cluster.status()["epoch"] == now["epoch"]
+
+
+def healed(cluster):
+    status = cluster.status()
+    return status["ready"] and status["redis"]["up"] and all(layer["min_replicas"] >= 2 for layer in status["layers"])
+
+
+def kill_a_worker(cluster, index):
+    os.kill(cluster.status()["workers"][index]["pid"], signal.SIGKILL)
+
+
+def redis_hung():
+    with Cluster("--replicas", "2", workers=3) as cluster:
+        cluster.wait_for(lambda: healed(cluster) and published(cluster), "two replicas of every expert")
+        with Load(cluster) as load:
+            before = load.rate(3)
+            pid = cluster.status()["redis"]["pid"]
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                during = load.rate(OUTAGE_S / 3)
+                kill_a_worker(cluster, 1)
+                after = load.rate(2 * OUTAGE_S / 3)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            cluster.wait_for(lambda: healed(cluster) and published(cluster), "the cluster as before")
+            load.check()
+        load.check()
+        print(f"figure: Redis hung for {OUTAGE_S} s: {before:.1f} requests/s before, {during:.1f} during, {after:.1f} after a worker's death; 0 failed")
+
+
+def redis_dead_and_back_empty():
+    with Cluster("--replicas", "2", workers=3) as cluster:
+        cluster.wait_for(lambda: healed(cluster) and published(cluster), "two replicas of every expert")
+        with Load(cluster) as load:
+            epoch, kills, worker_killed = cluster.status()["epoch"], 0, False
+            until = time.monotonic() + OUTAGE_S
+            while time.monotonic() < until:  # serve starts it again, each time later: it is down for nearly all of the time
+                pid = cluster.status()["redis"].get("pid")
+                try:
+                    if pid:
+                        os.kill(pid, signal.SIGKILL)
+                        kills += 1
+                except ProcessLookupError:
+                    pass
+                if not worker_killed and time.monotonic() > until - 2 * OUTAGE_S / 3:
+                    kill_a_worker(cluster, 0)
+                    worker_killed = True
+                time.sleep(0.05)
+                load.check()
+            cluster.wait_for(lambda: healed(cluster) and published(cluster, epoch), "the map in the empty Redis")
+            load.check()
+        load.check()
+        check(kills >= 2 and worker_killed and load.done > 0, f"{kills} kills of Redis, {load.done} requests")
+        print(f"figure: Redis killed {kills} times in {OUTAGE_S} s, back empty: {load.done} requests, 0 failed")
+
+
+def redis_rolled_back():
+    with Cluster("--replicas", "2", workers=3) as cluster:
+        cluster.wait_for(lambda: healed(cluster) and published(cluster), "two replicas of every expert")
+        with Load(cluster) as load:
+            key, old = meta(cluster)
+            text = redis(cluster, "GET", key)
+            kill_a_worker(cluster, 2)
+            cluster.wait_for(lambda: published(cluster, old["epoch"] + 1) and healed(cluster), "a newer map")
+            newer = meta(cluster)[1]["epoch"]
+            redis(cluster, "SET", key, text)  # as after a failover to a replica that had not heard of it
+            redis(cluster, "DEL", key.replace(":meta", f":map:{newer}"))
+            cluster.wait_for(lambda: published(cluster, newer + 1), "a map above all that was known")
+            load.check()
+        load.check()
+
+
+main([redis_hung, redis_dead_and_back_empty, redis_rolled_back])
