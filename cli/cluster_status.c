@@ -73,6 +73,7 @@ static void fill_workers(const snapshot *s, moe_cluster_status *out) {
         to->incarnation = from->incarnation;
         to->experts = (uint32_t)from->experts;
         to->state = seen && seen->suspect ? "suspect" : moe_worker_state_name(from->state);
+        to->quarantine_s = seen ? (uint32_t)((seen->quarantine_ns + MOE_NS_PER_S - 1) / MOE_NS_PER_S) : 0;
         to->load = seen && total > 0 ? seen->load / total : 0;
     }
 }

@@ -2,6 +2,9 @@
 #pragma once
 #include "common/options.h"
 
+/* Exit status of a worker that found itself defective: a lost device, or a known-answer batch that failed (EX_SOFTWARE). */
+#define MOE_EXIT_DEFECTIVE 70
+
 int moe_command_serve(const moe_options *options);
 int moe_command_router(const moe_options *options);
 int moe_command_worker(const moe_options *options);

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#define MAX_COLUMNS 8
+#define MAX_COLUMNS 9
 #define CELL_BYTES 80
 #define LAYERS_A_LINE 8
 
@@ -85,6 +85,7 @@ static void layers(const json_t *list, moe_buf *out) {
 void moe_status_text(const json_t *status, moe_buf *out) {
     static const column workers[] = {{"WORKER", "id", false},       {"STATE", "state", false},      {"HOST", "host", false},
                                      {"PID", "pid", true},          {"EXPERTS", "experts", true},   {"LOAD", "load", true},
+                                     {"QUARANTINE", "quarantine_s", true},
                                      {"PROFILE", "profile", false}, {"ENDPOINT", "endpoint", false}};
     static const column routers[] = {{"ROUTER", "id", false},
                                      {"STATE", "state", false},

@@ -1,6 +1,7 @@
 /* `moesaic worker`: one expert worker of a cluster, or one for each of several GPUs, until a signal ends it. */
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cli/cluster_file.h"
 #include "cli/commands.h"
@@ -12,14 +13,17 @@
 #include "common/log.h"
 #include "common/zmq/zmq_transport.h"
 #include "expert-worker/registry.h"
+#include "expert-worker/worker.h"
 
 #define WORKER_AND_ROUTER 2 /* processes that may share this machine; serve knows better and says --poll-us */
 #define LEAVE_POLL_NS (10 * MOE_NS_PER_MS)
+#define WATCH_NS (100 * MOE_NS_PER_MS) /* between looks for a defect */
 
 typedef struct worker_settings {
     moe_cluster_file file; /* of --cluster; all "" without it */
     char id[MOE_WORKER_ID_BYTES];
     char listen[PATH_MAX];
+    char password_file[PATH_MAX + 32]; /* of the run folder's Redis user for workers */
     const char *model_dir, *keys_dir;
     moe_store_address store;
 } worker_settings;
@@ -39,6 +43,12 @@ static moe_status read_options(const moe_options *o, worker_settings *s, moe_err
     s->keys_dir = given(moe_option_text(o, "keys"), s->file.keys);
     s->store = (moe_store_address){given(moe_option_text(o, "store"), s->file.redis), moe_option_text(o, "redis-username"),
                                    moe_option_text(o, "redis-password-file"), moe_option_text(o, "cluster-name")};
+    snprintf(s->password_file, sizeof s->password_file, "%s/redis-worker.password", s->file.run_dir);
+    bool private_redis = cluster && !moe_option_text(o, "store") && !s->store.username && !s->store.password_file;
+    if (private_redis && access(s->password_file, R_OK) == 0) {
+        s->store.username = "worker";
+        s->store.password_file = s->password_file;
+    }
     if (listen)
         snprintf(s->listen, sizeof s->listen, "%s", listen);
     else if (strncmp(s->file.listen, "tcp:", 4) == 0)
@@ -157,7 +167,7 @@ static moe_status open_workers(worker_process *p, moe_error *err) {
 
 static bool all_left(const worker_process *p) {
     bool left = true;
-    for (int32_t i = 0; i < p->num_workers; i++) left = left && moe_worker_node_left(p->workers[i].node);
+    for (int32_t i = 0; i < p->num_workers; i++) left = left && (!p->workers[i].node || moe_worker_node_left(p->workers[i].node));
     return left;
 }
 
@@ -165,9 +175,25 @@ static bool all_left(const worker_process *p) {
 static void hand_over(const worker_process *p) {
     int64_t until = moe_now_ns(moe_clock_real()) + moe_option_ns(p->options, "shutdown-timeout");
     moe_info("leaving: handing the experts over");
-    for (int32_t i = 0; i < p->num_workers; i++) moe_worker_node_leave(p->workers[i].node);
+    for (int32_t i = 0; i < p->num_workers; i++)
+        if (p->workers[i].node) moe_worker_node_leave(p->workers[i].node);
     while (!all_left(p) && moe_now_ns(moe_clock_real()) < until)
         if (moe_signals_wait(LEAVE_POLL_NS)) return;
+}
+
+/* Takes a worker that found itself defective out of the cluster. True when there was one: the process is to end, since what is
+ * wrong with one GPU may be wrong with the process; a fresh one begins with checks. */
+static bool quarantine_defective(worker_process *p) {
+    char reason[MOE_WORKER_DEFECT_BYTES];
+    bool any = false;
+    for (int32_t i = 0; i < p->num_workers; i++) {
+        device_worker *w = &p->workers[i];
+        if (!w->node || !moe_worker_node_defective(w->node, reason, sizeof reason)) continue;
+        moe_error_log("worker %s leaves the cluster, exit status %d: %s", w->id, MOE_EXIT_DEFECTIVE, reason);
+        moe_worker_node_close(&w->node);
+        any = true;
+    }
+    return any;
 }
 
 int moe_command_worker(const moe_options *o) {
@@ -182,13 +208,15 @@ int moe_command_worker(const moe_options *o) {
     const moe_backend_config plain = {.name = "cpu-ref", .dtype = MOE_F32};
     if (status == MOE_OK) status = moe_backend_open(&plain, &p.reference, &err);
     if (status == MOE_OK) status = open_workers(&p, &err);
-    while (status == MOE_OK && !moe_signals_wait(MOE_NS_PER_S)) continue;
-    if (status == MOE_OK) hand_over(&p);
+    bool defective = false;
+    while (status == MOE_OK && !defective && !moe_signals_wait(WATCH_NS)) defective = quarantine_defective(&p);
+    if (status == MOE_OK && (!defective || p.num_workers > 1)) hand_over(&p);
     for (int32_t i = 0; i < p.num_workers; i++) {
         moe_worker_node_close(&p.workers[i].node);
         if (p.workers[i].backend) p.workers[i].backend->ops->close(p.workers[i].backend);
     }
     if (p.reference) p.reference->ops->close(p.reference);
     moe_model_close(&p.model);
+    if (defective) return MOE_EXIT_DEFECTIVE;
     return status == MOE_OK || status == MOE_CANCELLED ? 0 : moe_command_failed(&err);
 }

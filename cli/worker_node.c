@@ -99,6 +99,13 @@ bool moe_worker_node_left(moe_worker_node *n) {
     return view.routers == 0 || (view.experts == 0 && view.queued_calls == 0);
 }
 
+bool moe_worker_node_defective(moe_worker_node *n, char *reason, size_t size) {
+    moe_worker_view view;
+    moe_worker_get_view(n->worker, &view);
+    if (view.defect[0]) snprintf(reason, size, "%s", view.defect);
+    return view.defect[0] != '\0';
+}
+
 void moe_worker_node_close(moe_worker_node **node) {
     moe_worker_node *n = *node;
     *node = NULL;

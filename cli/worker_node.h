@@ -35,6 +35,8 @@ moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *node);
 void moe_worker_node_leave(moe_worker_node *node);
 /* Nothing is left to do for it: it holds no expert and no call, or no router is connected. */
 bool moe_worker_node_left(moe_worker_node *node);
+/* True, with the reason, once the worker found itself defective: it refuses all work and is to be closed. */
+bool moe_worker_node_defective(moe_worker_node *node, char *reason, size_t size);
 /* Leaves the registry, then stops. NULLs; idempotent. */
 void moe_worker_node_close(moe_worker_node **node);
 

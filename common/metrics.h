@@ -48,6 +48,11 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(BAD_MESSAGES, COUNTER, "moesaic_bad_messages_total", "", "Messages from peers that the validator refused")                 \
     X(REPLIES_DROPPED, COUNTER, "moesaic_rpc_replies_dropped_total", "", "Replies that found their peer gone or its queue full") \
     X(PEERS_SUSPECTED, COUNTER, "moesaic_peers_suspected_total", "", "Times a worker was suspected after missed progress")       \
+    X(HEDGES, COUNTER, "moesaic_hedges_total", "", "Slow Forward calls for which other replicas were asked, too")                \
+    X(HEDGES_WON, COUNTER, "moesaic_hedges_won_total", "", "Of those, calls that the other replicas answered first")             \
+    X(POISON_REQUESTS, COUNTER, "moesaic_poison_requests_total", "", "Requests given up after two workers died over them")      \
+    X(QUARANTINES, COUNTER, "moesaic_worker_quarantines_total", "", "Times a worker that kept failing was quarantined")         \
+    X(WORKERS_QUARANTINED, GAUGE, "moesaic_workers_quarantined", "", "Expert workers in quarantine")                             \
     X(EPOCH, GAUGE, "moesaic_placement_epoch", "", "Epoch of the placement map in use")                                          \
     X(WORKERS_UP, GAUGE, "moesaic_workers_up", "", "Expert workers connected")                                                   \
     X(REDIS_UP, GAUGE, "moesaic_redis_up", "", "1 while the placement store answers")                                            \
@@ -58,7 +63,8 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(WORKER_BATCH_EXPERTS, HISTOGRAM_COUNT, "moesaic_worker_batch_experts", "", "Distinct experts of one batch")                \
     X(WORKER_QUEUE, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"queue\"", "Time of one Forward call in a worker, by stage")  \
     X(WORKER_COMPUTE, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"compute\"", "")                                            \
-    X(WORKER_EXPIRED, COUNTER, "moesaic_worker_expired_total", "", "Calls dropped because their deadline had passed")
+    X(WORKER_EXPIRED, COUNTER, "moesaic_worker_expired_total", "", "Calls dropped because their deadline had passed")             \
+    X(WORKER_DEFECTS, COUNTER, "moesaic_worker_defects_total", "", "Times this worker found itself defective")
 
 /* The same numbers under vLLM's names: identifier, vLLM's name. vLLM labels them with the model's name. */
 #define MOE_METRICS_VLLM(X)                                    \

@@ -6,22 +6,34 @@
 #include "common/backend_poll.h"
 #include "common/metrics.h"
 
+#define MOE_BATCHER_DEFECTIVE "this worker is defective and leaves the cluster"
+
+static void finish(moe_batcher *b, moe_work *w) {
+    b->calls++;
+    b->config.answer(b->config.ctx, w);
+    moe_work_free(w, b->config.shard, &b->blocks);
+}
+
+static void judged(void *ctx, moe_work *w) { finish(ctx, w); }
+
 moe_status moe_batcher_init(moe_batcher *b, const moe_batcher_config *config, moe_error *err) {
     int32_t num_experts = config->shard->model->config.num_experts;
     *b = (moe_batcher){.config = *config, .blocks = {.backend = config->backend}, .next = 1};
     TAILQ_INIT(&b->queue);
+    const moe_recheck_config recheck = {.shard = config->shard,
+                                        .backend = config->backend,
+                                        .transport = config->transport,
+                                        .reference = config->reference,
+                                        .threaded = config->threaded,
+                                        .judged = judged,
+                                        .ctx = b};
+    moe_recheck_init(&b->recheck, &recheck);
     pthread_mutex_init(&b->mutex, NULL);
     pthread_cond_init(&b->ended, NULL);
     moe_status status = moe_batch_init(&b->batches[0], config->backend, num_experts, err);
     if (status == MOE_OK) status = moe_batch_init(&b->batches[1], config->backend, num_experts, err);
     if (status != MOE_OK) moe_batcher_close(b);
     return status;
-}
-
-static void finish(moe_batcher *b, moe_work *w) {
-    b->calls++;
-    b->config.answer(b->config.ctx, w);
-    moe_work_free(w, b->config.shard, &b->blocks);
 }
 
 static void fail(moe_batcher *b, moe_work *w, moe_status status, const char *message) {
@@ -59,6 +71,7 @@ static void on_cancel(moe_rpc_call *call) {
 }
 
 moe_status moe_batcher_add(moe_batcher *b, const moe_forward_call *decoded, moe_rpc_call *call, moe_error *err) {
+    if (moe_batcher_defect(b)[0]) return moe_fail(err, MOE_UNAVAILABLE, MOE_BATCHER_DEFECTIVE);
     if (b->num_queued >= b->config.max_queued_calls)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%d calls are queued, the most that this worker takes", b->num_queued);
     moe_work *w = moe_work_new(decoded, call, b->config.shard, &b->blocks, moe_now_ns(b->config.clock));
@@ -118,18 +131,25 @@ static void remove_dead(moe_batcher *b, moe_batch *batch) {
     }
 }
 
-/* Ends all calls of a batch with its outcome. */
-static void answer_batch(moe_batcher *b, moe_batch *batch, moe_status status, const char *message) {
+static void set_failed(moe_work *w, moe_status status, const char *message) {
+    w->status = status;
+    snprintf(w->message, sizeof w->message, "%s", message);
+}
+
+/* Ends all calls of a batch with its outcome; what throws doubt on this worker is looked into first. */
+static void answer_batch(moe_batcher *b, moe_batch *batch, moe_status status, const char *message, bool doubtful) {
     moe_work *w;
     while ((w = TAILQ_FIRST(&batch->works))) {
         moe_batch_remove(batch, w);
         w->compute_ns = b->job.compute_ns;
         w->copy_ns = b->job.copy_ns;
-        if (status == MOE_OK) moe_work_check_finite(w, b->config.shard);
         if (status == MOE_OK)
-            finish(b, w);
+            moe_work_check_finite(w, b->config.shard);
         else
-            fail(b, w, status, message);
+            set_failed(w, status, message);
+        bool look = w->status != MOE_OK && doubtful;
+        if (status != MOE_OK) doubtful = false; /* one call of a failed batch stands for all */
+        if (!look || !moe_recheck_add(&b->recheck, w)) finish(b, w);
     }
     moe_batch_trim(batch);
 }
@@ -140,7 +160,7 @@ static void assemble_next(moe_batcher *b) {
     if (moe_batch_empty(next) || next->assembled) return;
     if (moe_batch_assemble(next, b->config.shard, &err) == MOE_OK) return;
     b->num_queued -= next->num_works;
-    answer_batch(b, next, err.code, err.message);
+    answer_batch(b, next, err.code, err.message, false);
 }
 
 static void observe_start(moe_batcher *b, const moe_batch *batch) {
@@ -185,18 +205,34 @@ static void end_running(moe_batcher *b) {
     moe_work *w;
     TAILQ_FOREACH(w, &batch->works, link) moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, b->job.compute_ns);
     if (status != MOE_OK) {
-        answer_batch(b, batch, status, b->job.message);
+        answer_batch(b, batch, status, b->job.message, status == MOE_INTERNAL);
         return;
     }
     status = moe_batch_deliver(batch, b->config.shard, &err);
-    answer_batch(b, batch, status, status == MOE_OK ? "" : err.message);
+    answer_batch(b, batch, status, status == MOE_OK ? "" : err.message, status == MOE_OK);
 }
 
-bool moe_batcher_polls(const moe_batcher *b) { return b->busy && b->config.backend->ops->poll; }
+bool moe_batcher_polls(const moe_batcher *b) {
+    return (b->busy && b->config.backend->ops->poll) || moe_recheck_polls(&b->recheck);
+}
+
+/* What is still queued when the worker turns out to be defective goes to other replicas. */
+static void refuse_queued(moe_batcher *b) {
+    moe_work *w;
+    while ((w = TAILQ_FIRST(&b->queue))) {
+        take_from_queue(b, w);
+        b->num_queued--;
+        fail(b, w, MOE_UNAVAILABLE, MOE_BATCHER_DEFECTIVE);
+    }
+    b->num_queued -= b->batches[b->next].num_works;
+    answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, MOE_BATCHER_DEFECTIVE, false);
+}
 
 bool moe_batcher_turn(moe_batcher *b) {
     if (b->busy) moe_backend_poll(b->config.backend, &b->jobs_ended);
     if (b->busy && job_done(b)) end_running(b);
+    moe_recheck_turn(&b->recheck);
+    if (moe_batcher_defect(b)[0]) refuse_queued(b);
     fill_next(b);
     if (b->busy) {
         assemble_next(b);
@@ -204,6 +240,7 @@ bool moe_batcher_turn(moe_batcher *b) {
     }
     start_next(b);
     if (b->busy && job_done(b)) end_running(b); /* it was computed inside the submission */
+    moe_recheck_turn(&b->recheck);
     return moe_batcher_polls(b) || (!b->busy && b->num_queued > 0);
 }
 
@@ -223,7 +260,8 @@ void moe_batcher_close(moe_batcher *b) {
         wait_for_job(b);
         end_running(b);
     }
-    answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, "the worker stops");
+    moe_recheck_close(&b->recheck);
+    answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, "the worker stops", false);
     moe_work *w;
     while ((w = TAILQ_FIRST(&b->queue))) {
         take_from_queue(b, w);

@@ -4,12 +4,15 @@
 #include <pthread.h>
 
 #include "expert-worker/batch.h"
+#include "expert-worker/recheck.h"
 
 typedef struct moe_batcher_config {
     moe_shard *shard;         /* borrowed, as all here */
     moe_backend *backend;     /* */
     moe_transport *transport; /* woken when a job has ended */
     const moe_clock *clock;
+    const moe_ops *reference; /* cpu-ref's operations, to check doubtful results; NULL: they are not */
+    bool threaded;            /* checks may use a thread of their own */
     int32_t max_queued_calls, max_batch_rows;
     /* The call came to its end: `status`, `message`, `out` and `compute_ns` are set. Called by turn and close,
      * and where a queued call is cancelled. */
@@ -32,6 +35,7 @@ typedef struct moe_batcher {
     _Atomic uint64_t jobs_ended;
     pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
 
+    moe_recheck recheck;
     uint64_t ticks; /* of jobs that ended */
     uint64_t calls, rows, compute_ns, expired;
 } moe_batcher;
@@ -51,6 +55,9 @@ bool moe_batcher_turn(moe_batcher *batcher);
 
 /* Its job ends only when the backend is polled: the loop must not sleep. */
 bool moe_batcher_polls(const moe_batcher *batcher);
+
+/* Why this worker must not compute any more; "" where nothing is known against it. Calls end with UNAVAILABLE from then on. */
+static inline const char *moe_batcher_defect(const moe_batcher *b) { return b->recheck.defect; }
 
 /* Rises while anything is computed. */
 uint64_t moe_batcher_progress(const moe_batcher *batcher);

@@ -321,6 +321,7 @@ static bool check_expert(moe_control *c, control_op *op) {
         adopt(c, op, &c->checked);
         return true;
     }
+    if (verdict == MOE_INTERNAL) snprintf(c->defect, sizeof c->defect, "%.250s", err.message);
     moe_loader_discard(&c->loader, &c->checked);
     return lost_expert(c, op, &err);
 }

@@ -45,6 +45,7 @@ typedef struct moe_control {
     moe_loader loader;
     moe_known_check check;
     moe_loader_task checked; /* packed, being checked */
+    char defect[256];        /* a known-answer batch that failed; "" while none has */
 
     /* of the share being loaded, which may take several calls */
     moe_progress progress;

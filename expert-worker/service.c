@@ -42,7 +42,12 @@ void moe_worker_on_peer_down(void *ctx, const moe_rpc_peer *peer) {
 void moe_worker_answer_forward(void *ctx, moe_work *work) {
     moe_worker *w = ctx;
     if (work->status != MOE_OK) {
-        moe_rpc_fail(work->call, work->status, work->message, NULL);
+        Moesaic__V1__ForwardResponse body = MOESAIC__V1__FORWARD_RESPONSE__INIT;
+        body.incarnation = w->config.incarnation;
+        body.epoch = w->control.epoch;
+        body.not_finite = work->not_finite;
+        body.n_not_finite = (size_t)work->num_not_finite;
+        moe_rpc_fail(work->call, work->status, work->message, body.n_not_finite ? &body.base : NULL);
         return;
     }
     moe_forward_result result = {

@@ -53,6 +53,7 @@ moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_
 void moe_work_free(moe_work *w, moe_shard *shard, moe_blocks *blocks) {
     for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a)) moe_shard_release(shard, w->layer, w->expert_of[a]);
     moe_blocks_give_back(blocks, w->block);
+    moe_free(w->not_finite);
     moe_free(w);
 }
 
@@ -63,20 +64,30 @@ uint64_t moe_work_digest(const moe_work *w, const moe_shard *shard) {
     return digest;
 }
 
+/* Of an answer's row: an assignment of it, the first one where it is a sum. */
+static int32_t assignment_of(const moe_work *w, int32_t out_row) {
+    int32_t a = out_row;
+    if (w->mode == MOE_COMBINE_PARTIAL)
+        for (a = 0; a + 1 < w->assignments && w->row_of[a] != out_row; a++) continue;
+    return a;
+}
+
+static void note_not_finite(moe_work *w, int32_t assignment) {
+    if (!w->not_finite) w->not_finite = moe_calloc((size_t)w->rows, sizeof *w->not_finite);
+    if (w->not_finite) w->not_finite[w->row_of[assignment]] = 1;
+    if (w->status != MOE_OK) return;
+    w->status = MOE_INTERNAL;
+    snprintf(w->message, sizeof w->message, "%sexpert %d of MoE layer %d gave a value that is not finite from finite input",
+             w->mode == MOE_COMBINE_EXACT ? "" : "a sum with ", w->expert_of[assignment], w->layer);
+}
+
 void moe_work_check_finite(moe_work *w, const moe_shard *shard) {
-    int32_t hidden = shard->model->config.hidden, out_rows = moe_work_out_rows(w), bad = 0;
+    int32_t hidden = shard->model->config.hidden, out_rows = moe_work_out_rows(w);
     moe_dtype dtype = moe_work_out_dtype(w, shard);
     if (w->status != MOE_OK) return;
     const uint8_t *row = w->out;
-    while (bad < out_rows && moe_elements_finite(row, dtype, (size_t)hidden)) {
-        bad++;
-        row += moe_row_bytes(dtype, hidden);
-    }
-    if (bad == out_rows) return;
-    int32_t a = bad; /* exact: the assignment; partial: one of those whose sum it is */
-    if (w->mode == MOE_COMBINE_PARTIAL)
-        for (a = 0; a + 1 < w->assignments && w->row_of[a] != bad; a++) continue;
-    w->status = MOE_INTERNAL;
-    snprintf(w->message, sizeof w->message, "%sexpert %d of MoE layer %d gave a value that is not finite from finite input",
-             w->mode == MOE_COMBINE_EXACT ? "" : "a sum with ", w->expert_of[a], w->layer);
+    for (int32_t i = 0; i < out_rows; i++, row += moe_row_bytes(dtype, hidden))
+        if (!moe_elements_finite(row, dtype, (size_t)hidden)) note_not_finite(w, assignment_of(w, i));
+    for (int32_t i = 0; w->not_finite && i < w->rows; i++) /* from marks to a list, in place */
+        if (w->not_finite[i]) w->not_finite[w->num_not_finite++] = (uint32_t)i;
 }

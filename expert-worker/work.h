@@ -23,6 +23,8 @@ typedef struct moe_work {
     /* the outcome */
     moe_status status;
     char message[128]; /* where status is not OK */
+    uint32_t *not_finite; /* [num_not_finite] ascending rows of the call that gave what is not finite; owned */
+    int32_t num_not_finite;
     const void *out;   /* exact [assignments, H], partial [rows, H] of moe_work_out_dtype; borrowed from the batch */
     int64_t compute_ns, copy_ns;
 } moe_work;
@@ -53,5 +55,6 @@ static inline moe_dtype moe_work_out_dtype(const moe_work *work, const moe_shard
     return moe_expert_output_dtype(work->mode, shard->backend->dtype);
 }
 
-/* Sets the status to INTERNAL, naming layer and expert, where a computed row is not finite. */
+/* Sets the status to INTERNAL, naming layer and expert, where a computed row is not finite, and lists such rows (none when out of
+ * memory). */
 void moe_work_check_finite(moe_work *work, const moe_shard *shard);

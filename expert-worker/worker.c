@@ -1,5 +1,6 @@
 #include "expert-worker/worker.h"
 
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 
@@ -53,6 +54,8 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
                                         .clock = c->clock,
                                         .max_queued_calls = c->max_queued_calls,
                                         .max_batch_rows = c->max_batch_rows,
+                                        .reference = c->reference,
+                                        .threaded = c->background_loads,
                                         .answer = moe_worker_answer_forward,
                                         .ctx = w};
     moe_status status = moe_shard_init(&w->shard, c->model, c->backend, err);
@@ -107,12 +110,14 @@ static void publish_view(moe_worker *w) {
                                 .weight_bytes = w->shard.bytes,
                                 .rows = w->batcher.rows,
                                 .queued_calls = w->batcher.num_queued};
+    snprintf(w->view.defect, sizeof w->view.defect, "%s", moe_batcher_defect(&w->batcher));
     pthread_mutex_unlock(&w->view_mutex);
 }
 
 moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
     bool more = moe_batcher_turn(&w->batcher);
     more |= moe_control_turn(&w->control);
+    if (w->control.defect[0]) moe_recheck_condemn(&w->batcher.recheck, w->control.defect);
     moe_rpc_set_known(w->rpc, w->control.epoch, w->control.fence);
     w->config.transport->computing = w->batcher.busy;
     int64_t due_ns = moe_control_due_ns(&w->control);

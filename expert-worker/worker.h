@@ -4,6 +4,8 @@
 #include "common/backend.h"
 #include "proto/rpc.h"
 
+#define MOE_WORKER_DEFECT_BYTES 384
+
 typedef struct moe_worker moe_worker;
 
 typedef struct moe_worker_config {
@@ -47,5 +49,6 @@ typedef struct moe_worker_view {
     int64_t weight_bytes;
     uint64_t rows;
     int32_t queued_calls;
+    char defect[MOE_WORKER_DEFECT_BYTES]; /* why it must leave the cluster; "" where it is sound */
 } moe_worker_view;
 void moe_worker_get_view(moe_worker *worker, moe_worker_view *out);

@@ -37,9 +37,10 @@ static json_t *workers_json(const moe_cluster_status *status) {
         char incarnation[17];
         snprintf(incarnation, sizeof incarnation, "%016llx", (unsigned long long)w->incarnation);
         json_array_append_new(
-            list, json_pack("{s:s, s:I, s:s, s:s, s:s, s:s, s:i, s:f, s:s}", "id", w->id, "pid", (json_int_t)w->pid, "host",
+            list, json_pack("{s:s, s:I, s:s, s:s, s:s, s:s, s:i, s:f, s:s, s:i}", "id", w->id, "pid", (json_int_t)w->pid, "host",
                             w->host, "endpoint", w->endpoint, "profile", w->profile, "state", w->state, "experts",
-                            (int)w->experts, "load", w->load, "incarnation", incarnation));
+                            (int)w->experts, "load", w->load, "incarnation", incarnation, "quarantine_s",
+                            (int)w->quarantine_s));
     }
     return list;
 }

@@ -17,6 +17,7 @@ typedef struct moe_worker_status {
     char profile[MOE_STATUS_NAME_BYTES]; /* numeric */
     const char *state;                   /* literal: "up", "suspect", "down", "joining" */
     uint32_t experts;                    /* replicas it holds, over all layers */
+    uint32_t quarantine_s;               /* left of its quarantine by this router; 0: in none */
     double load;                         /* share of the expert rows routed, decayed: 0 … 1 */
     uint64_t incarnation;
 } moe_worker_status;

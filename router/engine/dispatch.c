@@ -6,6 +6,7 @@
 
 #include "common/alloc.h"
 #include "common/elements.h"
+#include "common/log.h"
 #include "common/metrics.h"
 #include "proto/forward.h"
 #include "router/engine/internal.h"
@@ -20,7 +21,7 @@ static void add_orphans(micro_batch *b, const moe_assignment *assignments, int32
         if (row_sequence(b, assignments[i].row)->ended == MOE_OK) b->orphans[b->num_orphans++] = assignments[i];
 }
 
-static void release_call(expert_call *call) {
+void dispatch_release_call(expert_call *call) {
     call->active = false;
     call->batch->calls_outstanding--;
 }
@@ -28,12 +29,17 @@ static void release_call(expert_call *call) {
 /* A call came to nothing: its work is an orphan, and its worker is left out of this layer's next plans. */
 static void call_failed(expert_call *call, const char *why) {
     micro_batch *b = call->batch;
+    if (call->primary) {
+        hedge_drop(call->primary);
+        return;
+    }
+    hedge_drop(call);
     const engine_worker *w = &b->engine->workers[call->worker];
     snprintf(b->last_failure, sizeof b->last_failure, "worker %s: %.400s", w->id, why);
     b->excluded[call->worker] = true;
     b->attempts++;
     moe_metric_add(MOE_METRIC_EXPERT_RETRIES, 1);
-    release_call(call);
+    dispatch_release_call(call);
     add_orphans(b, call->assignments, call->num_assignments);
 }
 
@@ -62,17 +68,61 @@ static void place_results(const expert_call *call, const void *out) {
     }
 }
 
+static void note_death(micro_batch *b, sequence *seq, int32_t worker) {
+    if (seq->death_step != b->step) seq->num_dead = 0;
+    seq->death_step = b->step;
+    for (int32_t i = 0; i < seq->num_dead; i++)
+        if (seq->dead_workers[i] == worker) return;
+    if (seq->ended != MOE_OK) return;
+    seq->dead_workers[seq->num_dead++] = worker;
+    if (seq->num_dead < MOE_POISON_WORKERS) return;
+    char message[MOE_ERROR_MESSAGE_BYTES];
+    snprintf(message, sizeof message,
+             "%d expert workers died while they computed MoE layer %d with this request; it is not tried on another",
+             MOE_POISON_WORKERS, b->segment.index);
+    moe_metric_add(MOE_METRIC_POISON_REQUESTS, 1);
+    moe_warn("request %s: %s", seq->name, message);
+    scheduler_end(b->engine, seq, MOE_INTERNAL, message);
+}
+
+/* Its worker is gone, and perhaps one of these requests is why: each is charged, once, with the death. */
+static void charge_death(const expert_call *call) {
+    micro_batch *b = call->batch;
+    const moe_rpc_peer *peer = workers_peer(b->engine, call->worker);
+    if (peer && peer->incarnation == call->incarnation) return; /* it lives, and refused */
+    for (int32_t i = 0; i < call->num_assignments; i++) note_death(b, row_sequence(b, call->assignments[i].row), call->worker);
+}
+
+/* Rows that give NaN or infinity at a sound expert: their requests end, the others' rows are computed again. False where the reply
+ * names none. */
+static bool end_not_finite(expert_call *call, const moe_rpc_reply *reply) {
+    micro_batch *b = call->batch;
+    const Moesaic__V1__ForwardResponse *body = (const Moesaic__V1__ForwardResponse *)reply->body;
+    if (reply->status != MOE_INTERNAL || !body || body->n_not_finite == 0) return false;
+    for (size_t i = 0; i < body->n_not_finite; i++)
+        if (body->not_finite[i] >= (uint32_t)call->num_rows) return false;
+    if (call->primary) return false; /* the slow call will name them, too */
+    hedge_drop(call);
+    for (size_t i = 0; i < body->n_not_finite; i++)
+        scheduler_end(b->engine, row_sequence(b, call->rows[body->not_finite[i]]), MOE_INTERNAL, reply->message);
+    dispatch_release_call(call);
+    add_orphans(b, call->assignments, call->num_assignments);
+    return true;
+}
+
 static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     expert_call *call = ctx;
     micro_batch *b = call->batch;
     moe_engine *e = b->engine;
-    if (reply->status == MOE_DEADLINE_EXCEEDED) {
+    if (reply->status == MOE_DEADLINE_EXCEEDED && !call->primary) {
+        hedge_drop(call);
         end_call_sequences(call, MOE_UNAVAILABLE, "an expert worker did not answer within the call's deadline");
-        release_call(call);
+        dispatch_release_call(call);
         return;
     }
     if (reply->status != MOE_OK) {
-        call_failed(call, reply->message);
+        if (reply->status == MOE_UNAVAILABLE) charge_death(call);
+        if (!end_not_finite(call, reply)) call_failed(call, reply->message);
         return;
     }
     const moe_forward_expected expected = {e->out_dtype, out_rows_of(call), e->model->hidden, call->incarnation};
@@ -89,14 +139,19 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     engine_worker *w = &e->workers[call->worker];
     int64_t took = engine_now(e) - call->sent_ns;
     w->call_ns = w->call_ns ? (7 * w->call_ns + took) / 8 : took;
+    w->call_rows = w->call_rows > 0 ? (7 * w->call_rows + call->num_assignments) / 8 : call->num_assignments;
     moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED,
                    expected.rows * (int64_t)moe_row_bytes(expected.dtype, e->model->hidden));
     int64_t compute_ns = result.compute_ns < (uint64_t)took ? (int64_t)result.compute_ns : took;
     if (compute_ns > b->expert_ns) b->expert_ns = compute_ns;
     int64_t copy_ns = result.copy_ns < (uint64_t)(took - compute_ns) ? (int64_t)result.copy_ns : took - compute_ns;
     if (copy_ns > b->copy_ns) b->copy_ns = copy_ns;
+    if (!call->primary) hedge_drop(call);
     place_results(call, result.out);
-    release_call(call);
+    if (call->primary)
+        hedge_answered(call);
+    else
+        dispatch_release_call(call);
 }
 
 /* A free call with room for `count` assignments; NULL when out of memory or when all calls are active (the work waits as
@@ -168,19 +223,25 @@ static void build_message(const micro_batch *b, expert_call *call, plan_scratch 
     if (!all_known) call->digest = 0;
 }
 
-static void start_call(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count) {
+bool dispatch_start_call(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count, expert_call *primary) {
     moe_engine *e = b->engine;
     plan_scratch *s = &e->scratch;
     expert_call *call = take_call(b, count);
     if (!call) {
-        add_orphans(b, assignments, count);
-        return;
+        if (!primary) add_orphans(b, assignments, count);
+        return false;
     }
     int32_t worker = b->map->worker[placed];
     const engine_worker *w = &e->workers[worker];
     call->batch = b;
     call->active = true;
-    call->blamed = false;
+    call->blamed = call->hedged = call->answered = false;
+    call->hedge_parts = call->parts_answered = 0;
+    call->primary = primary;
+    if (primary)
+        primary->hedge_parts++;
+    else
+        hedge_earn(e, count);
     call->worker = worker;
     call->incarnation = w->incarnation;
     call->sent_ns = engine_now(e);
@@ -215,7 +276,10 @@ static void start_call(micro_batch *b, int32_t placed, const moe_assignment *ass
                                           call->sent_ns + e->config.call_timeout_ns, on_reply, call, &call->rpc_call, &err);
     moe_metric_add(MOE_METRIC_EXPERT_CALLS, 1);
     moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_SENT, call->num_rows * (int64_t)moe_row_bytes(e->dtype, e->model->hidden));
-    if (status != MOE_OK) call_failed(call, err.message);
+    if (status == MOE_OK) return true;
+    call->answered = true; /* there is no call to cancel */
+    call_failed(call, err.message);
+    return false;
 }
 
 /* Plans `count` assignments (sorted by expert and row, in scratch->assignments) over the usable workers and sends the calls. */
@@ -239,7 +303,7 @@ static void plan_and_send(micro_batch *b, int32_t count) {
         if (w == MOE_PLAN_NO_WORKER)
             add_orphans(b, s->sorted, taken);
         else
-            start_call(b, w, s->sorted, taken);
+            dispatch_start_call(b, w, s->sorted, taken, NULL);
     }
 }
 
@@ -287,7 +351,7 @@ static bool has_alternatives(const expert_call *call) {
         for (int r = 0; r < entry->num_replicas && !other; r++) {
             int32_t worker = b->map->worker[entry->replicas[r].worker];
             other = worker != call->worker && entry->replicas[r].state != MOE_REPLICA_LOADING &&
-                    workers_fitness(e, b->map, entry->replicas[r].worker) == MOE_PLAN_FIT && !b->excluded[worker];
+                    workers_fitness(e, b->map, entry->replicas[r].worker) >= MOE_PLAN_RESERVE && !b->excluded[worker];
         }
         if (!other) return false;
     }
@@ -297,6 +361,7 @@ static bool has_alternatives(const expert_call *call) {
 /* A worker that makes no progress while it owes us a result is suspect; what others can do is taken from it. */
 static void check_progress(expert_call *call, int64_t now) {
     moe_engine *e = call->batch->engine;
+    if (call->answered) return;
     const engine_worker *w = &e->workers[call->worker];
     const moe_rpc_peer *peer = workers_peer(e, call->worker);
     if (!peer || peer->incarnation != call->incarnation) return; /* the RPC ends this call by itself */
@@ -354,7 +419,10 @@ static void drop_ended_orphans(micro_batch *b) {
 
 void dispatch_tick(micro_batch *b, int64_t now) {
     for (int32_t i = 0; i < b->max_calls && b->calls_outstanding; i++)
-        if (b->calls[i].active) check_progress(&b->calls[i], now);
+        if (b->calls[i].active) {
+            hedge_tick(&b->calls[i], now);
+            check_progress(&b->calls[i], now);
+        }
     drop_ended_orphans(b);
     if (b->num_orphans == 0) return;
     retry_orphans(b, now);
@@ -365,8 +433,10 @@ void dispatch_cancel(micro_batch *b) {
     for (int32_t i = 0; i < b->max_calls; i++) {
         expert_call *call = &b->calls[i];
         if (!call->active) continue;
-        moe_rpc_cancel(b->engine->channels[b->engine->workers[call->worker].transport].rpc, call->rpc_call);
-        release_call(call);
+        if (!call->answered)
+            moe_rpc_cancel(b->engine->channels[b->engine->workers[call->worker].transport].rpc, call->rpc_call);
+        call->hedge_parts = 0;
+        dispatch_release_call(call);
     }
     b->num_orphans = 0;
 }

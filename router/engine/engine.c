@@ -218,6 +218,10 @@ static int64_t sleep_until(const moe_engine *e, int64_t deadline_ns) {
     int64_t until = deadline_ns;
     bool busy = e->config.num_transports > 1;
     for (int32_t i = 0; i < e->config.micro_batches; i++) busy = busy || e->batches[i].state == BATCH_EXPERTS;
+    for (int32_t i = 0; i < e->config.micro_batches; i++) {
+        int64_t hedge = hedge_next_ns(&e->batches[i]);
+        if (hedge < until) until = hedge;
+    }
     int64_t tick = engine_now(e) + (e->config.num_transports > 1 ? MOE_NS_PER_MS : MOE_ORPHAN_RETRY_NS);
     if (busy && tick < until) until = tick;
     return until;

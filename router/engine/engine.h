@@ -71,6 +71,7 @@ typedef struct moe_engine_worker_view {
     char id[64];
     uint64_t incarnation;
     bool up, suspect;
+    int64_t quarantine_ns; /* left of its quarantine; 0: it is in none */
     double load; /* expert rows routed to it, decayed (half-life 60 s) */
 } moe_engine_worker_view;
 

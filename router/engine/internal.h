@@ -9,6 +9,7 @@
 #include "router/engine/kv_blocks.h"
 #include "router/engine/output.h"
 #include "router/engine/plan.h"
+#include "router/engine/quarantine.h"
 #include "router/engine/sampler.h"
 
 #define MOE_ENGINE_LOGITS_BYTES (INT64_C(64) << 20) /* of one micro-batch; bounds how many rows may ask for logits at once */
@@ -18,6 +19,11 @@
 #define MOE_SUSPECT_JOB_FACTOR 5               /* a worker may be silent for this many times its usual call time */
 #define MOE_SUSPECT_HOLD_NS (1 * MOE_NS_PER_S) /* a suspect is tried again after this, doubled each time it does no better: */
 #define MOE_SUSPECT_HOLD_MAX_NS (30 * MOE_NS_PER_S)
+#define MOE_POISON_WORKERS 2                   /* a request in whose step so many workers died is not tried on another */
+#define MOE_HEDGE_FACTOR 4                     /* a call is hedged after so many times the usual time of its size, */
+#define MOE_HEDGE_AFTER_NS (25 * MOE_NS_PER_MS) /* and not before this */
+#define MOE_HEDGE_BUDGET 0.1                   /* rows of hedges for each row of ordinary calls, */
+#define MOE_HEDGE_BURST_ROWS 4096              /* saved up to this */
 #define MOE_ORPHAN_RETRY_NS (50 * MOE_NS_PER_MS) /* between tries while an expert has no usable replica */
 
 typedef struct micro_batch micro_batch;
@@ -51,6 +57,8 @@ typedef struct sequence {
 
     moe_token_logprobs *prompt_logprobs; /* [num_prompt - 1] where asked for */
     int32_t num_prompt_logprobs;
+    uint64_t death_step; /* the last step in which a worker died over this request */
+    int32_t num_dead, dead_workers[MOE_POISON_WORKERS]; /* in that step; indices into engine->workers */
     int64_t submitted_ns, last_token_ns;
 } sequence;
 
@@ -73,6 +81,8 @@ typedef struct engine_worker {
     uint64_t incarnation; /* while up */
     moe_peer peer;        /* while up */
     int64_t call_ns;      /* exponential average of a call's time */
+    double call_rows;     /* and of its assignments */
+    bool quarantined;
     bool in_use;          /* some map names it */
 } engine_worker;
 
@@ -94,6 +104,10 @@ typedef struct expert_call {
     uint64_t digest; /* exclusive or of its experts' digests; 0 while one is unknown */
     int64_t sent_ns;
     bool blamed; /* made its worker suspect: goes to other replicas as soon as they can take it */
+    bool hedged; /* a hedge was begun, or found impossible */
+    int32_t hedge_parts, parts_answered; /* of its hedge; 0: there is none under way */
+    struct expert_call *primary;         /* of a part of a hedge: the slow call; else NULL */
+    bool answered;                       /* a part whose result is in place */
     int32_t num_rows, num_assignments;
     moe_assignment *assignments; /* [capacity]; sorted by (expert, row) */
     int32_t *rows;               /* [capacity]; the first num_rows: rows of the micro-batch in message order */
@@ -202,6 +216,8 @@ struct moe_engine {
     engine_worker workers[MOE_PLACEMENT_MAX_WORKERS];
     int32_t num_workers;
     placed_map *map;           /* newest; NULL before the first */
+    moe_quarantine quarantine;
+    double hedge_rows;         /* what hedges may still cost */
     uint64_t topology_version; /* counts changes of map and workers, so that orphans know when to try again */
 
     pthread_mutex_t lock; /* guards what follows */
@@ -275,6 +291,17 @@ void dispatch_begin(micro_batch *b);             /* plans and sends this layer's
 bool dispatch_done(const micro_batch *b);        /* all results are in place */
 void dispatch_tick(micro_batch *b, int64_t now); /* suspicion, orphans, deadlines */
 void dispatch_cancel(micro_batch *b);
+/* Sends assignments, sorted by (expert, row), to a worker of the map. As a part of the hedge of `primary`, else NULL: then what
+ * cannot be sent becomes orphans. False where no call began. */
+bool dispatch_start_call(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count, expert_call *primary);
+void dispatch_release_call(expert_call *call);
+
+/* hedge.c */
+void hedge_earn(moe_engine *e, int32_t rows);     /* an ordinary call with so many rows was sent */
+void hedge_tick(expert_call *call, int64_t now);  /* begins the call's hedge where it is due and affordable */
+int64_t hedge_next_ns(const micro_batch *b);      /* when the next one is due; INT64_MAX: none */
+void hedge_drop(expert_call *call);               /* the call ends, or a part of its hedge failed: the call stands alone */
+void hedge_answered(expert_call *part);           /* its result is in place; the last one ends the slow call */
 
 /* workers.c */
 moe_status workers_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *err);
@@ -287,7 +314,8 @@ bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed);
 moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed);
 const moe_rpc_peer *workers_peer(const moe_engine *e, int32_t worker);
 void workers_suspect(moe_engine *e, int32_t worker);
-void workers_forgive(moe_engine *e, int64_t now); /* ends suspicions of workers that advance again, or whose time is over */
+/* Ends suspicions of workers that advance again, or whose time is over, and quarantines whose time is over. */
+void workers_forgive(moe_engine *e, int64_t now);
 
 /* view.c */
 void view_refresh(moe_engine *e, int64_t now);

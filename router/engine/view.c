@@ -68,6 +68,7 @@ static void view_workers(const moe_engine *e, moe_engine_view *view, int64_t now
         v->incarnation = pw->incarnation;
         v->up = w >= 0 && e->workers[w].up && e->workers[w].incarnation == pw->incarnation;
         v->suspect = w >= 0 && e->workers[w].suspect;
+        v->quarantine_ns = w >= 0 && e->workers[w].quarantined ? moe_quarantine_until_ns(&e->quarantine, pw->id) - now : 0;
         v->load = w >= 0 ? e->worker_loads[w] / weight : 0;
     }
 }
@@ -83,8 +84,12 @@ void view_refresh(moe_engine *e, int64_t now) {
     e->view.waiting = e->num_queued;
     if (topology) e->view.ready = all_experts_reachable(e);
     view_workers(e, &e->view, now);
-    int32_t up = 0;
-    for (int32_t i = 0; i < e->view.num_workers; i++) up += e->view.workers[i].up;
+    int32_t up = 0, quarantined = 0;
+    for (int32_t i = 0; i < e->view.num_workers; i++) {
+        up += e->view.workers[i].up;
+        quarantined += e->view.workers[i].quarantine_ns > 0;
+    }
+    moe_metric_set(MOE_METRIC_WORKERS_QUARANTINED, quarantined);
     moe_metric_set(MOE_METRIC_WORKERS_UP, up);
     moe_metric_set(MOE_METRIC_REQUESTS_RUNNING, e->running.count);
     moe_metric_set(MOE_METRIC_REQUESTS_WAITING, e->num_queued);

@@ -44,12 +44,25 @@ moe_status workers_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *er
     return MOE_OK;
 }
 
+static void note_trouble(moe_engine *e, engine_worker *w) {
+    int64_t now = engine_now(e);
+    if (!w->id[0] || !moe_quarantine_trouble(&e->quarantine, w->id, now)) return;
+    w->quarantined = true;
+    moe_metric_add(MOE_METRIC_QUARANTINES, 1);
+    moe_warn("worker %s went away or stalled %d times within %lld s: it is quarantined for %lld s", w->id, MOE_FLAP_LIMIT,
+             (long long)(MOE_FLAP_WINDOW_NS / MOE_NS_PER_S),
+             (long long)((moe_quarantine_until_ns(&e->quarantine, w->id) - now) / MOE_NS_PER_S));
+}
+
 void workers_on_peer_down(void *ctx, const moe_rpc_peer *peer) {
     channel *c = ctx;
     int32_t i = worker_of_link(c->engine, c, peer->link);
     if (i < 0) return;
     engine_worker *w = &c->engine->workers[i];
-    if (w->up) moe_warn("worker %s at %s went away", w->id, w->endpoint);
+    if (w->up) {
+        moe_warn("worker %s at %s went away", w->id, w->endpoint);
+        note_trouble(c->engine, w);
+    }
     w->up = w->suspect = false;
     topology_changed(c->engine);
 }
@@ -75,12 +88,18 @@ void workers_suspect(moe_engine *e, int32_t worker) {
     w->suspected_ns = engine_now(e);
     moe_metric_add(MOE_METRIC_PEERS_SUSPECTED, 1);
     moe_warn("worker %s at %s makes no progress; its work goes to other replicas", w->id, w->endpoint);
+    note_trouble(e, w);
     topology_changed(e);
 }
 
 void workers_forgive(moe_engine *e, int64_t now) {
     for (int32_t i = 0; i < e->num_workers; i++) {
         engine_worker *w = &e->workers[i];
+        if (w->quarantined && now >= moe_quarantine_until_ns(&e->quarantine, w->id)) {
+            w->quarantined = false;
+            moe_info("worker %s is out of quarantine", w->id);
+            topology_changed(e);
+        }
         if (!w->suspect || (!advanced_since_suspected(e, i) && now - w->suspected_ns < w->hold_ns)) continue;
         w->suspect = false;
         moe_info("worker %s at %s is given work again", w->id, w->endpoint);
@@ -175,7 +194,10 @@ void workers_adopt(moe_engine *e, moe_placement *placement) {
     map->placement = placement;
     for (int32_t i = 0; i < placement->num_workers; i++) {
         map->worker[i] = worker_connect(e, &placement->workers[i]);
-        if (map->worker[i] >= 0) memcpy(e->workers[map->worker[i]].id, placement->workers[i].id, MOE_WORKER_ID_BYTES);
+        if (map->worker[i] < 0) continue;
+        engine_worker *w = &e->workers[map->worker[i]];
+        memcpy(w->id, placement->workers[i].id, MOE_WORKER_ID_BYTES);
+        w->quarantined = moe_quarantine_until_ns(&e->quarantine, w->id) > engine_now(e);
     }
     placed_map *previous = e->map;
     e->map = map;
@@ -196,5 +218,6 @@ bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed) {
 
 moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed) {
     if (!workers_up(e, map, placed)) return MOE_PLAN_UNFIT;
-    return e->workers[map->worker[placed]].suspect ? MOE_PLAN_LAST_RESORT : MOE_PLAN_FIT;
+    const engine_worker *w = &e->workers[map->worker[placed]];
+    return w->suspect ? MOE_PLAN_LAST_RESORT : w->quarantined ? MOE_PLAN_RESERVE : MOE_PLAN_FIT;
 }

@@ -1,6 +1,7 @@
 #include "tests/support/gated_backend.h"
 
 #include <math.h>
+#include <stdio.h>
 
 static moe_gated_backend *gate_of(moe_backend *backend) { return (moe_gated_backend *)backend; }
 
@@ -36,8 +37,10 @@ static void run(moe_gated_backend *gate, const moe_ffn_batch *batch, moe_job *jo
     gate->real->ops->ffn_submit(gate->real, batch, &inner.job);
     MOE_ASSERT(inner.ended);
     float *out = batch->out;
-    if (gate->poison) out[0] = INFINITY;
-    job->status = inner.job.status;
+    if (gate->poison || gate->poison_next > 0) out[0] = INFINITY;
+    gate->poison_next -= gate->poison_next > 0;
+    job->status = gate->fail_jobs ? MOE_INTERNAL : inner.job.status;
+    if (gate->fail_jobs) snprintf(job->message, sizeof job->message, "the device is gone");
     job->compute_ns = inner.job.compute_ns;
     atomic_store(&job->progress, atomic_load(&inner.job.progress));
     job->done(job);

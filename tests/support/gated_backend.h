@@ -9,6 +9,8 @@ typedef struct moe_gated_backend {
     moe_backend *real; /* borrowed */
     bool hold;         /* jobs wait for moe_gated_release */
     bool poison;       /* the first value of every result becomes infinite */
+    int poison_next;   /* so many batches to come are poisoned, too */
+    bool fail_jobs;    /* every job ends with INTERNAL, as after the loss of a device */
     int fail_load;     /* the n-th load from now fails (1: the next); 0: none */
 
     const moe_ffn_batch *waiting; /* the job held back, or NULL */

@@ -22,6 +22,7 @@ static void must(moe_status status, const moe_error *err) {
 static void start_worker(sim_cluster *s, int32_t index) {
     sim_worker *w = &s->workers[index];
     moe_backend *backend = s->config.worker_backend ? s->config.worker_backend : s->config.backend;
+    if (s->config.own_backend[index]) backend = s->config.own_backend[index];
     moe_error err;
     char bound[MOE_ENDPOINT_BYTES];
     uint64_t incarnation = moe_random_next(&s->random) | 1;
@@ -36,7 +37,8 @@ static void start_worker(sim_cluster *s, int32_t index) {
                                 .id = w->id,
                                 .incarnation = incarnation,
                                 .max_queued_calls = 64,
-                                .max_batch_rows = 4096};
+                                .max_batch_rows = 4096,
+                                .reference = s->config.reference};
     must(moe_worker_new(&config, &w->worker, &err), &err);
     moe_registration_config registration = {.store = w->store,
                                             .clock = &s->clock,

@@ -37,6 +37,8 @@ typedef struct sim_config {
     const moe_model *model;
     moe_backend *backend;        /* threads 0 */
     moe_backend *worker_backend; /* of the workers; NULL: the same */
+    moe_backend *own_backend[SIM_MAX_WORKERS]; /* of one worker; NULL: as above */
+    const moe_ops *reference;                  /* of the workers' known-answer batches; NULL: none */
     int64_t boot_ns;             /* 0: until the first map is in use; else so long, whatever comes of it */
     int32_t workers, replicas, micro_batches, max_num_batched_tokens, num_kv_blocks;
     moe_gating gating;

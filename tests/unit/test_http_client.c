@@ -347,7 +347,7 @@ static void test_status_text(void **state) {
         "\"workers\":[{\"id\":\"w0\",\"pid\":101,\"host\":\"here\",\"endpoint\":\"ipc:///"
         "x\",\"state\":\"up\",\"experts\":48,\"load\":0.25,\"profile\":\"cuda/sm90/bfloat16\"},"
         "{\"id\":\"worker-1\",\"pid\":7,\"host\":\"here\",\"endpoint\":\"ipc:///"
-        "y\",\"state\":\"suspect\",\"experts\":8,\"load\":0.75}],"
+        "y\",\"state\":\"suspect\",\"experts\":8,\"load\":0.75,\"quarantine_s\":12}],"
         "\"routers\":[{\"id\":\"r0\",\"pid\":9,\"host\":\"here\",\"state\":\"up\",\"leader\":true}],"
         "\"layers\":[{\"max_over_mean\":1.5},{\"max_over_mean\":1.25}]}",
         0, NULL);
@@ -356,9 +356,9 @@ static void test_status_text(void **state) {
     moe_status_text(status, &text);
     assert_string_equal(text.data,
                         "demo: ready, epoch 3, replicas 2, Redis up (pid 42)\n\n"
-                        "WORKER    STATE    HOST  PID  EXPERTS    LOAD  PROFILE             ENDPOINT\n"
-                        "w0        up       here  101       48  25.0 %  cuda/sm90/bfloat16  ipc:///x\n"
-                        "worker-1  suspect  here    7        8  75.0 %  -                   ipc:///y\n\n"
+                        "WORKER    STATE    HOST  PID  EXPERTS    LOAD  QUARANTINE  PROFILE             ENDPOINT\n"
+                        "w0        up       here  101       48  25.0 %           -  cuda/sm90/bfloat16  ipc:///x\n"
+                        "worker-1  suspect  here    7        8  75.0 %          12  -                   ipc:///y\n\n"
                         "ROUTER  STATE  HOST  PID  LEADER\n"
                         "r0      up     here    9  yes\n\n"
                         "busiest worker over the mean, by MoE layer (1.00 is even)\n"

@@ -37,6 +37,7 @@ static moe_status cluster_status(void *ctx, moe_cluster_status *out, moe_error *
     worker->experts = 96;
     worker->load = 0.5;
     worker->incarnation = 0xabcdef;
+    worker->quarantine_s = 7;
     snprintf(out->routers[0].id, sizeof out->routers[0].id, "r0");
     out->layers[0] = (moe_layer_status){1.25, 2, 1.5};
     return MOE_OK;
@@ -118,7 +119,7 @@ static void test_get_routes(void **state) {
                 "{\"epoch\":7,\"ready\":true,\"model\":\"demo\",\"cluster_uuid\":\"\",\"replicas\":0,"
                 "\"workers\":[{\"id\":\"w0\",\"pid\":4242,\"host\":\"\",\"endpoint\":\"\",\"profile\":\"cpu/avx2/"
                 "float32\",\"state\":\"up\",\"experts\":96,\"load\":0.5,"
-                "\"incarnation\":\"0000000000abcdef\"}],"
+                "\"incarnation\":\"0000000000abcdef\",\"quarantine_s\":7}],"
                 "\"routers\":[{\"id\":\"r0\",\"pid\":0,\"host\":\"\",\"state\":\"up\",\"leader\":false}],"
                 "\"redis\":{\"used\":true,\"up\":true},\"layers\":[{\"max_over_mean\":1.25,\"min_replicas\":2,"
                 "\"cost_max_over_mean\":1.5}],\"operations\":[],\"migration\":\"\",\"moves\":0}");

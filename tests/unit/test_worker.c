@@ -9,6 +9,7 @@
 
 #include "common/alloc.h"
 #include "common/inproc/inproc.h"
+#include "common/log.h"
 #include "common/metrics.h"
 #include "common/random.h"
 #include "cpu/cpu.h"
@@ -69,7 +70,7 @@ static void rig_open_backend(rig *r, int32_t threads) {
     moe_gated_init(&r->gate, r->ref);
 }
 
-static void rig_open(rig *r, int32_t max_queued_calls, int32_t max_batch_rows) {
+static void rig_open_checked(rig *r, int32_t max_queued_calls, int32_t max_batch_rows, bool checked) {
     rig_open_backend(r, 0);
     r->clock = moe_clock_fake(START_NS);
     assert_int_equal(moe_inproc_hub_new(&r->clock, 1, &r->hub, NULL), MOE_OK);
@@ -84,10 +85,15 @@ static void rig_open(rig *r, int32_t max_queued_calls, int32_t max_batch_rows) {
                                       .id = "w0",
                                       .incarnation = INCARNATION,
                                       .max_queued_calls = max_queued_calls,
-                                      .max_batch_rows = max_batch_rows};
+                                      .max_batch_rows = max_batch_rows,
+                                      .reference = checked ? r->ref->ops->single : NULL};
     assert_int_equal(moe_worker_new(&config, &r->worker, NULL), MOE_OK);
     make_client(r, CLUSTER, r->model->digest);
     connect_client(r);
+}
+
+static void rig_open(rig *r, int32_t max_queued_calls, int32_t max_batch_rows) {
+    rig_open_checked(r, max_queued_calls, max_batch_rows, false);
 }
 
 static void rig_close(rig *r) {
@@ -110,7 +116,8 @@ typedef struct reply {
     moe_status status;
     char message[256];
     uint32_t not_held[EXPERTS];
-    size_t num_not_held;
+    size_t num_not_held, num_not_finite;
+    uint32_t not_finite[MAX_ROWS];
     uint32_t dropped;
     size_t num_loaded;
     Moesaic__V1__LoadedExpert loaded[LAYERS * EXPERTS];
@@ -138,6 +145,9 @@ static void keep_body(reply *to, const moe_rpc_reply *from) {
         to->num_not_held = body->n_not_held;
         assert_true(body->n_not_held <= EXPERTS);
         memcpy(to->not_held, body->not_held, body->n_not_held * sizeof *body->not_held);
+        assert_true(body->n_not_finite <= MAX_ROWS);
+        to->num_not_finite = body->n_not_finite;
+        memcpy(to->not_finite, body->not_finite, body->n_not_finite * sizeof *body->not_finite);
         to->result.epoch = body->epoch;
     } else if (type == &moesaic__v1__forward_response__descriptor) {
         assert_int_equal(
@@ -626,12 +636,83 @@ static void names_layer_and_expert_of_results_that_are_not_finite(void **state) 
         while (mode && p.row_of[a] != 0) a++;
         snprintf(what, sizeof what, "expert %u of MoE layer 2", p.expert_of[a]);
         assert_int_equal(answer.status, MOE_INTERNAL);
+        assert_int_equal(answer.num_not_finite, 1);
+        assert_int_equal(answer.not_finite[0], mode ? 0 : p.row_of[0]);
         if (!strstr(answer.message, what)) fail_msg("\"%s\" lacks \"%s\"", answer.message, what);
         r.gate.poison = false;
         send_problem(&r, &p, &answer);
         wait_for(&r, &answer);
         expect_solved(&r, &p, &answer);
     }
+    rig_close(&r);
+}
+
+/* The known-answer batch tells whose fault a value is that is not finite: here the request's, so only its rows are named. */
+static void checks_itself_after_results_that_are_not_finite(void **state) {
+    (void)state;
+    static problem p;
+    static reply answer;
+    moe_worker_view view;
+    rig r;
+    rig_open_checked(&r, 100, 1000, true);
+    load_all(&r);
+    for (int mode = 0; mode < 2; mode++) {
+        make_problem(&p, 1, 4, mode ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT, 5);
+        solve(&r, &p);
+        int before = r.gate.num_batches;
+        r.gate.poison_next = 1;
+        send_problem(&r, &p, &answer);
+        wait_for(&r, &answer);
+        assert_int_equal(answer.status, MOE_INTERNAL);
+        assert_int_equal(answer.num_not_finite, 1);
+        int checks = r.gate.num_batches - before - 1;
+        assert_in_range(checks, 1, TOP_K); /* the experts of the row */
+        send_problem(&r, &p, &answer);
+        wait_for(&r, &answer);
+        expect_solved(&r, &p, &answer);
+    }
+    moe_worker_get_view(r.worker, &view);
+    assert_string_equal(view.defect, "");
+    rig_close(&r);
+}
+
+/* Results that are not finite, or jobs that fail, and a known-answer batch that goes the same way: no rows are blamed, the worker
+ * is defective and refuses what comes. */
+static void a_defective_worker_refuses_work(void **state) {
+    (void)state;
+    static problem p;
+    static reply answers[3];
+    moe_worker_view view;
+    rig r;
+    moe_log_init(MOE_LOG_OFF, "test");
+    for (int lost = 0; lost < 2; lost++) {
+        rig_open_checked(&r, 100, 1000, true);
+        load_all(&r);
+        make_problem(&p, 1, 4, MOE_COMBINE_EXACT, 5);
+        r.gate.poison = !lost;
+        r.gate.fail_jobs = lost;
+        for (int i = 0; i < 2; i++) send_problem(&r, &p, &answers[i]);
+        for (int i = 0; i < 2; i++) wait_for(&r, &answers[i]);
+        for (int i = 0; i < 2; i++) {
+            assert_true(i == 1 || answers[i].status == MOE_INTERNAL); /* the second may have been computed beside, or refused */
+            assert_int_equal(answers[i].num_not_finite, 0);
+        }
+        moe_worker_get_view(r.worker, &view);
+        assert_non_null(strstr(view.defect, lost ? "the device is gone" : "known-answer"));
+        r.gate.poison = r.gate.fail_jobs = false;
+        send_problem(&r, &p, &answers[2]);
+        wait_for(&r, &answers[2]);
+        assert_int_equal(answers[2].status, MOE_UNAVAILABLE);
+        rig_close(&r);
+    }
+    /* closed while a call is held back */
+    rig_open_checked(&r, 100, 1000, true);
+    load_all(&r);
+    make_problem(&p, 1, 4, MOE_COMBINE_EXACT, 5);
+    r.gate.poison_next = 1;
+    send_problem(&r, &p, &answers[0]);
+    for (int i = 0; i < MAX_ROUNDS && r.gate.num_batches == 0; i++) step_both(&r);
+    moe_worker_free(&r.worker);
     rig_close(&r);
 }
 
@@ -978,6 +1059,8 @@ int main(void) {
         cmocka_unit_test(joins_the_batch_that_waits),
         cmocka_unit_test(refuses_more_than_its_queue_takes),
         cmocka_unit_test(names_layer_and_expert_of_results_that_are_not_finite),
+        cmocka_unit_test(checks_itself_after_results_that_are_not_finite),
+        cmocka_unit_test(a_defective_worker_refuses_work),
         cmocka_unit_test(loads_drops_and_reports),
         cmocka_unit_test(counts_calls_rows_and_progress),
         cmocka_unit_test(commands_need_the_right_incarnation_and_no_older_fence),

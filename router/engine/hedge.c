@@ -1,0 +1,114 @@
+/* Hedging: where a call takes much longer than calls of its size usually do, other replicas are asked for the same rows, within a
+ * budget. A hedge is one call or several that together cover the slow one. All of its parts or the slow call: who is first
+ * complete wins, what the other side has placed is taken back, its calls are cancelled, and late answers are dropped by id. */
+#include <string.h>
+
+#include "common/metrics.h"
+#include "router/engine/internal.h"
+
+void hedge_earn(moe_engine *e, int32_t rows) {
+    e->hedge_rows += MOE_HEDGE_BUDGET * rows;
+    if (e->hedge_rows > MOE_HEDGE_BURST_ROWS) e->hedge_rows = MOE_HEDGE_BURST_ROWS;
+}
+
+/* Larger calls take longer: the usual time is scaled up by how much this one is above the usual size. */
+static int64_t due_ns(const expert_call *call) {
+    const engine_worker *w = &call->batch->engine->workers[call->worker];
+    if (w->call_ns == 0) return INT64_MAX; /* nothing is known of it yet */
+    double size = w->call_rows > 0 ? call->num_assignments / w->call_rows : 1;
+    double expected = (double)w->call_ns * (size > 1 ? size : 1);
+    int64_t wait = (int64_t)(MOE_HEDGE_FACTOR * expected);
+    return call->sent_ns + (wait > MOE_HEDGE_AFTER_NS ? wait : MOE_HEDGE_AFTER_NS);
+}
+
+static bool may_hedge(const expert_call *call) {
+    return call->active && !call->primary && !call->hedged && call->batch->engine->hedge_rows >= call->num_assignments;
+}
+
+int64_t hedge_next_ns(const micro_batch *b) {
+    int64_t next = INT64_MAX;
+    if (b->state != BATCH_EXPERTS) return next;
+    for (int32_t i = 0, left = b->calls_outstanding; i < b->max_calls && left; i++) {
+        left -= b->calls[i].active;
+        if (may_hedge(&b->calls[i]) && due_ns(&b->calls[i]) < next) next = due_ns(&b->calls[i]);
+    }
+    return next;
+}
+
+/* Chooses other replicas, on workers that do well, for all experts of the call. False where there are none for some of them. */
+static bool choose(const expert_call *call, plan_scratch *s) {
+    const micro_batch *b = call->batch;
+    const moe_engine *e = b->engine;
+    const moe_placement *p = b->map->placement;
+    memset(s->rows_of_expert, 0, (size_t)e->model->num_experts * sizeof *s->rows_of_expert);
+    for (int32_t i = 0; i < call->num_assignments; i++) s->rows_of_expert[call->assignments[i].expert]++;
+    for (int32_t w = 0; w < p->num_workers; w++) {
+        int32_t worker = b->map->worker[w];
+        bool usable = worker >= 0 && worker != call->worker && !b->excluded[worker];
+        s->fitness[w] = usable && workers_fitness(e, b->map, w) == MOE_PLAN_FIT ? MOE_PLAN_FIT : MOE_PLAN_UNFIT;
+    }
+    moe_plan_replicas(p, b->segment.index, s->rows_of_expert, s->fitness, s->chosen, s->cost);
+    for (int32_t i = 0; i < call->num_assignments; i++)
+        if (s->chosen[call->assignments[i].expert] == MOE_PLAN_NO_WORKER) return false;
+    return true;
+}
+
+static void begin(expert_call *call) {
+    micro_batch *b = call->batch;
+    moe_engine *e = b->engine;
+    plan_scratch *s = &e->scratch;
+    call->hedged = true;
+    if (!choose(call, s)) return;
+    e->hedge_rows -= call->num_assignments;
+    moe_metric_add(MOE_METRIC_HEDGES, 1);
+    for (int32_t w = 0; w < b->map->placement->num_workers; w++) {
+        int32_t taken = 0;
+        for (int32_t i = 0; i < call->num_assignments; i++)
+            if (s->chosen[call->assignments[i].expert] == w) s->sorted[taken++] = call->assignments[i];
+        if (taken && !dispatch_start_call(b, w, s->sorted, taken, call)) {
+            hedge_drop(call);
+            return;
+        }
+    }
+}
+
+void hedge_tick(expert_call *call, int64_t now) {
+    if (may_hedge(call) && now >= due_ns(call)) begin(call);
+}
+
+/* Ends a part; what it had placed no longer counts (under exact combine the same bits come to the same slots). */
+static void end_part(expert_call *part) {
+    micro_batch *b = part->batch;
+    moe_engine *e = b->engine;
+    if (!part->answered)
+        moe_rpc_cancel(e->channels[e->workers[part->worker].transport].rpc, part->rpc_call);
+    else if (e->config.combine == MOE_COMBINE_PARTIAL)
+        for (int32_t i = 0; i < part->num_rows; i++)
+            b->combine_weights[part->rows[i] * (int64_t)e->model->top_k + part->row_slots[i]] = 0.0f;
+    dispatch_release_call(part);
+}
+
+void hedge_drop(expert_call *call) {
+    micro_batch *b = call->batch;
+    for (int32_t i = 0; call->hedge_parts && i < b->max_calls; i++) {
+        if (!b->calls[i].active || b->calls[i].primary != call) continue;
+        call->hedge_parts--;
+        end_part(&b->calls[i]);
+    }
+    MOE_ASSERT(call->hedge_parts == 0);
+    call->parts_answered = 0;
+}
+
+void hedge_answered(expert_call *part) {
+    expert_call *call = part->primary;
+    micro_batch *b = call->batch;
+    moe_engine *e = b->engine;
+    part->answered = true;
+    if (++call->parts_answered < call->hedge_parts) return;
+    moe_metric_add(MOE_METRIC_HEDGES_WON, 1);
+    moe_rpc_cancel(e->channels[e->workers[call->worker].transport].rpc, call->rpc_call);
+    for (int32_t i = 0; i < b->max_calls; i++)
+        if (b->calls[i].active && b->calls[i].primary == call) dispatch_release_call(&b->calls[i]);
+    call->hedge_parts = 0;
+    dispatch_release_call(call);
+}
