@@ -47,6 +47,23 @@ static void test_unusable_workers_get_nothing(void **state) {
     moe_placement_unref(&p);
 }
 
+/* A source that drains serves only those who have nobody else. */
+static void test_draining_replicas_come_last(void **state) {
+    (void)state;
+    int replicas[EXPERTS][3];
+    for (int e = 0; e < EXPERTS; e++) replicas[e][0] = 0, replicas[e][1] = 1, replicas[e][2] = -1;
+    moe_placement *p = map_of(replicas);
+    int32_t rows[EXPERTS], chosen[EXPERTS];
+    int64_t cost[WORKERS];
+    for (int e = 0; e < EXPERTS; e++) rows[e] = 1, moe_placement_at(p, 0, e)->replicas[0].state = MOE_REPLICA_DRAINING;
+    uint8_t all[WORKERS] = {FIT, FIT, FIT, FIT}, without[WORKERS] = {FIT, NONE, FIT, FIT};
+    moe_plan_replicas(p, 0, rows, all, chosen, cost);
+    for (int e = 0; e < EXPERTS; e++) assert_int_equal(chosen[e], 1);
+    moe_plan_replicas(p, 0, rows, without, chosen, cost);
+    for (int e = 0; e < EXPERTS; e++) assert_int_equal(chosen[e], 0);
+    moe_placement_unref(&p);
+}
+
 static void test_loading_replicas_are_not_used(void **state) {
     (void)state;
     int replicas[EXPERTS][3];
@@ -114,7 +131,8 @@ static void test_sort_orders_by_expert_then_row(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_unusable_workers_get_nothing), cmocka_unit_test(test_loading_replicas_are_not_used),
+        cmocka_unit_test(test_unusable_workers_get_nothing), cmocka_unit_test(test_draining_replicas_come_last),
+        cmocka_unit_test(test_loading_replicas_are_not_used),
         cmocka_unit_test(test_suspects_are_a_last_resort), cmocka_unit_test(test_distinct_experts_are_balanced),
         cmocka_unit_test(test_sort_orders_by_expert_then_row)};
     return cmocka_run_group_tests(tests, NULL, NULL);
