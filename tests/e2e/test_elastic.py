@@ -146,8 +146,9 @@ def scale_out_and_in():
             second.stop()
 
 
-def operators_move_experts():
-    with Cluster("--no-auto-placement", "--copy-from", "peer", workers=3) as cluster:
+def operators_move_experts(*transport):
+    """Experts are copied from worker to worker, over ipc or over tcp with keys."""
+    with Cluster("--no-auto-placement", "--copy-from", "peer", *transport, workers=3) as cluster:
         with Load([cluster]) as load:
             out = operate(cluster, "move", "--layer", "0", "--expert", "0", "--from", "w0", "--to", "w1", "--operation", "first")
             check("first: done" in out and "1 of 1 moves, safe to stop" in out, out)
@@ -169,8 +170,13 @@ def operators_move_experts():
             check(bad.returncode == 1 and "no worker is called 'w9'" in bad.stderr, bad.stderr)
             text = subprocess.run([os.path.join(BIN, "moesaic"), "status", "--url", f"http://127.0.0.1:{cluster.port}"], capture_output=True, text=True).stdout
             check("OPERATION" in text and "drain" in text, text)
+            check("could not be copied" not in cluster.log_text(), "a worker fell back to its file")
         load.check()
         check(load.done() > 0, "no request ended")
+
+
+def operators_move_experts_over_tcp():
+    operators_move_experts("--listen", "tcp://127.0.0.1:0")
 
 
 def moves_under_load():
@@ -194,4 +200,4 @@ def moves_under_load():
 
 
 if __name__ == "__main__":
-    main([scale_out_and_in, operators_move_experts, moves_under_load])
+    main([scale_out_and_in, operators_move_experts, operators_move_experts_over_tcp, moves_under_load])
