@@ -17,6 +17,10 @@ static void must(moe_status status, const moe_error *err) {
     abort();
 }
 
+static void stepped(const sim_cluster *s, moe_status status, const moe_error *err) {
+    if (!s->config.starved || status != MOE_RESOURCE_EXHAUSTED) must(status, err);
+}
+
 /* ---- parts ---- */
 
 static void start_worker(sim_cluster *s, int32_t index) {
@@ -133,6 +137,7 @@ static void start_router(sim_cluster *s) {
                                         .initial_workers = s->config.workers,
                                         .layout = s->config.layout,
                                         .layout_seed = s->config.seed,
+                                        .state_dir = s->config.state_dir,
                                         .on_map = on_map,
                                         .ctx = s};
     must(moe_controller_new(&controller, &s->controller, &err), &err);
@@ -155,12 +160,12 @@ void sim_restart_router(sim_cluster *s) {
 
 static void step_all(sim_cluster *s) {
     moe_error err;
-    must(moe_engine_step(s->engine, 0, &err), &err);
-    must(moe_controller_step(s->controller, 0, &err), &err);
+    stepped(s, moe_engine_step(s->engine, 0, &err), &err);
+    stepped(s, moe_controller_step(s->controller, 0, &err), &err);
     for (int32_t i = 0; i < s->config.workers; i++) {
         sim_worker *w = &s->workers[i];
         if (!w->worker) continue;
-        must(moe_worker_step(w->worker, 0, &err), &err);
+        stepped(s, moe_worker_step(w->worker, 0, &err), &err);
         if (moe_registration_next_ns(w->registration) <= s->clock.fake_now_ns) moe_registration_step(w->registration, &err);
     }
     int64_t now = s->clock.fake_now_ns, due = moe_inproc_next_due_ns(s->hub);

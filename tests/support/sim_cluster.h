@@ -44,6 +44,8 @@ typedef struct sim_config {
     moe_gating gating;
     moe_combine_mode combine;
     moe_placement_kind layout;
+    const char *state_dir; /* of the router; NULL: none */
+    bool starved;          /* steps may fail for want of memory, and go on afterwards */
     bool local; /* local steps with the experts of the only worker, which is never killed */
 } sim_config;
 
