@@ -75,8 +75,8 @@ static const moe_option_row rows[] = {
     {"cluster-name", TEXT, ROUTER | WORKER, "Cluster", "default", 0, 0, NULL, "NAME", "prefix of the cluster's keys in Redis"},
     {"id", TEXT, ROUTER | WORKER, "Cluster", NULL, 0, 0, NULL, "NAME",
      "stable name of this process; default: made from host and process id"},
-    {"state-dir", TEXT, ROUTER, "Cluster", NULL, 0, 0, NULL, "DIR",
-     "keep the newest placement map here, for a start while Redis is down"},
+    {"state-dir", TEXT, ROUTER | WORKER, "Cluster", NULL, 0, 0, NULL, "DIR",
+     "keep here what must outlive this process: a router's newest map, the highest epoch that a worker saw"},
     {"replica-wait", DURATION, ENGINES, "Cluster", "2s", 0, 3600, NULL, "TIME",
      "how long a step waits when an expert has no live replica, before its requests fail with 503"},
 

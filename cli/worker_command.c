@@ -136,6 +136,7 @@ static moe_status open_worker(worker_process *p, device_worker *w, moe_error *er
                                      .public_key = keys.public_key,
                                      .id = w->id,
                                      .cluster_uuid = p->uuid,
+                                     .state_dir = moe_option_text(p->options, "state-dir"),
                                      .max_queued_calls = (int32_t)moe_option_int(p->options, "max-queued-calls"),
                                      .max_batch_rows = (int32_t)moe_option_int(p->options, "max-batch-rows"),
                                      .capacity_experts = moe_option_int(p->options, "max-experts"),
@@ -209,7 +210,10 @@ int moe_command_worker(const moe_options *o) {
     if (status == MOE_OK) status = moe_backend_open(&plain, &p.reference, &err);
     if (status == MOE_OK) status = open_workers(&p, &err);
     bool defective = false;
-    while (status == MOE_OK && !defective && !moe_signals_wait(WATCH_NS)) defective = quarantine_defective(&p);
+    while (status == MOE_OK && !defective && !moe_signals_wait(WATCH_NS)) {
+        for (int32_t i = 0; i < p.num_workers; i++) moe_worker_node_remember(p.workers[i].node);
+        defective = quarantine_defective(&p);
+    }
     if (status == MOE_OK && (!defective || p.num_workers > 1)) hand_over(&p);
     for (int32_t i = 0; i < p.num_workers; i++) {
         moe_worker_node_close(&p.workers[i].node);

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
+#include "cli/worker_state.h"
 #include "common/alloc.h"
 #include "common/log.h"
 #include "common/random.h"
@@ -15,6 +16,8 @@ struct moe_worker_node {
     moe_worker *worker;
     moe_registration *registration;
     char *id, *cluster_uuid; /* borrowed by the worker */
+    char *state_dir;         /* NULL: none */
+    moe_worker_memory remembered;
 };
 
 void moe_host_name(char *host, size_t size) {
@@ -33,9 +36,11 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
     moe_host_name(host, sizeof host);
     n->id = moe_strdup(c->id);
     n->cluster_uuid = moe_strdup(c->cluster_uuid);
-    if (!n->id || !n->cluster_uuid) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    if (c->state_dir) n->state_dir = moe_strdup(c->state_dir);
+    if (!n->id || !n->cluster_uuid || (c->state_dir && !n->state_dir)) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     moe_status status = n->transport->ops->listen(n->transport, c->listen, bound, err);
     if (status != MOE_OK) return status;
+    if (n->state_dir) n->remembered = moe_worker_state_read(n->state_dir, n->id, n->cluster_uuid);
     moe_worker_config worker = {.model = c->model,
                                 .backend = c->backend,
                                 .transport = n->transport,
@@ -48,7 +53,9 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                 .reference = c->reference,
                                 .background_loads = !c->stepped,
                                 .copy_bytes_per_s = c->copy_bytes_per_s,
-                                .max_experts = (int32_t)c->capacity_experts};
+                                .max_experts = (int32_t)c->capacity_experts,
+                                .known_epoch = n->remembered.epoch,
+                                .known_fence = n->remembered.fence};
     status = moe_worker_new(&worker, &n->worker, err);
     if (status == MOE_OK && !c->stepped) status = moe_worker_start(n->worker, err);
     if (status != MOE_OK) return status;
@@ -99,6 +106,16 @@ bool moe_worker_node_left(moe_worker_node *n) {
     return view.routers == 0 || (view.experts == 0 && view.queued_calls == 0);
 }
 
+void moe_worker_node_remember(moe_worker_node *n) {
+    moe_worker_view view;
+    moe_error err;
+    if (!n->state_dir) return;
+    moe_worker_get_view(n->worker, &view);
+    if (view.epoch <= n->remembered.epoch && view.fence <= n->remembered.fence) return;
+    n->remembered = (moe_worker_memory){view.epoch, view.fence}; /* of a failed attempt, too: the next rise tries again */
+    if (moe_worker_state_write(n->state_dir, n->id, n->cluster_uuid, n->remembered, &err) != MOE_OK) moe_warn("%s", err.message);
+}
+
 bool moe_worker_node_defective(moe_worker_node *n, char *reason, size_t size) {
     moe_worker_view view;
     moe_worker_get_view(n->worker, &view);
@@ -122,5 +139,6 @@ void moe_worker_node_close(moe_worker_node **node) {
     n->store->ops->close(n->store);
     moe_free(n->id);
     moe_free(n->cluster_uuid);
+    moe_free(n->state_dir);
     moe_free(n);
 }

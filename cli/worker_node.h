@@ -17,6 +17,7 @@ typedef struct moe_worker_node_config {
     const char *advertise;    /* endpoint to register; NULL: the one listened at */
     const char *public_key;   /* CURVE, or "" */
     const char *id, *cluster_uuid;
+    const char *state_dir; /* the highest epoch and fence seen are kept there; NULL: nowhere */
     int32_t max_queued_calls, max_batch_rows;
     int64_t capacity_experts;  /* held at once; 0: no limit */
     int64_t copy_bytes_per_s;  /* of what it copies from other workers; 0: no limit */
@@ -35,6 +36,8 @@ moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *node);
 void moe_worker_node_leave(moe_worker_node *node);
 /* Nothing is left to do for it: it holds no expert and no call, or no router is connected. */
 bool moe_worker_node_left(moe_worker_node *node);
+/* Writes epoch and fence into the state folder where they have risen. Blocks for the disk; not on the worker's own thread. */
+void moe_worker_node_remember(moe_worker_node *node);
 /* True, with the reason, once the worker found itself defective: it refuses all work and is to be closed. */
 bool moe_worker_node_defective(moe_worker_node *node, char *reason, size_t size);
 /* Leaves the registry, then stops. NULLs; idempotent. */

@@ -43,7 +43,10 @@ static moe_status make_control(moe_worker *w, moe_error *err) {
                                         .threaded = c->background_loads,
                                         .copy_bytes_per_s = c->copy_bytes_per_s,
                                         .max_experts = c->max_experts};
-    return moe_control_init(&w->control, &control, err);
+    moe_status status = moe_control_init(&w->control, &control, err);
+    w->control.epoch = c->known_epoch;
+    w->control.fence = c->known_fence;
+    return status;
 }
 
 static moe_status make_parts(moe_worker *w, moe_error *err) {
@@ -73,6 +76,19 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
     return status;
 }
 
+static void publish_view(moe_worker *w) {
+    pthread_mutex_lock(&w->view_mutex);
+    w->view = (moe_worker_view){.experts = w->shard.num_held,
+                                .routers = w->num_routers,
+                                .weight_bytes = w->shard.bytes,
+                                .rows = w->batcher.rows,
+                                .queued_calls = w->batcher.num_queued,
+                                .epoch = w->control.epoch,
+                                .fence = w->control.fence};
+    snprintf(w->view.defect, sizeof w->view.defect, "%s", moe_batcher_defect(&w->batcher));
+    pthread_mutex_unlock(&w->view_mutex);
+}
+
 moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe_error *err) {
     if (config->max_queued_calls < 1 || config->max_batch_rows < 1)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "worker: max_queued_calls %d and max_batch_rows %d must be at least 1",
@@ -86,6 +102,8 @@ moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe
         return status;
     }
     pthread_mutex_init(&w->view_mutex, NULL);
+    moe_rpc_set_known(w->rpc, w->control.epoch, w->control.fence);
+    publish_view(w);
     *out = w;
     return MOE_OK;
 }
@@ -101,17 +119,6 @@ void moe_worker_free(moe_worker **worker) {
     pthread_mutex_destroy(&w->view_mutex);
     moe_free(w);
     *worker = NULL;
-}
-
-static void publish_view(moe_worker *w) {
-    pthread_mutex_lock(&w->view_mutex);
-    w->view = (moe_worker_view){.experts = w->shard.num_held,
-                                .routers = w->num_routers,
-                                .weight_bytes = w->shard.bytes,
-                                .rows = w->batcher.rows,
-                                .queued_calls = w->batcher.num_queued};
-    snprintf(w->view.defect, sizeof w->view.defect, "%s", moe_batcher_defect(&w->batcher));
-    pthread_mutex_unlock(&w->view_mutex);
 }
 
 moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {

@@ -21,6 +21,7 @@ typedef struct moe_worker_config {
     bool background_loads;    /* experts are packed in a thread of their own; else in step, as the simulation needs */
     int64_t copy_bytes_per_s; /* of what it copies from other workers; 0: no limit */
     int32_t max_experts;      /* held at once; 0: no limit */
+    uint64_t known_epoch, known_fence; /* the highest of an earlier life, which its hellos tell; 0: none */
 } moe_worker_config;
 
 /* A worker that holds no experts yet. INVALID_ARGUMENT (limits below 1), RESOURCE_EXHAUSTED. */
@@ -49,6 +50,7 @@ typedef struct moe_worker_view {
     int64_t weight_bytes;
     uint64_t rows;
     int32_t queued_calls;
+    uint64_t epoch, fence; /* the highest seen */
     char defect[MOE_WORKER_DEFECT_BYTES]; /* why it must leave the cluster; "" where it is sound */
 } moe_worker_view;
 void moe_worker_get_view(moe_worker *worker, moe_worker_view *out);
