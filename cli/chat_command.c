@@ -9,6 +9,7 @@
 
 #include "cli/chat_client.h"
 #include "cli/commands.h"
+#include "cli/secret_option.h"
 #include "common/clock.h"
 
 #define SILENCE_NS (300 * MOE_NS_PER_S) /* a long prompt on a slow machine says nothing for minutes */
@@ -137,7 +138,6 @@ int moe_command_chat(const moe_options *options) {
     s.interrupts = s.terminal ? open_interrupts() : -1;
     moe_error err;
     moe_chat_client_config config = {.url = moe_option_text(options, "url"),
-                                     .key = moe_option_text(options, "client-key"),
                                      .system = moe_option_text(options, "system"),
                                      .has_temperature = moe_option_given(options, "temperature"),
                                      .has_seed = moe_option_given(options, "seed"),
@@ -146,7 +146,9 @@ int moe_command_chat(const moe_options *options) {
                                      .max_tokens = moe_option_int(options, "max-tokens"),
                                      .silence_ns = SILENCE_NS,
                                      .cancel_fd = s.interrupts};
-    if (moe_chat_client_open(&config, &s.client, &err) == MOE_OK) {
+    char key[MOE_SECRET_BYTES];
+    if (moe_secret_option(options, "client-key", key, &config.key, &err) == MOE_OK &&
+        moe_chat_client_open(&config, &s.client, &err) == MOE_OK) {
         if (s.terminal) fprintf(stderr, "%s at %s; /exit leaves\n", moe_chat_client_model(s.client), config.url);
         converse(&s);
     } else {

@@ -16,6 +16,7 @@ static const command_function functions[MOE_COMMAND_COUNT] = {
     [MOE_COMMAND_PLACEMENT] = moe_command_placement, [MOE_COMMAND_MOVE] = moe_command_move,
     [MOE_COMMAND_REPLICATE] = moe_command_replicate, [MOE_COMMAND_DRAIN] = moe_command_drain,
     [MOE_COMMAND_REBALANCE] = moe_command_rebalance,
+    [MOE_COMMAND_HEALTH] = moe_command_health,
 };
 
 static int print(void (*render)(const moe_option_table *, moe_buf *)) {

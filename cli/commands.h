@@ -18,6 +18,7 @@ int moe_command_move(const moe_options *options);
 int moe_command_replicate(const moe_options *options);
 int moe_command_drain(const moe_options *options);
 int moe_command_rebalance(const moe_options *options);
+int moe_command_health(const moe_options *options);
 
 /* Parses argv (argv[0] is the command's name) and runs the command: the whole of each main. */
 int moe_run_command(int argc, char **argv);

@@ -21,6 +21,7 @@ enum {
     REBALANCE = 1 << MOE_COMMAND_REBALANCE,
     OPERATIONS = MOVE | REPLICATE | DRAIN | REBALANCE,
     OPERATORS = PLACEMENT | OPERATIONS,
+    HEALTH = 1 << MOE_COMMAND_HEALTH,
     NODES = SERVE | ROUTER | WORKER,
     FRONTS = SERVE | ROUTER,
     MODELS = NODES | EVAL | BENCH,
@@ -42,6 +43,7 @@ static const moe_command commands[MOE_COMMAND_COUNT] = {
     {"replicate", NULL, "Give one expert another replica"},
     {"drain", "WORKER", "Move all experts off a worker, so that it can be stopped"},
     {"rebalance", NULL, "Even out the load of the workers now"},
+    {"health", "ROLE", "Whether ROLE serves, for health checks: this machine's router or worker, or cluster: no replica is missing"},
 };
 
 #define INT MOE_OPTION_INT
@@ -80,17 +82,18 @@ static const moe_option_row rows[] = {
     {"replica-wait", DURATION, ENGINES, "Cluster", "2s", 0, 3600, NULL, "TIME",
      "how long a step waits when an expert has no live replica, before its requests fail with 503"},
 
-    {"host", TEXT, FRONTS, "Network", "127.0.0.1", 0, 0, NULL, "ADDRESS", "address of the HTTP API"},
-    {"port", INT, FRONTS, "Network", "8000", 0, 65535, NULL, "P", "port of the HTTP API; 0 takes a free one"},
+    {"host", TEXT, FRONTS | HEALTH, "Network", "127.0.0.1", 0, 0, NULL, "ADDRESS", "address of the HTTP API"},
+    {"port", INT, FRONTS | HEALTH, "Network", "8000", 0, 65535, NULL, "P", "port of the HTTP API; 0 takes a free one"},
     {"api-key", TEXT, FRONTS, "Network", NULL, 0, 0, NULL, "KEY", "required of HTTP clients as a Bearer token"},
+    {"api-key-file", TEXT, FRONTS, "Network", NULL, 0, 0, NULL, "FILE", "file whose first line is the --api-key"},
     {"transport", CHOICE, SERVE, "Network", "auto", 0, 0, "auto|inproc|shm|zmq", NULL,
      "how the router reaches workers; auto: ipc sockets between processes, inproc with --workers 0"},
-    {"listen", TEXT, NODES, "Network", NULL, 0, 0, NULL, "ENDPOINT",
+    {"listen", TEXT, NODES | HEALTH, "Network", NULL, 0, 0, NULL, "ENDPOINT",
      "RPC endpoint: ipc:///path, or tcp://host:port, which needs --keys; port 0 takes a free one. serve: tcp://host:0 puts its "
      "workers on tcp"},
     {"advertise", TEXT, WORKER, "Network", NULL, 0, 0, NULL, "ENDPOINT",
-     "endpoint that routers use, where it differs from --listen"},
-    {"keys", TEXT, NODES | OPERATORS, "Network", NULL, 0, 0, NULL, "DIR",
+     "endpoint that routers use, where it differs from --listen; default for tcp://0.0.0.0: this host's address"},
+    {"keys", TEXT, NODES | OPERATORS | HEALTH, "Network", NULL, 0, 0, NULL, "DIR",
      "key folder of `moesaic keygen`; authenticates and encrypts tcp endpoints"},
 
     {"served-model-name", TEXT, FRONTS, "Model", NULL, 0, 0, NULL, "NAME", "name in the API; default: the model folder's"},
@@ -179,7 +182,10 @@ static const moe_option_row rows[] = {
     {"config", TEXT, ALL, "Operation", NULL, 0, 0, NULL, "FILE", "YAML file of options, one `name: value` a line"},
 
     {"url", TEXT, CHAT | STATUS, "Client", "http://127.0.0.1:8000", 0, 0, NULL, "URL", "the API to talk to"},
-    {"client-key", TEXT, CHAT | STATUS, "Client", NULL, 0, 0, NULL, "KEY", "the server's --api-key"},
+    {"client-key", TEXT, CHAT | STATUS | HEALTH, "Client", NULL, 0, 0, NULL, "KEY", "the server's --api-key"},
+    {"client-key-file", TEXT, CHAT | STATUS | HEALTH, "Client", NULL, 0, 0, NULL, "FILE", "file whose first line is the --client-key"},
+    {"live", BOOL, HEALTH, "Client", "false", 0, 0, NULL, NULL,
+     "of a router: whether the process answers, be it ready or not"},
     {"router", TEXT, OPERATORS, "Client", NULL, 0, 0, NULL, "ENDPOINT", "RPC endpoint of a router to ask, where not by --cluster"},
     {"operation", TEXT, OPERATIONS, "Client", NULL, 0, 0, NULL, "ID",
      "name of the operation; asking again with the same name does nothing more; default: made by the router"},

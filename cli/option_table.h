@@ -17,6 +17,7 @@ typedef enum moe_command_id {
     MOE_COMMAND_REPLICATE,
     MOE_COMMAND_DRAIN,
     MOE_COMMAND_REBALANCE,
+    MOE_COMMAND_HEALTH,
     MOE_COMMAND_COUNT
 } moe_command_id;
 

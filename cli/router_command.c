@@ -5,13 +5,16 @@
 
 #include "cli/commands.h"
 #include "cli/node_options.h"
+#include "cli/secret_option.h"
 #include "cli/signals.h"
 #include "cli/worker_node.h"
 #include "common/log.h"
 
 #define POLL_NS (50 * MOE_NS_PER_MS)
 
-static moe_status read_options(const moe_options *o, char *id, size_t id_size, moe_router_node_config *c, moe_error *err) {
+/* `id` and `api_key` are what the config borrows. */
+static moe_status read_options(const moe_options *o, char *id, size_t id_size, char api_key[MOE_SECRET_BYTES],
+                               moe_router_node_config *c, moe_error *err) {
     moe_status status = moe_engine_options(o, c, err);
     if (status != MOE_OK) return status;
     c->served_name = moe_option_text(o, "served-model-name");
@@ -26,7 +29,6 @@ static moe_status read_options(const moe_options *o, char *id, size_t id_size, m
     c->state_dir = moe_option_text(o, "state-dir");
     c->http_host = moe_option_text(o, "host");
     c->http_port = (int32_t)moe_option_int(o, "port");
-    c->api_key = moe_option_text(o, "api-key");
     c->vllm_metrics = strcmp(moe_option_text(o, "metrics-compat"), "vllm") == 0;
     c->rpc_listen = moe_option_text(o, "listen");
     c->run_dir = getenv("MOESAIC_SERVE_RUN_DIR"); /* told by `serve` to its own router, as is the uuid */
@@ -41,7 +43,8 @@ static moe_status read_options(const moe_options *o, char *id, size_t id_size, m
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--replicas %d: without --store the experts live in this process, once",
                         c->replicas);
     c->balance = moe_balance_options(o);
-    return moe_placement_option(o, c, err);
+    status = moe_secret_option(o, "api-key", api_key, &c->api_key, err);
+    return status == MOE_OK ? moe_placement_option(o, c, err) : status;
 }
 
 /* Serves until a signal, then lets requests end until `drain_ns` or a second signal. */
@@ -63,9 +66,9 @@ int moe_command_router(const moe_options *o) {
     moe_router_node_config config = {0};
     moe_router_node *node;
     moe_error err;
-    char id[MOE_WORKER_ID_BYTES];
+    char id[MOE_WORKER_ID_BYTES], api_key[MOE_SECRET_BYTES];
     moe_signals_block();
-    moe_status status = read_options(o, id, sizeof id, &config, &err);
+    moe_status status = read_options(o, id, sizeof id, api_key, &config, &err);
     if (status == MOE_OK) status = moe_router_node_open(&config, &node, &err);
     if (status != MOE_OK) return moe_command_failed(&err);
     serve_until_signal(node, moe_option_ns(o, "shutdown-timeout"));

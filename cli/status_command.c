@@ -3,6 +3,7 @@
 
 #include "cli/commands.h"
 #include "cli/http_client.h"
+#include "cli/secret_option.h"
 #include "cli/status_text.h"
 #include "common/alloc.h"
 #include "common/clock.h"
@@ -11,15 +12,16 @@
 
 /* Fetches and parses; *status is the caller's. */
 static moe_status fetch(const moe_options *options, json_t **status, moe_error *err) {
+    char key[MOE_SECRET_BYTES];
     moe_http_call call = {.url = moe_option_text(options, "url"),
                           .path = "/cluster/status",
-                          .key = moe_option_text(options, "client-key"),
                           .silence_ns = SILENCE_NS,
                           .cancel_fd = -1};
     moe_buf body = {0};
     int http_status;
     char text[MOE_ERROR_MESSAGE_BYTES / 2];
-    moe_status result = moe_http_run(&call, &http_status, &body, err);
+    moe_status result = moe_secret_option(options, "client-key", key, &call.key, err);
+    if (result == MOE_OK) result = moe_http_run(&call, &http_status, &body, err);
     if (result == MOE_OK && http_status != 200) {
         moe_http_error_text(moe_buf_text(&body), text, sizeof text);
         result = moe_fail(err, MOE_FAILED_PRECONDITION, "%s%s: HTTP %d: %s", call.url, call.path, http_status, text);

@@ -18,6 +18,7 @@
 #define WORKER_AND_ROUTER 2 /* processes that may share this machine; serve knows better and says --poll-us */
 #define LEAVE_POLL_NS (10 * MOE_NS_PER_MS)
 #define WATCH_NS (100 * MOE_NS_PER_MS) /* between looks for a defect */
+#define WATCHES_A_MOVE 20 /* of those for each look whether the host's address changed */
 
 typedef struct worker_settings {
     moe_cluster_file file; /* of --cluster; all "" without it */
@@ -172,6 +173,12 @@ static bool all_left(const worker_process *p) {
     return left;
 }
 
+static bool moved(const worker_process *p) {
+    for (int32_t i = 0; i < p->num_workers; i++)
+        if (p->workers[i].node && moe_worker_node_moved(p->workers[i].node)) return true;
+    return false;
+}
+
 /* Serves on until the experts are elsewhere, no router is left, time is up, or a second signal comes. */
 static void hand_over(const worker_process *p) {
     int64_t until = moe_now_ns(moe_clock_real()) + moe_option_ns(p->options, "shutdown-timeout");
@@ -210,9 +217,11 @@ int moe_command_worker(const moe_options *o) {
     if (status == MOE_OK) status = moe_backend_open(&plain, &p.reference, &err);
     if (status == MOE_OK) status = open_workers(&p, &err);
     bool defective = false;
-    while (status == MOE_OK && !defective && !moe_signals_wait(WATCH_NS)) {
+    for (int watch = 1; status == MOE_OK && !defective && !moe_signals_wait(WATCH_NS); watch++) {
         for (int32_t i = 0; i < p.num_workers; i++) moe_worker_node_remember(p.workers[i].node);
         defective = quarantine_defective(&p);
+        if (watch % WATCHES_A_MOVE == 0 && moved(&p))
+            status = moe_fail(&err, MOE_UNAVAILABLE, "this host has another address now; start the worker again");
     }
     if (status == MOE_OK && (!defective || p.num_workers > 1)) hand_over(&p);
     for (int32_t i = 0; i < p.num_workers; i++) {

@@ -1,6 +1,9 @@
 #include "cli/worker_node.h"
 
+#include <arpa/inet.h>
+#include <netdb.h>
 #include <stdio.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "cli/worker_state.h"
@@ -10,6 +13,8 @@
 #include "expert-worker/registry.h"
 #include "expert-worker/worker.h"
 
+#define HOST_BYTES 64
+
 struct moe_worker_node {
     moe_transport *transport;
     moe_store *store;
@@ -18,6 +23,7 @@ struct moe_worker_node {
     char *id, *cluster_uuid; /* borrowed by the worker */
     char *state_dir;         /* NULL: none */
     moe_worker_memory remembered;
+    char address[HOST_BYTES]; /* of this host, as registered; "" where the endpoint was told */
 };
 
 void moe_host_name(char *host, size_t size) {
@@ -31,8 +37,39 @@ void moe_default_id(const char *prefix, char *id, size_t size) {
     snprintf(id, size, "%s-%s-%d", prefix, host, (int)getpid());
 }
 
+/* This host's address as its own name resolves, numeric; the name itself where that is loopback or nothing. Numeric, since every
+ * look-up of a dead host's name would hold up the network thread of those who try to reach it. */
+static void own_address(char address[HOST_BYTES]) {
+    struct addrinfo hints = {.ai_family = AF_INET, .ai_socktype = SOCK_STREAM}, *found = NULL;
+    moe_host_name(address, HOST_BYTES);
+    if (getaddrinfo(address, NULL, &hints, &found) != 0) return;
+    const struct sockaddr_in *in = (const struct sockaddr_in *)found->ai_addr;
+    if (ntohl(in->sin_addr.s_addr) >> 24 != 127)
+        getnameinfo(found->ai_addr, found->ai_addrlen, address, HOST_BYTES, NULL, 0, NI_NUMERICHOST);
+    freeaddrinfo(found);
+}
+
+/* What routers connect to: as told, or as bound; for an address that stands for all of this host's, one that leads here. */
+static void advertised(moe_worker_node *n, const char *told, const char *bound, char endpoint[MOE_ENDPOINT_BYTES]) {
+    static const char *const all[] = {"tcp://0.0.0.0:", "tcp://*:", "tcp://[::]:"};
+    snprintf(endpoint, MOE_ENDPOINT_BYTES, "%s", told ? told : bound);
+    for (size_t i = 0; !told && i < sizeof all / sizeof *all; i++) {
+        if (strncmp(bound, all[i], strlen(all[i])) != 0) continue;
+        own_address(n->address);
+        snprintf(endpoint, MOE_ENDPOINT_BYTES, "tcp://%.64s:%.100s", n->address, bound + strlen(all[i]));
+    }
+}
+
+bool moe_worker_node_moved(const moe_worker_node *n) {
+    char address[HOST_BYTES];
+    struct in_addr numeric;
+    if (!n->address[0]) return false;
+    own_address(address);
+    return inet_pton(AF_INET, address, &numeric) == 1 && strcmp(address, n->address) != 0;
+}
+
 static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe_error *err) {
-    char bound[MOE_ENDPOINT_BYTES], host[64];
+    char bound[MOE_ENDPOINT_BYTES], endpoint[MOE_ENDPOINT_BYTES], host[64];
     moe_host_name(host, sizeof host);
     n->id = moe_strdup(c->id);
     n->cluster_uuid = moe_strdup(c->cluster_uuid);
@@ -59,10 +96,11 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
     status = moe_worker_new(&worker, &n->worker, err);
     if (status == MOE_OK && !c->stepped) status = moe_worker_start(n->worker, err);
     if (status != MOE_OK) return status;
+    advertised(n, c->advertise, bound, endpoint);
     moe_registration_config registration = {.store = n->store,
                                             .clock = worker.clock,
                                             .id = c->id,
-                                            .endpoint = c->advertise ? c->advertise : bound,
+                                            .endpoint = endpoint,
                                             .public_key = c->public_key,
                                             .host = host,
                                             .profile = c->backend->ops->profile(c->backend),
@@ -72,7 +110,7 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                             .capacity_experts = c->capacity_experts};
     status = moe_registration_new(&registration, &n->registration, err);
     if (status == MOE_OK) status = moe_registration_start(n->registration, err);
-    if (status == MOE_OK) moe_info("worker %s listens at %s", c->id, bound);
+    if (status == MOE_OK) moe_info("worker %s listens at %s, for routers %s", c->id, bound, endpoint);
     return status;
 }
 

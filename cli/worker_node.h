@@ -14,7 +14,7 @@ typedef struct moe_worker_node_config {
     moe_transport *transport; /* taken over, also when open fails: closed with the node */
     moe_store *store;         /* likewise */
     const char *listen;       /* endpoint to listen at */
-    const char *advertise;    /* endpoint to register; NULL: the one listened at */
+    const char *advertise;    /* endpoint to register; NULL: the one listened at, or this host's address */
     const char *public_key;   /* CURVE, or "" */
     const char *id, *cluster_uuid;
     const char *state_dir; /* the highest epoch and fence seen are kept there; NULL: nowhere */
@@ -40,6 +40,9 @@ bool moe_worker_node_left(moe_worker_node *node);
 void moe_worker_node_remember(moe_worker_node *node);
 /* True, with the reason, once the worker found itself defective: it refuses all work and is to be closed. */
 bool moe_worker_node_defective(moe_worker_node *node, char *reason, size_t size);
+/* The address that was registered is no longer this host's: routers cannot reach the worker until it starts anew. May block on a
+ * look-up of the host's name. */
+bool moe_worker_node_moved(const moe_worker_node *node);
 /* Leaves the registry, then stops. NULLs; idempotent. */
 void moe_worker_node_close(moe_worker_node **node);
 

@@ -14,6 +14,8 @@ uint64_t moe_worker_progress(void *ctx) {
 
 moe_status moe_worker_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *err) {
     moe_worker *w = ctx;
+    bool router = strcmp(peer->claimed_role, "router") == 0;
+    if (!router && !peer->cluster_uuid[0]) return MOE_OK; /* of no cluster: it asks for health, and brings nothing */
     if (strcmp(peer->cluster_uuid, w->config.cluster_uuid) != 0)
         return moe_fail(err, MOE_FAILED_PRECONDITION, "worker %s belongs to cluster %s, not %s", w->config.id,
                         w->config.cluster_uuid, peer->cluster_uuid);
@@ -26,7 +28,7 @@ moe_status moe_worker_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error 
                         w->config.id, own, peer->profile);
     for (int32_t i = 0; i < w->num_routers; i++)
         if (w->routers[i] == peer->peer) return MOE_OK;
-    if (strcmp(peer->claimed_role, "router") == 0 && w->num_routers < MOE_WORKER_MAX_ROUTERS)
+    if (router && w->num_routers < MOE_WORKER_MAX_ROUTERS)
         w->routers[w->num_routers++] = peer->peer;
     return MOE_OK;
 }

@@ -29,8 +29,9 @@ static bool write_all(int fd, const moe_buf *text) {
 }
 
 void moe_controller_save_map(moe_controller *c) {
-    char path[PATH_BYTES], fresh[PATH_BYTES];
-    if (!path_of(c, "", path) || !path_of(c, ".new", fresh)) return;
+    char path[PATH_BYTES], fresh[PATH_BYTES], suffix[128];
+    snprintf(suffix, sizeof suffix, ".new-%.100s", c->config.id); /* routers may share the folder */
+    if (!path_of(c, "", path) || !path_of(c, suffix, fresh)) return;
     moe_buf map = {0}, text = {0};
     moe_error err = {0};
     bool ok = moe_placement_to_json(c->map, &map, &err) == MOE_OK;

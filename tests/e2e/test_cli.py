@@ -50,6 +50,37 @@ def tcp_with_keys():
             check("tcp://" in endpoints or "w0" in endpoints, endpoints)
 
 
+def health_and_secrets_by_file():
+    with tempfile.TemporaryDirectory() as folder:
+        keys, other, secret, empty = (os.path.join(folder, n) for n in ("keys", "other", "secret", "empty"))
+        check(run("keygen", keys).returncode == 0 and run("keygen", other).returncode == 0, "keygen")
+        for path, text in ((secret, "sesame\nignored\n"), (empty, "\n")):
+            with open(path, "w", encoding="utf-8") as f:
+                f.write(text)
+        with Cluster("--listen", "tcp://127.0.0.1:0", "--keys", keys, "--api-key-file", secret, workers=2) as cluster:
+            port, url = ("--port", str(cluster.port)), ("--url", f"http://127.0.0.1:{cluster.port}")
+            check(run("status", *url).returncode == 1, "status without the key")
+            told = json.loads(run("status", *url, "--client-key-file", secret, "--json").stdout)
+            check(run("health", "router", *port).returncode == 0 and run("health", "router", "--live", *port).returncode == 0, "router")
+            check(run("health", "cluster", *port, "--client-key", "sesame").returncode == 0, "cluster")
+            check("401" in run("health", "cluster", *port).stderr, "health of the cluster without the key")
+            worker = ("health", "worker", "--listen", told["workers"][0]["endpoint"].split("?")[0], "--keys")
+            check(run(*worker, keys).returncode == 0, f"{worker}: {run(*worker, keys).stderr}")
+            check(run(*worker, other).returncode == 1, "a worker answers a stranger's key")
+            os.kill(told["workers"][1]["pid"], signal.SIGSTOP)
+            try:
+                stopped = ("health", "worker", "--listen", told["workers"][1]["endpoint"].split("?")[0], "--keys", keys)
+                check(run(*stopped).returncode == 1, "a stopped worker is healthy")
+            finally:
+                os.kill(told["workers"][1]["pid"], signal.SIGCONT)
+        check(run("health", "router", *port).returncode == 1, "health of a router that is gone")
+        check(run("health", "nobody").returncode == 2 and run("health", "worker").returncode == 2, "mistakes")
+        for options in (("--api-key-file", empty), ("--api-key-file", os.path.join(folder, "none")),
+                        ("--api-key", "a", "--api-key-file", secret)):
+            refused = run("router", "models/demo", "--port", "0", *options)
+            check(refused.returncode == 1 and "api-key" in refused.stderr, f"{options}: {refused.returncode} {refused.stderr}")
+
+
 def sigterm_drains_and_a_second_stops():
     case = golden()[0]
     with Cluster(workers=2) as cluster:
@@ -107,4 +138,4 @@ def readme_has_the_option_table():
     check(table.strip() and table.strip() in readme, "README.md lacks the option table as `moesaic --options-markdown` prints it")
 
 
-main([status_and_chat, tcp_with_keys, sigterm_drains_and_a_second_stops, metrics_under_both_names, help_and_mistakes, readme_has_the_option_table])
+main([status_and_chat, tcp_with_keys, health_and_secrets_by_file, sigterm_drains_and_a_second_stops, metrics_under_both_names, help_and_mistakes, readme_has_the_option_table])
