@@ -144,10 +144,10 @@ static void keep_body(reply *to, const moe_rpc_reply *from) {
         const Moesaic__V1__ForwardResponse *body = (const void *)from->body;
         to->num_not_held = body->n_not_held;
         assert_true(body->n_not_held <= EXPERTS);
-        memcpy(to->not_held, body->not_held, body->n_not_held * sizeof *body->not_held);
+        if (body->n_not_held) memcpy(to->not_held, body->not_held, body->n_not_held * sizeof *body->not_held);
         assert_true(body->n_not_finite <= MAX_ROWS);
         to->num_not_finite = body->n_not_finite;
-        memcpy(to->not_finite, body->not_finite, body->n_not_finite * sizeof *body->not_finite);
+        if (body->n_not_finite) memcpy(to->not_finite, body->not_finite, body->n_not_finite * sizeof *body->not_finite);
         to->result.epoch = body->epoch;
     } else if (type == &moesaic__v1__forward_response__descriptor) {
         assert_int_equal(
