@@ -139,7 +139,7 @@ static void test_full_disk(void **state) {
     moe_test_dir dir = moe_test_dir_new();
     char path[300], fresh[300];
     snprintf(path, sizeof path, "%s/placement.json", dir.path);
-    snprintf(fresh, sizeof fresh, "%s/placement.json.new", dir.path);
+    snprintf(fresh, sizeof fresh, "%s/placement.json.new-r0", dir.path);
     sim_config config = base_config();
     config.state_dir = dir.path;
     sim_cluster *sim = sim_new(&config);
