@@ -367,8 +367,9 @@ static void run_layers(stage *s) {
 /* ---- parts: rows of whole sequences, each computed by one thread ---- */
 
 typedef struct part_loop {
-    stage *whole;
+    const stage *whole;
     int32_t starts[MAX_PARTS + 1];
+    int64_t combine_ns; /* of the first part */
 } part_loop;
 
 static int64_t matrix_size(const moe_cpu_matrix *m) { return (int64_t)m->n * m->k; }
@@ -402,7 +403,7 @@ static int32_t cut_parts(const stage *s, int32_t *starts) {
 }
 
 static void part_task(void *ctx, int32_t index, int32_t thread) {
-    const part_loop *loop = ctx;
+    part_loop *loop = ctx;
     int32_t first = loop->starts[index], top_k = loop->whole->config->top_k, hidden = loop->whole->config->hidden;
     moe_cpu_run run = {.progress = loop->whole->run->progress, .job = loop->whole->run->job};
     moe_rows rows = moe_cpu_rows_from(loop->whole->rows, loop->whole->config, first);
@@ -429,7 +430,7 @@ static void part_task(void *ctx, int32_t index, int32_t thread) {
     part.segment = &segment;
     part.rows = &rows;
     run_layers(&part);
-    if (index == 0) loop->whole->combine_ns = part.combine_ns;
+    if (index == 0) loop->combine_ns = part.combine_ns;
 }
 
 moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, const moe_cpu_run *run, const moe_base *base,
@@ -447,7 +448,7 @@ moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, 
         moe_cpu_parallel_for(run->pool, parts, part_task, &loop, run->progress);
     else
         run_layers(&s);
-    run->job->combine_ns += s.combine_ns;
+    run->job->combine_ns += parts ? loop.combine_ns : s.combine_ns;
     int64_t start_ns = moe_now_ns(moe_clock_real());
     if (segment->index == c->num_moe_layers) status = logits(&s, err);
     run->job->logits_ns += moe_now_ns(moe_clock_real()) - start_ns;

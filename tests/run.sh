@@ -35,7 +35,7 @@ run_ctest() { # PRESET LABELS
   local out="build/$1-ctest.log"
   ctest --test-dir "build/$1" -L "$2" --output-on-failure --no-tests=error -j2 >"$out" 2>&1
   local status=$? summary total bad
-  summary=$(grep -E 'tests passed, .* tests failed out of' "$out")
+  summary=$(grep -aE 'tests passed, .* tests failed out of' "$out") # -a: a test's output may hold any byte
   total=$(sed -E 's/.* out of ([0-9]+).*/\1/' <<<"$summary")
   bad=$(sed -E 's/.*, ([0-9]+) tests failed.*/\1/' <<<"$summary")
   if [ -z "$summary" ]; then tail -40 "$out"; count 0 1; return; fi
