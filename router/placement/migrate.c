@@ -446,7 +446,7 @@ static int32_t begin_planned(moe_controller *c, const char *id, moe_plan_scope s
 static void end_operation(moe_controller *c, moe_operation *op, const char *error) {
     op->state = error ? MOE_OP_FAILED : MOE_OP_DONE;
     op->safe_to_stop = true;
-    if (error) snprintf(op->error, sizeof op->error, "%.*s", (int)sizeof op->error - 1, error);
+    if (error && error != op->error) snprintf(op->error, sizeof op->error, "%.*s", (int)sizeof op->error - 1, error);
     moe_info("placement: operation %s (%s) %s%s%s", op->id, moe_operation_kind_name(op->kind), error ? "failed" : "is done",
              error ? ": " : "", error ? error : "");
     moe_operation_save(c, op);
