@@ -1,101 +1,16 @@
-/* The cluster on a virtual clock. Oracles: O1 tokens equal transformers' (expected.json), O2 one terminal status a request, O4
- * the epoch never falls and every published map is complete; O5 by the sanitizer builds. */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-
-#include <cmocka.h>
-#include <jansson.h>
+/* The cluster on a virtual clock; the oracles are those of tests/support/sim_fixture.h. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/log.h"
 #include "common/metrics.h"
 #include "cpu/cpu.h"
 #include "tests/support/polled_backend.h"
-#include "tests/support/sim_cluster.h"
+#include "tests/support/sim_fixture.h"
+#include "tests/support/test.h"
 
-#define FIXTURE SOURCE_DIR "/tests/data/checkpoints/qwen3_moe"
-#define PROMPT_TOKENS 40
-#define GREEDY_TOKENS 24
 #define REQUESTS 12
-
-typedef struct fixture {
-    moe_model *model;
-    moe_backend *backend;
-    int32_t prompt[PROMPT_TOKENS], greedy[GREEDY_TOKENS];
-} fixture;
-
-static fixture fx;
-
-static void read_ids(const json_t *root, const char *key, int32_t *out, size_t count) {
-    const json_t *ids = json_object_get(root, key);
-    assert_int_equal(json_array_size(ids), count);
-    for (size_t i = 0; i < count; i++) out[i] = (int32_t)json_integer_value(json_array_get(ids, i));
-}
-
-static int set_up(void **state) {
-    (void)state;
-    moe_error err;
-    moe_cpu_config cpu = {.threads = 0};
-    moe_log_init(MOE_LOG_ERROR, "sim");
-    json_t *expected = json_load_file(FIXTURE "/expected.json", 0, NULL);
-    assert_non_null(expected);
-    read_ids(expected, "ids", fx.prompt, PROMPT_TOKENS);
-    read_ids(expected, "greedy", fx.greedy, GREEDY_TOKENS);
-    json_decref(expected);
-    assert_int_equal(moe_model_open(FIXTURE, &fx.model, &err), MOE_OK);
-    assert_int_equal(moe_cpu_open(&cpu, &fx.backend, &err), MOE_OK);
-    return 0;
-}
-
-static int tear_down(void **state) {
-    (void)state;
-    fx.backend->ops->close(fx.backend);
-    moe_model_close(&fx.model);
-    return 0;
-}
-
-static sim_config base_config(uint64_t seed) {
-    return (sim_config){.seed = seed,
-                        .model = fx.model,
-                        .backend = fx.backend,
-                        .workers = 3,
-                        .replicas = 2,
-                        .micro_batches = 2,
-                        .max_num_batched_tokens = 64,
-                        .num_kv_blocks = 128,
-                        .gating = MOE_GATING_GATE,
-                        .combine = MOE_COMBINE_EXACT,
-                        .layout = MOE_PLACEMENT_BALANCED};
-}
-
-/* Every request ended once, and those that succeeded have the right tokens. Returns how many succeeded. */
-static int check_oracles(const sim_cluster *sim) {
-    int succeeded = 0;
-    assert_false(sim->epoch_fell);
-    assert_false(sim->map_incomplete);
-    for (int32_t i = 0; i < sim->num_requests; i++) {
-        const sim_request *r = &sim->requests[i];
-        assert_int_equal(r->terminal_events, 1);
-        assert_memory_equal(r->tokens, fx.greedy, (size_t)r->num_tokens * sizeof *r->tokens);
-        if (r->finish == MOE_FINISH_ERROR) {
-            assert_int_equal(r->status, MOE_UNAVAILABLE);
-            continue;
-        }
-        assert_int_equal(r->num_tokens, GREEDY_TOKENS);
-        succeeded++;
-    }
-    return succeeded;
-}
-
-static void submit(sim_cluster *sim, int count) {
-    moe_status refused;
-    for (int i = 0; i < count; i++) assert_true(sim_submit(sim, fx.prompt, PROMPT_TOKENS, GREEDY_TOKENS, &refused) >= 0);
-}
 
 static void test_every_shape_gives_the_same_tokens(void **state) {
     (void)state;
@@ -110,7 +25,7 @@ static void test_every_shape_gives_the_same_tokens(void **state) {
                   {3, 3, 3, 33, 17, MOE_COMBINE_EXACT, MOE_PLACEMENT_BALANCED, MOE_GATING_GATE}, /* few blocks: preemption */
                   {4, 2, 2, 16, 40, MOE_COMBINE_PARTIAL, MOE_PLACEMENT_RANDOM, MOE_GATING_HINT}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
-        sim_config config = base_config(i);
+        sim_config config = sim_fixture_config(i);
         config.workers = shapes[i].workers;
         config.replicas = shapes[i].replicas;
         config.micro_batches = shapes[i].micro_batches;
@@ -120,9 +35,9 @@ static void test_every_shape_gives_the_same_tokens(void **state) {
         config.layout = shapes[i].layout;
         config.gating = shapes[i].gating;
         sim_cluster *sim = sim_new(&config);
-        submit(sim, REQUESTS);
+        sim_submit_greedy(sim, REQUESTS);
         assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
-        assert_int_equal(check_oracles(sim), REQUESTS);
+        assert_int_equal(sim_check(sim, 0), REQUESTS);
         sim_free(&sim);
     }
 }
@@ -131,20 +46,20 @@ static void test_every_shape_gives_the_same_tokens(void **state) {
 static void test_kills_with_two_replicas(void **state) {
     (void)state;
     for (uint64_t seed = 0; seed < 40; seed++) {
-        sim_config config = base_config(seed);
+        sim_config config = sim_fixture_config(seed);
         sim_cluster *sim = sim_new(&config);
         for (int round = 0; round < 3; round++) {
             int32_t victim = (int32_t)moe_random_below(&sim->random, 3);
-            submit(sim, 4);
+            sim_submit_greedy(sim, 4);
             sim_run(sim, (int64_t)moe_random_below(&sim->random, 30) * MOE_NS_PER_MS);
             sim_kill(sim, victim);
             sim_run(sim, (int64_t)moe_random_below(&sim->random, 4000) * MOE_NS_PER_MS);
-            submit(sim, 4);
+            sim_submit_greedy(sim, 4);
             sim_restart(sim, victim);
             assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
             assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
         }
-        assert_int_equal(check_oracles(sim), sim->num_requests);
+        assert_int_equal(sim_check(sim, 0), sim->num_requests);
         sim_free(&sim);
     }
 }
@@ -153,22 +68,22 @@ static void test_kills_with_two_replicas(void **state) {
 static void test_one_replica_fails_cleanly_and_returns(void **state) {
     (void)state;
     for (uint64_t seed = 0; seed < 10; seed++) {
-        sim_config config = base_config(seed);
+        sim_config config = sim_fixture_config(seed);
         config.workers = 2;
         config.replicas = 1;
         sim_cluster *sim = sim_new(&config);
-        submit(sim, 4);
+        sim_submit_greedy(sim, 4);
         sim_run(sim, (int64_t)moe_random_below(&sim->random, 10) * MOE_NS_PER_MS);
         sim_kill(sim, 1);
-        submit(sim, 4);
+        sim_submit_greedy(sim, 4);
         assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
-        assert_true(check_oracles(sim) <= 4); /* those submitted after the kill have no replica to go to */
+        assert_true(sim_check(sim, 0) <= 4); /* those submitted after the kill have no replica to go to */
         sim_restart(sim, 1);
         assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
-        int before = check_oracles(sim);
-        submit(sim, 4);
+        int before = sim_check(sim, 0);
+        sim_submit_greedy(sim, 4);
         assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
-        assert_int_equal(check_oracles(sim), before + 4);
+        assert_int_equal(sim_check(sim, 0), before + 4);
         sim_free(&sim);
     }
 }
@@ -177,52 +92,52 @@ static void test_one_replica_fails_cleanly_and_returns(void **state) {
 static void test_bad_network(void **state) {
     (void)state;
     for (uint64_t seed = 0; seed < 40; seed++) {
-        sim_config config = base_config(1000 + seed);
+        sim_config config = sim_fixture_config(1000 + seed);
         sim_cluster *sim = sim_new(&config);
         moe_inproc_faults faults = {
             .drop = 0.002 * (double)(seed % 4), .duplicate = 0.02, .reorder = 0.05, .delay_max_ns = 2 * MOE_NS_PER_MS};
         moe_inproc_set_faults(sim->hub, &faults);
-        submit(sim, 4);
+        sim_submit_greedy(sim, 4);
         sim_run(sim, 20 * MOE_NS_PER_MS);
         moe_inproc_partition(sim->hub, "inproc:w1", true, seed % 2 == 0);
-        submit(sim, 4);
+        sim_submit_greedy(sim, 4);
         sim_run(sim, 1500 * MOE_NS_PER_MS);
         moe_inproc_partition(sim->hub, "inproc:w1", false, false);
         assert_true(sim_run_until_idle(sim, 120 * MOE_NS_PER_S));
-        assert_int_equal(check_oracles(sim), sim->num_requests);
+        assert_int_equal(sim_check(sim, 0), sim->num_requests);
         sim_free(&sim);
     }
 }
 
 static void test_store_outage_is_not_noticed(void **state) {
     (void)state;
-    sim_config config = base_config(5);
+    sim_config config = sim_fixture_config(5);
     sim_cluster *sim = sim_new(&config);
     moe_memory_hub_set_down(sim->memory, true);
-    submit(sim, 4);
+    sim_submit_greedy(sim, 4);
     assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
     sim_kill(sim, 2);
-    submit(sim, 4);
+    sim_submit_greedy(sim, 4);
     assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
     moe_memory_hub_wipe(sim->memory);
     moe_memory_hub_set_down(sim->memory, false);
     sim_restart(sim, 2);
     assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
-    submit(sim, 4);
+    sim_submit_greedy(sim, 4);
     assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
-    assert_int_equal(check_oracles(sim), 12);
+    assert_int_equal(sim_check(sim, 0), 12);
     sim_free(&sim);
 }
 
 /* The store loses everything and the only router dies: the workers' hellos tell the new one what had been published. */
 static void test_epoch_survives_store_and_router(void **state) {
     (void)state;
-    sim_config config = base_config(8);
+    sim_config config = sim_fixture_config(8);
     sim_cluster *sim = sim_new(&config);
     sim_kill(sim, 0);
     sim_restart(sim, 0);
     assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
-    submit(sim, 2);
+    sim_submit_greedy(sim, 2);
     assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
     uint64_t before = sim->newest_epoch;
     assert_true(before >= 2);
@@ -230,26 +145,26 @@ static void test_epoch_survives_store_and_router(void **state) {
     sim_restart_router(sim);
     assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
     assert_true(sim->newest_epoch > before);
-    submit(sim, 2);
+    sim_submit_greedy(sim, 2);
     assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
-    assert_int_equal(check_oracles(sim), 4);
+    assert_int_equal(sim_check(sim, 0), 4);
     sim_free(&sim);
 }
 
 static void test_cancel_ends_a_request_at_once(void **state) {
     (void)state;
-    sim_config config = base_config(6);
+    sim_config config = sim_fixture_config(6);
     sim_cluster *sim = sim_new(&config);
-    submit(sim, 2);
+    sim_submit_greedy(sim, 2);
     for (int32_t i = 0; i < 1000 && sim->requests[0].num_tokens == 0; i++) sim_run(sim, 1); /* a step each */
-    assert_in_range(sim->requests[0].num_tokens, 1, GREEDY_TOKENS - 1);
+    assert_in_range(sim->requests[0].num_tokens, 1, SIM_GREEDY_TOKENS - 1);
     moe_engine_cancel(sim->engine, sim->requests[0].id);
     sim_run(sim, 50 * MOE_NS_PER_MS);
     assert_int_equal(sim->requests[0].terminal_events, 1);
     assert_int_equal(sim->requests[0].status, MOE_CANCELLED);
     assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
-    assert_int_equal(sim->requests[1].num_tokens, GREEDY_TOKENS);
-    assert_memory_equal(sim->requests[1].tokens, fx.greedy, sizeof fx.greedy);
+    assert_int_equal(sim->requests[1].num_tokens, SIM_GREEDY_TOKENS);
+    assert_memory_equal(sim->requests[1].tokens, sim_fx.greedy, sizeof sim_fx.greedy);
     sim_free(&sim);
 }
 
@@ -258,14 +173,14 @@ static void test_a_seed_replays_exactly(void **state) {
     (void)state;
     int64_t ended[2];
     for (int run = 0; run < 2; run++) {
-        sim_config config = base_config(77);
+        sim_config config = sim_fixture_config(77);
         sim_cluster *sim = sim_new(&config);
         moe_inproc_faults faults = {.drop = 0.01, .duplicate = 0.02, .reorder = 0.05, .delay_max_ns = 3 * MOE_NS_PER_MS};
         moe_inproc_set_faults(sim->hub, &faults);
-        submit(sim, 6);
+        sim_submit_greedy(sim, 6);
         assert_true(sim_run_until_idle(sim, 120 * MOE_NS_PER_S));
         ended[run] = sim->clock.fake_now_ns;
-        check_oracles(sim);
+        sim_check(sim, 0);
         sim_free(&sim);
     }
     assert_int_equal(ended[0], ended[1]);
@@ -279,9 +194,9 @@ static void test_bfloat16(void **state) {
     assert_int_equal(moe_cpu_open(&(moe_cpu_config){.dtype = MOE_BF16}, &backend, &err), MOE_OK);
     for (int mode = MOE_COMBINE_EXACT; mode <= MOE_COMBINE_PARTIAL; mode++) {
         int64_t sent[3], received[3];
-        int32_t tokens[2][GREEDY_TOKENS];
+        int32_t tokens[2][SIM_GREEDY_TOKENS];
         for (int run = 0; run < 3; run++) { /* float32, bfloat16, bfloat16 with all experts at one worker */
-            sim_config config = base_config(5);
+            sim_config config = sim_fixture_config(5);
             config.combine = (moe_combine_mode)mode;
             config.replicas = 1;
             if (run > 0) config.backend = backend;
@@ -289,11 +204,11 @@ static void test_bfloat16(void **state) {
             sim_cluster *sim = sim_new(&config);
             sent[run] = moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_SENT);
             received[run] = moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED);
-            submit(sim, 1);
+            sim_submit_greedy(sim, 1);
             assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
             sent[run] = moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_SENT) - sent[run];
             received[run] = moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED) - received[run];
-            assert_int_equal(sim->requests[0].num_tokens, GREEDY_TOKENS);
+            assert_int_equal(sim->requests[0].num_tokens, SIM_GREEDY_TOKENS);
             if (run > 0) memcpy(tokens[run - 1], sim->requests[0].tokens, sizeof tokens[0]);
             sim_free(&sim);
         }
@@ -315,15 +230,15 @@ static void test_polled_backend(void **state) {
     static const int polls[] = {1, 2, 50};
     for (int i = 0; i < 3; i++) {
         moe_polled_backend polled;
-        sim_config config = base_config(9);
-        moe_polled_init(&polled, fx.backend, polls[i]);
+        sim_config config = sim_fixture_config(9);
+        moe_polled_init(&polled, sim_fx.backend, polls[i]);
         config.backend = &polled.base;
         sim_cluster *sim = sim_new(&config);
-        submit(sim, REQUESTS);
+        sim_submit_greedy(sim, REQUESTS);
         assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
-        assert_int_equal(check_oracles(sim), REQUESTS);
-        assert_true(polled.num_ended > GREEDY_TOKENS && polled.num_polls >= polled.num_ended * polls[i]);
-        submit(sim, REQUESTS);
+        assert_int_equal(sim_check(sim, 0), REQUESTS);
+        assert_true(polled.num_ended > SIM_GREEDY_TOKENS && polled.num_polls >= polled.num_ended * polls[i]);
+        sim_submit_greedy(sim, REQUESTS);
         for (int n = 0; n < 20 || polled.num_jobs == 0; n++) sim_run(sim, 1); /* a step each */
         sim_free(&sim);
         assert_int_equal(polled.num_jobs, 0);
@@ -346,27 +261,27 @@ static void expert_shares(const sim_cluster *sim, double *shares) {
 static void test_local_steps(void **state) {
     (void)state;
     double shares[2][256];
-    assert_in_range(fx.model->config.num_moe_layers * fx.model->config.num_experts, 1, 256);
+    assert_in_range(sim_fx.model->config.num_moe_layers * sim_fx.model->config.num_experts, 1, 256);
     for (int i = 0; i < 4; i++) {
         moe_polled_backend polled;
-        sim_config config = base_config(10);
+        sim_config config = sim_fixture_config(10);
         config.workers = config.replicas = 1;
         config.local = i > 0;
         config.max_num_batched_tokens = i == 2 ? 7 : 64;
         config.micro_batches = i == 2 ? 1 : 2;
         config.gating = i == 3 ? MOE_GATING_HINT : MOE_GATING_GATE; /* hints are counted between segments */
-        moe_polled_init(&polled, fx.backend, 2);
+        moe_polled_init(&polled, sim_fx.backend, 2);
         config.backend = &polled.base;
         sim_cluster *sim = sim_new(&config);
         int64_t calls = moe_metric_value(MOE_METRIC_EXPERT_CALLS);
-        submit(sim, REQUESTS);
+        sim_submit_greedy(sim, REQUESTS);
         assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
-        assert_int_equal(check_oracles(sim), REQUESTS);
+        assert_int_equal(sim_check(sim, 0), REQUESTS);
         bool local = i == 1 || i == 2;
         assert_int_equal(moe_metric_value(MOE_METRIC_EXPERT_CALLS) == calls, local);
         assert_int_equal(polled.num_local > 0, local);
         expert_shares(sim, shares[i > 0]);
-        for (int e = 0; i == 1 && e < fx.model->config.num_moe_layers * fx.model->config.num_experts; e++)
+        for (int e = 0; i == 1 && e < sim_fx.model->config.num_moe_layers * sim_fx.model->config.num_experts; e++)
             assert_true(fabs(shares[0][e] - shares[1][e]) < 1e-3);
         sim_free(&sim);
     }
@@ -376,23 +291,23 @@ static void test_local_steps(void **state) {
 static void test_local_step_failures(void **state) {
     (void)state;
     moe_polled_backend polled;
-    sim_config config = base_config(11);
+    sim_config config = sim_fixture_config(11);
     config.workers = config.replicas = config.micro_batches = 1;
     config.local = true;
-    moe_polled_init(&polled, fx.backend, 2);
+    moe_polled_init(&polled, sim_fx.backend, 2);
     config.backend = &polled.base;
     sim_cluster *sim = sim_new(&config);
     polled.spoil_local = 5;
-    submit(sim, 3);
+    sim_submit_greedy(sim, 3);
     for (int32_t i = 0; i < 1000 && sim->requests[2].num_tokens < 2; i++) sim_run(sim, 1);
     moe_engine_cancel(sim->engine, sim->requests[2].id);
     assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
     assert_int_equal(sim->requests[0].finish, MOE_FINISH_ERROR);
     assert_int_equal(sim->requests[0].status, MOE_INTERNAL);
     assert_non_null(strstr(sim->requests[0].message, "not finite"));
-    assert_in_range(sim->requests[0].num_tokens, 1, GREEDY_TOKENS - 1);
-    assert_int_equal(sim->requests[1].num_tokens, GREEDY_TOKENS);
-    assert_memory_equal(sim->requests[1].tokens, fx.greedy, sizeof fx.greedy);
+    assert_in_range(sim->requests[0].num_tokens, 1, SIM_GREEDY_TOKENS - 1);
+    assert_int_equal(sim->requests[1].num_tokens, SIM_GREEDY_TOKENS);
+    assert_memory_equal(sim->requests[1].tokens, sim_fx.greedy, sizeof sim_fx.greedy);
     assert_int_equal(sim->requests[2].status, MOE_CANCELLED);
     assert_in_range(sim->requests[2].num_tokens, 2, 4);
     sim_free(&sim);
@@ -400,23 +315,21 @@ static void test_local_step_failures(void **state) {
 
 static void test_profiles_are_not_mixed(void **state) {
     (void)state;
-    sim_config config = base_config(8);
+    sim_config config = sim_fixture_config(8);
     moe_error err;
     moe_status refused;
     config.boot_ns = 5 * MOE_NS_PER_S;
     assert_int_equal(moe_cpu_open(&(moe_cpu_config){.dtype = MOE_BF16}, &config.worker_backend, &err), MOE_OK);
-    moe_log_init(MOE_LOG_OFF, "sim");
     sim_cluster *sim = sim_new(&config);
     moe_engine_view *view = calloc(1, sizeof *view);
     moe_engine_get_view(sim->engine, view);
     assert_false(view->ready);
     for (int32_t i = 0; i < view->num_workers; i++) assert_false(view->workers[i].up);
-    if (sim_submit(sim, fx.prompt, PROMPT_TOKENS, GREEDY_TOKENS, &refused) >= 0) {
+    if (sim_submit(sim, sim_fx.prompt, SIM_PROMPT_TOKENS, SIM_GREEDY_TOKENS, &refused) >= 0) {
         assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
         assert_int_equal(sim->requests[0].finish, MOE_FINISH_ERROR);
         assert_int_equal(sim->requests[0].num_tokens, 0);
     }
-    moe_log_init(MOE_LOG_ERROR, "sim");
     free(view);
     sim_free(&sim);
     config.worker_backend->ops->close(config.worker_backend);
@@ -436,5 +349,5 @@ int main(void) {
                                        cmocka_unit_test(test_polled_backend),
                                        cmocka_unit_test(test_local_steps),
                                        cmocka_unit_test(test_local_step_failures)};
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, sim_fixture_open, sim_fixture_close);
 }

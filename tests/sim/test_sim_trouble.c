@@ -1,88 +1,20 @@
-/* Workers in trouble on a virtual clock: defective, flapping, slow, and requests that kill them. The oracles of test_sim_cluster:
- * right tokens, one end a request. */
-#include <jansson.h>
-#include <stdlib.h>
+/* Workers in trouble on a virtual clock: defective, flapping, slow, and requests that kill them. The oracles
+ * are those of tests/support/sim_fixture.h. */
 #include <string.h>
 
-#include "common/log.h"
 #include "common/metrics.h"
-#include "cpu/cpu.h"
 #include "router/engine/quarantine.h"
 #include "tests/support/gated_backend.h"
-#include "tests/support/sim_cluster.h"
+#include "tests/support/sim_fixture.h"
 #include "tests/support/test.h"
 
-#define FIXTURE SOURCE_DIR "/tests/data/checkpoints/qwen3_moe"
-#define PROMPT_TOKENS 40
-#define GREEDY_TOKENS 24
 #define MOE_TEST_POISON_WORKERS 2 /* as the engine: MOE_POISON_WORKERS */
 #define LIMIT_NS (60 * MOE_NS_PER_S)
 
-static struct {
-    moe_model *model;
-    moe_backend *backend, *ref;
-    int32_t prompt[PROMPT_TOKENS], greedy[GREEDY_TOKENS];
-} fx;
-
-static void read_ids(const json_t *root, const char *key, int32_t *out, size_t count) {
-    const json_t *ids = json_object_get(root, key);
-    assert_int_equal(json_array_size(ids), count);
-    for (size_t i = 0; i < count; i++) out[i] = (int32_t)json_integer_value(json_array_get(ids, i));
-}
-
-static int set_up(void **state) {
-    (void)state;
-    moe_error err;
-    moe_log_init(MOE_LOG_OFF, "sim");
-    json_t *expected = json_load_file(FIXTURE "/expected.json", 0, NULL);
-    assert_non_null(expected);
-    read_ids(expected, "ids", fx.prompt, PROMPT_TOKENS);
-    read_ids(expected, "greedy", fx.greedy, GREEDY_TOKENS);
-    json_decref(expected);
-    assert_int_equal(moe_model_open(FIXTURE, &fx.model, &err), MOE_OK);
-    assert_int_equal(moe_cpu_open(&(moe_cpu_config){.threads = 0}, &fx.backend, &err), MOE_OK);
-    assert_int_equal(moe_cpu_ref_open(&(moe_cpu_config){.threads = 0}, &fx.ref, &err), MOE_OK);
-    return 0;
-}
-
-static int tear_down(void **state) {
-    (void)state;
-    fx.backend->ops->close(fx.backend);
-    fx.ref->ops->close(fx.ref);
-    moe_model_close(&fx.model);
-    return 0;
-}
-
 static sim_config base_config(uint64_t seed) {
-    return (sim_config){.seed = seed,
-                        .model = fx.model,
-                        .backend = fx.backend,
-                        .reference = fx.ref->ops->single,
-                        .workers = 3,
-                        .replicas = 2,
-                        .micro_batches = 2,
-                        .max_num_batched_tokens = 64,
-                        .num_kv_blocks = 128,
-                        .gating = MOE_GATING_GATE,
-                        .combine = MOE_COMBINE_EXACT,
-                        .layout = MOE_PLACEMENT_BALANCED};
-}
-
-static void submit(sim_cluster *sim, int count) {
-    moe_status refused;
-    for (int i = 0; i < count; i++) assert_true(sim_submit(sim, fx.prompt, PROMPT_TOKENS, GREEDY_TOKENS, &refused) >= 0);
-}
-
-/* Requests from `first` on ended once, well, with the right tokens. */
-static void check_all_right(const sim_cluster *sim, int32_t first) {
-    assert_false(sim->epoch_fell || sim->map_incomplete);
-    for (int32_t i = first; i < sim->num_requests; i++) {
-        const sim_request *r = &sim->requests[i];
-        assert_int_equal(r->terminal_events, 1);
-        if (r->finish == MOE_FINISH_ERROR) fail_msg("request %d: %s", (int)i, r->message);
-        assert_int_equal(r->num_tokens, GREEDY_TOKENS);
-        assert_memory_equal(r->tokens, fx.greedy, sizeof fx.greedy);
-    }
+    sim_config config = sim_fixture_config(seed);
+    config.reference = sim_fx.reference->ops->single;
+    return config;
 }
 
 static const char *defect_of(sim_cluster *sim, int32_t worker) {
@@ -97,24 +29,24 @@ static void test_defective_worker(void **state) {
     for (int lost = 0; lost < 2; lost++) {
         moe_gated_backend gate;
         sim_config config = base_config(20 + (uint64_t)lost);
-        moe_gated_init(&gate, fx.backend);
+        moe_gated_init(&gate, sim_fx.backend);
         config.own_backend[1] = &gate.base;
         sim_cluster *sim = sim_new(&config);
-        submit(sim, 4);
+        sim_submit_greedy(sim, 4);
         for (int i = 0; i < 10000 && sim->requests[3].num_tokens < 2; i++) sim_run(sim, 1);
         gate.poison = !lost;
         gate.fail_jobs = lost;
         assert_true(sim_run_until_idle(sim, LIMIT_NS));
-        check_all_right(sim, 0);
+        sim_check_all_right(sim, 0);
         assert_true(defect_of(sim, 1)[0] != '\0');
         assert_string_equal(defect_of(sim, 0), "");
         gate.poison = gate.fail_jobs = false; /* the process ends, another one starts */
         sim_kill(sim, 1);
-        submit(sim, 4);
+        sim_submit_greedy(sim, 4);
         sim_restart(sim, 1);
         assert_true(sim_run_until_idle(sim, LIMIT_NS));
         assert_true(sim_run_until_healed(sim, LIMIT_NS));
-        check_all_right(sim, 0);
+        sim_check_all_right(sim, 0);
         assert_string_equal(defect_of(sim, 1), "");
         sim_free(&sim);
     }
@@ -128,10 +60,10 @@ static void test_value_not_finite_ends_its_request_alone(void **state) {
         sim_config config = base_config(30);
         config.combine = (moe_combine_mode)mode;
         config.workers = config.replicas = 1;
-        moe_gated_init(&gate, fx.backend);
+        moe_gated_init(&gate, sim_fx.backend);
         config.own_backend[0] = &gate.base;
         sim_cluster *sim = sim_new(&config);
-        submit(sim, 3);
+        sim_submit_greedy(sim, 3);
         for (int i = 0; i < 1000 && sim->requests[2].num_tokens < 2; i++) sim_run(sim, 1);
         gate.poison_next = 1;
         assert_true(sim_run_until_idle(sim, LIMIT_NS));
@@ -139,7 +71,7 @@ static void test_value_not_finite_ends_its_request_alone(void **state) {
         for (int i = 0; i < 3; i++) {
             const sim_request *r = &sim->requests[i];
             assert_int_equal(r->terminal_events, 1);
-            assert_memory_equal(r->tokens, fx.greedy, (size_t)r->num_tokens * sizeof *r->tokens);
+            assert_memory_equal(r->tokens, sim_fx.greedy, (size_t)r->num_tokens * sizeof *r->tokens);
             if (r->finish != MOE_FINISH_ERROR) continue;
             failed++;
             assert_int_equal(r->status, MOE_INTERNAL);
@@ -162,7 +94,7 @@ static void test_poison_request(void **state) {
         int64_t poison = moe_metric_value(MOE_METRIC_POISON_REQUESTS), calls = moe_metric_value(MOE_METRIC_EXPERT_CALLS);
         moe_inproc_faults slow = {.delay_max_ns = 2 * MOE_NS_PER_MS};
         moe_inproc_set_faults(sim->hub, &slow);
-        submit(sim, 1);
+        sim_submit_greedy(sim, 1);
         for (int i = 0; i < 1000 && moe_metric_value(MOE_METRIC_EXPERT_CALLS) < calls + 3; i++) sim_run(sim, 1);
         for (int32_t w = 0; w < deaths; w++) sim_kill(sim, w);
         assert_true(sim_run_until_idle(sim, LIMIT_NS));
@@ -173,9 +105,9 @@ static void test_poison_request(void **state) {
             assert_non_null(strstr(sim->requests[0].message, "died"));
         }
         for (int32_t w = 0; w < deaths; w++) sim_restart(sim, w);
-        submit(sim, 2);
+        sim_submit_greedy(sim, 2);
         assert_true(sim_run_until_idle(sim, LIMIT_NS));
-        check_all_right(sim, deaths == MOE_TEST_POISON_WORKERS);
+        sim_check_all_right(sim, deaths == MOE_TEST_POISON_WORKERS);
         sim_free(&sim);
     }
 }
@@ -194,7 +126,7 @@ static void test_flapping_worker(void **state) {
     sim_config config = base_config(50);
     sim_cluster *sim = sim_new(&config);
     for (int i = 0; i < MOE_FLAP_LIMIT; i++) {
-        submit(sim, 2);
+        sim_submit_greedy(sim, 2);
         sim_run(sim, 10 * MOE_NS_PER_MS);
         sim_kill(sim, 1);
         sim_run(sim, 200 * MOE_NS_PER_MS);
@@ -208,19 +140,19 @@ static void test_flapping_worker(void **state) {
     for (int i = 0; i < 2; i++) {
         moe_worker_get_view(sim->workers[1].worker, &view);
         rows[i] = view.rows;
-        submit(sim, 2);
+        sim_submit_greedy(sim, 2);
         assert_true(sim_run_until_idle(sim, LIMIT_NS));
     }
     assert_int_equal(rows[0], rows[1]);
     sim_kill(sim, 0); /* what only it holds now, it computes */
-    submit(sim, 2);
+    sim_submit_greedy(sim, 2);
     assert_true(sim_run_until_idle(sim, LIMIT_NS));
     moe_worker_get_view(sim->workers[1].worker, &view);
     assert_true(view.rows > rows[1]);
     sim_restart(sim, 0);
     sim_run(sim, MOE_QUARANTINE_NS);
     assert_int_equal(view_of(sim, 1)->quarantine_ns, 0);
-    check_all_right(sim, 0);
+    sim_check_all_right(sim, 0);
     sim_free(&sim);
 }
 
@@ -233,9 +165,9 @@ static void test_hedges(void **state) {
             config.combine = (moe_combine_mode)mode;
             config.replicas = seed % 2 ? 2 : 3;
             sim_cluster *sim = sim_new(&config);
-            submit(sim, 8); /* earns the budget */
+            sim_submit_greedy(sim, 8); /* earns the budget */
             assert_true(sim_run_until_idle(sim, LIMIT_NS));
-            submit(sim, 4);
+            sim_submit_greedy(sim, 4);
             for (int i = 0; i < 10000 && sim->requests[11].num_tokens < 2; i++) sim_run(sim, 1);
             int64_t hedges = moe_metric_value(MOE_METRIC_HEDGES), won = moe_metric_value(MOE_METRIC_HEDGES_WON);
             int64_t suspected = moe_metric_value(MOE_METRIC_PEERS_SUSPECTED);
@@ -247,9 +179,9 @@ static void test_hedges(void **state) {
             moe_inproc_faults faults = {.duplicate = 0.05, .reorder = 0.05, .delay_max_ns = 40 * MOE_NS_PER_MS};
             moe_inproc_set_faults(sim->hub, &faults);
             moe_inproc_partition(sim->hub, "inproc:w1", false, false);
-            submit(sim, 4);
+            sim_submit_greedy(sim, 4);
             assert_true(sim_run_until_idle(sim, LIMIT_NS));
-            check_all_right(sim, 0);
+            sim_check_all_right(sim, 0);
             sim_free(&sim);
         }
     }
@@ -261,5 +193,5 @@ int main(void) {
         cmocka_unit_test(test_poison_request),   cmocka_unit_test(test_flapping_worker),
         cmocka_unit_test(test_hedges),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, sim_fixture_open, sim_fixture_close);
 }

@@ -1,70 +1,27 @@
 /* A cluster that is refused what it needs: every allocation of a request's whole way failed in turn, a full disk under the map's
  * snapshot, and every length to which that file can be cut. Requests end once and with the right tokens, or with an error; the
  * next one is served. */
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "common/alloc.h"
-#include "common/log.h"
-#include "cpu/cpu.h"
-#include "tests/support/sim_cluster.h"
+#include "tests/support/sim_fixture.h"
 #include "tests/support/temp_dir.h"
 #include "tests/support/test.h"
 
-#define FIXTURE SOURCE_DIR "/tests/data/checkpoints/qwen3_moe"
-#define PROMPT_TOKENS 40
-#define GREEDY_TOKENS 24
 #define TOKENS 2              /* of a request here: prefill and a decode step */
 #define MAX_ALLOCATIONS 20000 /* of one request and what happens beside; far above what there are */
 #define LIMIT_NS (60 * MOE_NS_PER_S)
 
-static struct {
-    moe_model *model;
-    moe_backend *backend;
-    int32_t prompt[PROMPT_TOKENS], greedy[GREEDY_TOKENS];
-} fx;
-
-static void read_ids(const json_t *root, const char *key, int32_t *out, size_t count) {
-    const json_t *ids = json_object_get(root, key);
-    assert_int_equal(json_array_size(ids), count);
-    for (size_t i = 0; i < count; i++) out[i] = (int32_t)json_integer_value(json_array_get(ids, i));
-}
-
-static int set_up(void **state) {
-    (void)state;
-    moe_error err;
-    moe_log_init(MOE_LOG_OFF, "torture");
-    json_t *expected = json_load_file(FIXTURE "/expected.json", 0, NULL);
-    assert_non_null(expected);
-    read_ids(expected, "ids", fx.prompt, PROMPT_TOKENS);
-    read_ids(expected, "greedy", fx.greedy, GREEDY_TOKENS);
-    json_decref(expected);
-    assert_int_equal(moe_model_open(FIXTURE, &fx.model, &err), MOE_OK);
-    assert_int_equal(moe_cpu_open(&(moe_cpu_config){.threads = 0}, &fx.backend, &err), MOE_OK);
-    return 0;
-}
-
-static int tear_down(void **state) {
-    (void)state;
-    fx.backend->ops->close(fx.backend);
-    moe_model_close(&fx.model);
-    return 0;
-}
-
 static sim_config base_config(void) {
-    return (sim_config){.seed = 3,
-                        .model = fx.model,
-                        .backend = fx.backend,
-                        .workers = 2,
-                        .replicas = 2,
-                        .micro_batches = 1,
-                        .max_num_batched_tokens = 64,
-                        .num_kv_blocks = 32,
-                        .combine = MOE_COMBINE_EXACT,
-                        .starved = true};
+    sim_config config = sim_fixture_config(3);
+    config.workers = 2;
+    config.micro_batches = 1;
+    config.num_kv_blocks = 32;
+    config.starved = true;
+    return config;
 }
 
 /* One request, alone. True where it got its tokens; else it was refused or ended with an error. */
@@ -72,14 +29,14 @@ static bool request(sim_cluster *sim) {
     moe_status refused;
     sim->num_requests = 0;
     memset(&sim->requests[0], 0, sizeof sim->requests[0]);
-    if (sim_submit(sim, fx.prompt, PROMPT_TOKENS, TOKENS, &refused) < 0) {
+    if (sim_submit(sim, sim_fx.prompt, SIM_PROMPT_TOKENS, TOKENS, &refused) < 0) {
         assert_int_equal(refused, MOE_RESOURCE_EXHAUSTED);
         return false;
     }
     assert_true(sim_run_until_idle(sim, LIMIT_NS));
     const sim_request *r = &sim->requests[0];
     assert_int_equal(r->terminal_events, 1);
-    assert_memory_equal(r->tokens, fx.greedy, (size_t)r->num_tokens * sizeof *r->tokens);
+    assert_memory_equal(r->tokens, sim_fx.greedy, (size_t)r->num_tokens * sizeof *r->tokens);
     if (r->finish == MOE_FINISH_ERROR) return false;
     assert_int_equal(r->num_tokens, TOKENS);
     return true;
@@ -182,5 +139,5 @@ static void test_cut_snapshot(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_every_allocation_fails_once), cmocka_unit_test(test_full_disk),
                                        cmocka_unit_test(test_cut_snapshot)};
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, sim_fixture_open, sim_fixture_close);
 }
