@@ -1,0 +1,212 @@
+/* Eviction policies: which expert goes first, what hints protect, and random histories beside a model that keeps all of them. */
+#include "expert-worker/eviction.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "common/random.h"
+#include "tests/support/test.h"
+
+#define EXPERTS 24
+#define SLOTS 7
+#define HALF_LIFE 10
+#define EVENTS 400
+
+typedef struct slots {
+    int32_t expert[SLOTS]; /* -1: it must stay */
+} slots;
+
+static int32_t evictable(void *ctx, int32_t slot) { return ((slots *)ctx)->expert[slot]; }
+
+static moe_eviction *make(const char *policy) {
+    moe_eviction_config config = {.policy = policy, .num_experts = EXPERTS, .half_life = HALF_LIFE};
+    moe_eviction *e;
+    moe_error err;
+    assert_int_equal(moe_eviction_new(&config, &e, &err), MOE_OK);
+    return e;
+}
+
+static void test_unknown_policy(void **state) {
+    (void)state;
+    moe_eviction_config config = {.policy = "fifo", .num_experts = EXPERTS, .half_life = HALF_LIFE};
+    moe_eviction *e;
+    moe_error err;
+    assert_int_equal(moe_eviction_new(&config, &e, &err), MOE_INVALID_ARGUMENT);
+    assert_null(e);
+    assert_non_null(strstr(err.message, MOE_EVICTION_POLICIES));
+    char names[128] = "";
+    for (int32_t i = 0; moe_eviction_policy_name(i); i++) {
+        size_t length = strlen(names);
+        snprintf(names + length, sizeof names - length, "%s%s", i ? "|" : "", moe_eviction_policy_name(i));
+        assert_non_null(moe_eviction_policy_about(i));
+    }
+    assert_string_equal(names, MOE_EVICTION_POLICIES);
+}
+
+static void test_recency_and_frequency(void **state) {
+    (void)state;
+    moe_eviction *lru = make("lru"), *lfu = make("lfu-decay");
+    slots s = {{3, 1, 2, -1, -1, -1, -1}};
+    for (int64_t t = 1; t <= 4; t++) { /* expert 1 often, but long ago */
+        moe_eviction_used(lru, 1, t);
+        moe_eviction_used(lfu, 1, t);
+    }
+    for (int32_t x = 2; x <= 3; x++) {
+        moe_eviction_used(lru, x, 3 + x);
+        moe_eviction_used(lfu, x, 3 + x);
+    }
+    assert_int_equal(moe_eviction_victim(lru, SLOTS, evictable, &s), 1);
+    assert_int_equal(moe_eviction_victim(lfu, SLOTS, evictable, &s), 2); /* one use each, 2's is older */
+    moe_eviction_used(lfu, 2, 100);
+    moe_eviction_used(lfu, 3, 101);
+    assert_int_equal(moe_eviction_victim(lfu, SLOTS, evictable, &s), 1); /* four uses, but nine half-lives ago */
+    moe_eviction_loaded(lru, 1, 200);
+    assert_int_equal(moe_eviction_victim(lru, SLOTS, evictable, &s), 2);
+    memset(&s, -1, sizeof s);
+    assert_int_equal(moe_eviction_victim(lru, SLOTS, evictable, &s), -1);
+    moe_eviction_free(&lru);
+    moe_eviction_free(&lru);
+    moe_eviction_free(&lfu);
+}
+
+static void test_hints_protect_until_their_layer_ran(void **state) {
+    (void)state;
+    moe_eviction *e = make("hint-aware");
+    slots s = {{4, 5, -1, -1, -1, -1, -1}};
+    moe_eviction_used(e, 5, 1);
+    assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), 0); /* never used */
+    moe_eviction_hinted(e, 4, 1, 100);
+    moe_eviction_hinted(e, 4, 2, 100);
+    assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), 1);
+    moe_eviction_ran(e, 1, 0, 4, 2); /* another layer */
+    moe_eviction_ran(e, 1, 4, 4, 3);
+    assert_true(moe_eviction_announced(e, 4)); /* step 2 still wants it */
+    moe_eviction_hinted(e, 5, 2, 50);
+    assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), 0); /* both are announced */
+    moe_eviction_ran(e, 9, 0, 1, 50);
+    assert_false(moe_eviction_announced(e, 5)); /* its step never came */
+    moe_eviction_ran(e, 2, 4, 4, 51);
+    assert_false(moe_eviction_announced(e, 4));
+    moe_eviction_free(&e);
+}
+
+static void test_full_table_forgets_the_oldest_hint(void **state) {
+    (void)state;
+    moe_eviction *e = make("hint-aware");
+    moe_eviction_hinted(e, 0, 1, 10);
+    for (int i = 0; i < MOE_EVICTION_MAX_HINTS; i++) {
+        assert_true(moe_eviction_announced(e, 0));
+        moe_eviction_hinted(e, 1, 1, 10);
+    }
+    assert_false(moe_eviction_announced(e, 0));
+    moe_eviction_ran(e, 1, 1, 1, 2);
+    assert_false(moe_eviction_announced(e, 1));
+    moe_eviction_free(&e);
+}
+
+/* The model: every use and every hint that was, looked at anew for each question. */
+typedef struct event {
+    int32_t expert;
+    int64_t at;
+} event;
+typedef struct announcement {
+    int32_t expert;
+    uint64_t step;
+    int64_t until;
+} announcement;
+static event uses[EVENTS];
+static announcement hints[EVENTS];
+static int num_uses, num_hints;
+
+static double score(bool lru, int32_t expert, int64_t now) {
+    double sum = 0, last = -INFINITY;
+    for (int i = 0; i < num_uses; i++) {
+        if (uses[i].expert != expert) continue;
+        sum += exp2((double)(uses[i].at - now) / HALF_LIFE);
+        last = (double)uses[i].at;
+    }
+    return lru ? last : sum;
+}
+
+static bool is_announced(int32_t expert) {
+    for (int i = 0; i < num_hints; i++)
+        if (hints[i].expert == expert) return true;
+    return false;
+}
+
+static void end_hints(uint64_t step, int32_t first, int32_t count, int64_t now) {
+    int kept = 0;
+    for (int i = 0; i < num_hints; i++) {
+        announcement h = hints[i];
+        if (h.until > now && !(h.step == step && h.expert >= first && h.expert < first + count)) hints[kept++] = h;
+    }
+    num_hints = kept;
+}
+
+/* That no evictable slot ranks before the named one; near ties are either's. */
+static void check_victim(const moe_eviction *e, const char *policy, const slots *s, int64_t now) {
+    bool lru = strcmp(policy, "lru") == 0, heeds = strcmp(policy, "hint-aware") == 0;
+    int32_t victim = moe_eviction_victim(e, SLOTS, evictable, (void *)s);
+    bool any = false;
+    for (int i = 0; i < SLOTS; i++) any |= s->expert[i] >= 0;
+    assert_int_equal(victim >= 0, any);
+    if (!any) return;
+    int32_t chosen = s->expert[victim];
+    assert_true(chosen >= 0);
+    for (int i = 0; i < SLOTS; i++) {
+        int32_t other = s->expert[i];
+        if (other < 0) continue;
+        if (heeds && is_announced(chosen)) assert_true(is_announced(other));
+        if (heeds && is_announced(other) && !is_announced(chosen)) continue;
+        double mine = score(lru, chosen, now), its = score(lru, other, now);
+        assert_true(mine == its || mine <= its + 1e-9 * fabs(its));
+    }
+}
+
+static void test_random_histories(void **state) {
+    (void)state;
+    static const char *const names[] = {"lru", "lfu-decay", "hint-aware"};
+    for (uint64_t seed = 0; seed < 60; seed++) {
+        const char *policy = names[seed % 3];
+        moe_random random = {seed};
+        moe_eviction *e = make(policy);
+        num_uses = num_hints = 0;
+        int64_t now = 0;
+        for (int i = 0; i < EVENTS; i++) {
+            now += (int64_t)moe_random_below(&random, 4);
+            int32_t expert = (int32_t)moe_random_below(&random, EXPERTS);
+            uint64_t step = moe_random_below(&random, 3);
+            switch (moe_random_below(&random, 4)) {
+                case 0:
+                    hints[num_hints++] = (announcement){expert, step, now + 30};
+                    moe_eviction_hinted(e, expert, step, now + 30);
+                    break;
+                case 1:
+                    end_hints(step, expert / 8 * 8, 8, now);
+                    moe_eviction_ran(e, step, expert / 8 * 8, 8, now);
+                    break;
+                default:
+                    uses[num_uses++] = (event){expert, now};
+                    moe_eviction_used(e, expert, now);
+            }
+            slots s;
+            for (int j = 0; j < SLOTS; j++) s.expert[j] = (int32_t)moe_random_below(&random, EXPERTS + 8) - 8;
+            for (int j = 0; j < SLOTS; j++) s.expert[j] = s.expert[j] < 0 ? -1 : s.expert[j];
+            for (int32_t x = 0; x < EXPERTS; x++) assert_int_equal(moe_eviction_announced(e, x), is_announced(x));
+            check_victim(e, policy, &s, now);
+        }
+        moe_eviction_free(&e);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_unknown_policy),
+        cmocka_unit_test(test_recency_and_frequency),
+        cmocka_unit_test(test_hints_protect_until_their_layer_ran),
+        cmocka_unit_test(test_full_table_forgets_the_oldest_hint),
+        cmocka_unit_test(test_random_histories),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
