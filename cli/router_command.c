@@ -8,6 +8,7 @@
 #include "cli/secret_option.h"
 #include "cli/signals.h"
 #include "cli/worker_node.h"
+#include "common/failpoint.h"
 #include "common/log.h"
 
 #define POLL_NS (50 * MOE_NS_PER_MS)
@@ -69,6 +70,7 @@ int moe_command_router(const moe_options *o) {
     char id[MOE_WORKER_ID_BYTES], api_key[MOE_SECRET_BYTES];
     moe_signals_block();
     moe_status status = read_options(o, id, sizeof id, api_key, &config, &err);
+    if (status == MOE_OK) moe_failpoints_open(config.id);
     if (status == MOE_OK) status = moe_router_node_open(&config, &node, &err);
     if (status != MOE_OK) return moe_command_failed(&err);
     serve_until_signal(node, moe_option_ns(o, "shutdown-timeout"));

@@ -10,6 +10,7 @@
 #include "cli/node_options.h"
 #include "cli/signals.h"
 #include "cli/worker_node.h"
+#include "common/failpoint.h"
 #include "common/log.h"
 #include "common/zmq/zmq_transport.h"
 #include "expert-worker/registry.h"
@@ -210,6 +211,7 @@ int moe_command_worker(const moe_options *o) {
     p.options = o;
     moe_signals_block();
     moe_status status = read_options(o, &p.settings, &err);
+    if (status == MOE_OK) moe_failpoints_open(p.settings.id);
     if (status == MOE_OK && moe_option_text(o, "cores")) status = moe_cores_restrict(moe_option_text(o, "cores"), &err);
     moe_model_source source = moe_model_option(o, p.settings.model_dir);
     if (status == MOE_OK) status = moe_model_source_open(&source, &p.model, &err);

@@ -4,6 +4,7 @@
 
 #include "common/alloc.h"
 #include "common/backend_poll.h"
+#include "common/failpoint.h"
 #include "common/metrics.h"
 
 #define MOE_BATCHER_DEFECTIVE "this worker is defective and leaves the cluster"
@@ -200,7 +201,7 @@ static void end_running(moe_batcher *b) {
     moe_batch *batch = &b->batches[b->running];
     moe_status status = b->job.status;
     b->busy = false;
-    b->ticks += atomic_load(&b->job.progress);
+    b->ticks += atomic_load(&b->job.progress) + 1;
     b->compute_ns += (uint64_t)b->job.compute_ns;
     moe_work *w;
     TAILQ_FOREACH(w, &batch->works, link) moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, b->job.compute_ns);
@@ -238,14 +239,15 @@ bool moe_batcher_turn(moe_batcher *b) {
         assemble_next(b);
         return moe_batcher_polls(b);
     }
-    start_next(b);
+    bool held = moe_failpoint_holds(MOE_FAILPOINT_COMPUTE);
+    if (!held) start_next(b);
     if (b->busy && job_done(b)) end_running(b); /* it was computed inside the submission */
     moe_recheck_turn(&b->recheck);
-    return moe_batcher_polls(b) || (!b->busy && b->num_queued > 0);
+    return moe_batcher_polls(b) || (!held && !b->busy && b->num_queued > 0);
 }
 
 uint64_t moe_batcher_progress(const moe_batcher *b) {
-    return b->calls + b->ticks + (b->busy ? atomic_load(&b->job.progress) : 0);
+    return b->ticks + (b->busy ? atomic_load(&b->job.progress) : 0);
 }
 
 static void wait_for_job(moe_batcher *b) {

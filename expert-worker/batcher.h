@@ -36,7 +36,7 @@ typedef struct moe_batcher {
     pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
 
     moe_recheck recheck;
-    uint64_t ticks; /* of jobs that ended */
+    uint64_t ticks; /* of jobs that ended, and one each */
     uint64_t calls, rows, compute_ns, expired;
 } moe_batcher;
 
@@ -59,5 +59,5 @@ bool moe_batcher_polls(const moe_batcher *batcher);
 /* Why this worker must not compute any more; "" where nothing is known against it. Calls end with UNAVAILABLE from then on. */
 static inline const char *moe_batcher_defect(const moe_batcher *b) { return b->recheck.defect; }
 
-/* Rises while anything is computed. */
+/* Rises while anything is computed, and not when calls end because nobody waits for them. */
 uint64_t moe_batcher_progress(const moe_batcher *batcher);

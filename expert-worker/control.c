@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/failpoint.h"
 #include "common/log.h"
 #include "expert-worker/loaded_list.h"
 
@@ -130,6 +131,7 @@ void moe_control_on_load(moe_control *c, moe_rpc_call *call, const Moesaic__V1__
     if (status == MOE_OK) {
         control_op *op = begin_op(c, &c->loads, call, request->experts, request->n_experts);
         if (op) take_load_fields(op, request);
+        moe_failpoint(MOE_FAILPOINT_LOAD_BEGIN);
     } else {
         moe_rpc_fail(call, status, err.message, &refusal.base);
     }
@@ -152,6 +154,7 @@ void moe_control_on_drop(moe_control *c, moe_rpc_call *call, const Moesaic__V1__
         moe_rpc_fail(call, status, err.message, NULL);
         return;
     }
+    moe_failpoint(MOE_FAILPOINT_DROP);
     control_op *op = begin_op(c, &c->drops, call, request->experts, request->n_experts);
     for (size_t i = 0; op && i < op->count; i++) {
         op->dropped += moe_shard_holds(c->shard, op->experts[i].layer, op->experts[i].expert);
@@ -201,6 +204,7 @@ static void show_progress(moe_control *c, const control_op *op) {
 }
 
 static void end_load(moe_control *c, control_op *op) {
+    moe_failpoint(MOE_FAILPOINT_LOAD_END);
     if (still_held(c, op))
         answer_load(c, op);
     else
@@ -237,6 +241,7 @@ static void start_packing(moe_control *c, const control_op *op, uint8_t *copied)
     const expert_ref *e = &op->experts[op->next];
     if (op->next + 1 < op->count) /* the disk works while this one is hashed and packed */
         moe_model_expert_will_need(c->shard->model, moe_model_expert(c->shard->model, e[1].layer, e[1].expert));
+    moe_failpoint(MOE_FAILPOINT_LOAD_PACK);
     c->stage = MOE_LOAD_PACKS;
     const moe_loader_task task = {
         .layer = e->layer, .expert = e->expert, .copied = copied, .expected = e->digest, .verify = op->verify};
@@ -264,6 +269,7 @@ static bool begin_expert(moe_control *c, control_op *op) {
         moe_fail(&err, MOE_RESOURCE_EXHAUSTED, "this worker takes at most %d experts", c->config.max_experts);
         fail_load(c, op, &err);
     } else if (op->source[0] && !moe_ffn_generated(moe_model_expert(c->shard->model, e->layer, e->expert))) {
+        moe_failpoint(MOE_FAILPOINT_LOAD_COPY);
         c->stage = MOE_LOAD_COPIES;
         moe_fetch_begin(&c->fetch, op->source, op->source_incarnation, e->layer, e->expert, e->digest, expert_bytes(c, e));
     } else {
@@ -306,6 +312,7 @@ static bool pack_expert(moe_control *c, control_op *op) {
     }
     float *answer = task->answer;
     task->answer = NULL;
+    moe_failpoint(MOE_FAILPOINT_LOAD_CHECK);
     c->stage = MOE_LOAD_CHECKS;
     if (moe_known_check_begin(&c->check, c->shard->model, task->layer, task->expert, task->loaded.handle, answer, &err) == MOE_OK)
         return true;

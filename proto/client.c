@@ -140,6 +140,8 @@ static bool item_in_order(moe_rpc *rpc, moe_client_call *call, moe_peer peer, co
 
 void moe_client_on_reply(moe_rpc *rpc, const moe_event *event, const Moesaic__V1__Envelope *envelope) {
     moe_client_call *call = call_of_reply(rpc, event->peer, envelope->call_id);
+    moe_rpc_entry *entry = call ? NULL : moe_peers_find(rpc, event->peer);
+    if (entry) moe_peers_on_progress(rpc, entry, envelope->progress); /* late, but a sign of progress */
     if (!call || !item_in_order(rpc, call, event->peer, envelope)) return;
     moe_peers_on_progress(rpc, call->entry, envelope->progress);
     moe_rpc_reply reply = {

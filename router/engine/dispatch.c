@@ -121,6 +121,7 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
         return;
     }
     if (reply->status != MOE_OK) {
+        e->workers[call->worker].owed_ns = 0; /* it answers, or is gone */
         if (reply->status == MOE_UNAVAILABLE) charge_death(call);
         if (!end_not_finite(call, reply)) call_failed(call, reply->message);
         return;
@@ -249,6 +250,7 @@ bool dispatch_start_call(micro_batch *b, int32_t placed, const moe_assignment *a
     memcpy(call->assignments, assignments, (size_t)count * sizeof *assignments);
     build_message(b, call, s);
     b->calls_outstanding++;
+    workers_note_call(e, worker);
     bool exact = e->config.combine == MOE_COMBINE_EXACT;
     moe_forward_call message = {.epoch = b->map->placement->epoch,
                                 .incarnation = w->incarnation,
@@ -367,8 +369,7 @@ static void check_progress(expert_call *call, int64_t now) {
     if (!peer || peer->incarnation != call->incarnation) return; /* the RPC ends this call by itself */
     int64_t limit = MOE_SUSPECT_JOB_FACTOR * w->call_ns;
     if (limit < e->config.suspect_after_ns) limit = e->config.suspect_after_ns;
-    int64_t since = peer->progress_at_ns > call->sent_ns ? peer->progress_at_ns : call->sent_ns;
-    if (now - since > limit && !call->blamed) {
+    if (now - workers_silent_since(e, call->worker, call->sent_ns) > limit && !call->blamed) {
         call->blamed = true;
         workers_suspect(e, call->worker);
     }

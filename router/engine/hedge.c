@@ -106,6 +106,7 @@ void hedge_answered(expert_call *part) {
     part->answered = true;
     if (++call->parts_answered < call->hedge_parts) return;
     moe_metric_add(MOE_METRIC_HEDGES_WON, 1);
+    workers_note_late(e, call->worker, call->sent_ns);
     moe_rpc_cancel(e->channels[e->workers[call->worker].transport].rpc, call->rpc_call);
     for (int32_t i = 0; i < b->max_calls; i++)
         if (b->calls[i].active && b->calls[i].primary == call) dispatch_release_call(&b->calls[i]);

@@ -24,6 +24,8 @@
 #define MOE_HEDGE_AFTER_NS (25 * MOE_NS_PER_MS) /* and not before this */
 #define MOE_HEDGE_BUDGET 0.1                   /* rows of hedges for each row of ordinary calls, */
 #define MOE_HEDGE_BURST_ROWS 4096              /* saved up to this */
+#define MOE_LATE_HOLD_NS (50 * MOE_NS_PER_MS) /* a worker that a hedge beat without a sign of progress gets no work for so long */
+#define MOE_OWING_GAP_NS (100 * MOE_NS_PER_MS) /* silence is counted over calls that follow each other this closely */
 #define MOE_ORPHAN_RETRY_NS (50 * MOE_NS_PER_MS) /* between tries while an expert has no usable replica */
 
 typedef struct micro_batch micro_batch;
@@ -80,6 +82,9 @@ typedef struct engine_worker {
     int64_t hold_ns;      /* how long it stays so at most */
     uint64_t incarnation; /* while up */
     moe_peer peer;        /* while up */
+    int64_t owing_ns;     /* when the first call was sent that it has been silent about since, though hedges may have answered it */
+    int64_t owed_ns;      /* when it was last seen to owe an answer */
+    int64_t late_until_ns;
     int64_t call_ns;      /* exponential average of a call's time */
     double call_rows;     /* and of its assignments */
     bool quarantined;
@@ -313,6 +318,10 @@ void placed_map_unref(moe_engine *e, placed_map **map);
 bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed);
 moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed);
 const moe_rpc_peer *workers_peer(const moe_engine *e, int32_t worker);
+void workers_note_call(moe_engine *e, int32_t worker); /* one is about to be sent */
+/* Since when the worker gives no sign of progress, of a call sent at sent_ns that it owes. */
+int64_t workers_silent_since(moe_engine *e, int32_t worker, int64_t sent_ns);
+void workers_note_late(moe_engine *e, int32_t worker, int64_t sent_ns); /* a hedge was faster than the call sent at sent_ns */
 void workers_suspect(moe_engine *e, int32_t worker);
 /* Ends suspicions of workers that advance again, or whose time is over, and quarantines whose time is over. */
 void workers_forgive(moe_engine *e, int64_t now);

@@ -17,7 +17,7 @@ typedef struct moe_assignment {
 typedef enum moe_plan_fitness {
     MOE_PLAN_UNFIT,
     MOE_PLAN_LAST_RESORT, /* suspect: used only for experts that no fitter worker holds */
-    MOE_PLAN_RESERVE,     /* quarantined: likewise */
+    MOE_PLAN_RESERVE,     /* quarantined, or late just now: likewise */
     MOE_PLAN_FIT
 } moe_plan_fitness;
 

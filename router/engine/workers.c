@@ -37,6 +37,7 @@ moe_status workers_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *er
                         peer->id, peer->profile, own);
     w->up = true;
     w->suspect = false;
+    w->owed_ns = w->late_until_ns = 0;
     w->peer = peer->peer;
     w->incarnation = peer->incarnation;
     moe_info("worker %s is up at %s", peer->id, w->endpoint);
@@ -70,6 +71,28 @@ void workers_on_peer_down(void *ctx, const moe_rpc_peer *peer) {
 const moe_rpc_peer *workers_peer(const moe_engine *e, int32_t worker) {
     const engine_worker *w = &e->workers[worker];
     return w->up ? moe_rpc_peer_of(e->channels[w->transport].rpc, w->peer) : NULL;
+}
+
+static int64_t progress_at(const moe_engine *e, int32_t worker) {
+    const moe_rpc_peer *peer = workers_peer(e, worker);
+    return peer ? peer->progress_at_ns : 0;
+}
+
+void workers_note_call(moe_engine *e, int32_t worker) {
+    engine_worker *w = &e->workers[worker];
+    int64_t now = engine_now(e);
+    if (now - w->owed_ns > MOE_OWING_GAP_NS || progress_at(e, worker) >= w->owing_ns) w->owing_ns = now;
+}
+
+int64_t workers_silent_since(moe_engine *e, int32_t worker, int64_t sent_ns) {
+    engine_worker *w = &e->workers[worker];
+    int64_t first = w->owing_ns < sent_ns ? w->owing_ns : sent_ns, sign = progress_at(e, worker);
+    w->owed_ns = engine_now(e);
+    return sign > first ? sign : first;
+}
+
+void workers_note_late(moe_engine *e, int32_t worker, int64_t sent_ns) {
+    if (progress_at(e, worker) <= sent_ns) e->workers[worker].late_until_ns = engine_now(e) + MOE_LATE_HOLD_NS;
 }
 
 static bool advanced_since_suspected(const moe_engine *e, int32_t worker) {
@@ -219,5 +242,6 @@ bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed) {
 moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed) {
     if (!workers_up(e, map, placed)) return MOE_PLAN_UNFIT;
     const engine_worker *w = &e->workers[map->worker[placed]];
-    return w->suspect ? MOE_PLAN_LAST_RESORT : w->quarantined ? MOE_PLAN_RESERVE : MOE_PLAN_FIT;
+    bool late = w->late_until_ns && engine_now(e) < w->late_until_ns;
+    return w->suspect ? MOE_PLAN_LAST_RESORT : w->quarantined || late ? MOE_PLAN_RESERVE : MOE_PLAN_FIT;
 }

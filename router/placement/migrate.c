@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "common/failpoint.h"
 #include "common/json.h"
 #include "common/log.h"
 #include "router/placement/controller_internal.h"
@@ -24,6 +25,7 @@ const char *moe_migration_phase_name(moe_migration_phase phase) {
 static int32_t index_of(const moe_controller *c, const moe_move *m) { return m->layer * c->config.num_experts + m->expert; }
 
 static void enter(moe_controller *c, moe_migration_phase phase) {
+    moe_failpoint(MOE_FAILPOINT_MIGRATE_COPY + (moe_failpoint_id)(phase - MOE_MIGRATION_COPY));
     c->migration.phase = phase;
     c->migration.phase_ns = moe_controller_now(c);
     c->next_leases_ns = 0;
@@ -62,6 +64,7 @@ bool moe_migration_begin(moe_controller *c, const char *id, const moe_move *move
     moe_error err;
     char key[64];
     MOE_ASSERT(g->phase == MOE_MIGRATION_NONE && count > 0 && count <= MOE_MIGRATION_MAX_MOVES);
+    moe_failpoint(MOE_FAILPOINT_MIGRATE_PLAN);
     snprintf(g->id, sizeof g->id, "%s", id);
     key_of(c, key);
     bool ok = moe_json_write(json_pack("{s:s, s:o}", "id", id, "moves", moves_json(moves, count)), &text);
@@ -377,6 +380,7 @@ static void end_migration(moe_controller *c) {
     moe_migration *g = &c->migration;
     int32_t moved = 0;
     for (int32_t i = 0; i < g->count; i++) moved += !g->moves[i].abandoned;
+    moe_failpoint(MOE_FAILPOINT_MIGRATE_END);
     if (!write_end(c, moved)) return;
     c->moves += (uint64_t)moved;
     moe_info("placement: %s: %d of %d moves in MoE layer %d are done", g->id, moved, g->count, g->moves[0].layer);

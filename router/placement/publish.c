@@ -1,6 +1,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "common/failpoint.h"
 #include "common/log.h"
 #include "router/placement/controller_internal.h"
 
@@ -37,6 +38,7 @@ moe_status moe_controller_publish(moe_controller *c, moe_placement *next, moe_er
     if (!status) status = moe_meta_to_json(&meta, &meta_text, err);
     if (!status) status = write_map(c, next->epoch, &map_text, &meta_text, err);
     if (!status) {
+        moe_failpoint(MOE_FAILPOINT_MAP_WRITTEN);
         moe_controller_adopt(c, moe_placement_ref(next), meta.map_digest);
         status = moe_controller_set_meta(c, meta_text.data, meta_text.size, err);
     } else {
