@@ -191,21 +191,21 @@ static void test_hedges(void **state) {
 static void test_silence_is_seen_through_hedges(void **state) {
     (void)state;
     for (uint64_t seed = 80; seed < 90; seed++) {
-        sim_config config = base_config(seed);
+        sim_config config = sim_fixture_config(seed);
         sim_cluster *sim = sim_new(&config);
-        submit(sim, 8);
+        sim_submit_greedy(sim, 8);
         assert_true(sim_run_until_idle(sim, LIMIT_NS));
         int64_t suspected = moe_metric_value(MOE_METRIC_PEERS_SUSPECTED), hedges = moe_metric_value(MOE_METRIC_HEDGES);
         moe_inproc_partition(sim->hub, "inproc:w1", true, false);
         for (int i = 0; i < 50; i++) {
-            submit(sim, 1);
+            sim_submit_greedy(sim, 1);
             sim_run(sim, 10 * MOE_NS_PER_MS);
         }
         assert_true(moe_metric_value(MOE_METRIC_PEERS_SUSPECTED) > suspected);
         assert_true(moe_metric_value(MOE_METRIC_HEDGES) - hedges <= 20); /* of 2 micro-batches, one each 75 ms, and a margin */
         moe_inproc_partition(sim->hub, "inproc:w1", false, false);
         assert_true(sim_run_until_idle(sim, LIMIT_NS));
-        check_all_right(sim, 0);
+        sim_check_all_right(sim, 0);
         sim_free(&sim);
     }
 }
