@@ -22,6 +22,7 @@
 #define MOE_KV_BLOCK_TOKENS 16 /* positions in a KV block; block b of a sequence holds positions [16b, 16b + 16) */
 #define MOE_FFN_BLOCKS 8       /* the down projection is a binary tree over 8 blocks of the intermediate width */
 #define MOE_MAX_TOP_LOGITS 64  /* of a row, that a segment returns beside or instead of all logits */
+#define MOE_MAX_SLOT_FILLS 64  /* pieces on their way into slots of one backend at once */
 
 typedef struct moe_backend moe_backend;
 typedef struct moe_base moe_base;     /* base-layer weights in the backend's own layout */
@@ -29,6 +30,7 @@ typedef struct moe_expert moe_expert; /* one expert's weights, or a slice of the
 typedef struct moe_kv moe_kv;         /* a pool of KV blocks for all layers */
 typedef struct moe_rows moe_rows;     /* the hidden state of one micro-batch between its segments */
 typedef struct moe_local moe_local;   /* all experts of a model, as a forward step with no dispatch uses them */
+typedef struct moe_slots moe_slots;   /* device memory for a fixed number of experts of one shape, which come and go */
 
 /* One piece of submitted work. The submitter owns it and keeps it in place until done was called. */
 typedef struct moe_job {
@@ -142,6 +144,19 @@ typedef struct moe_ffn_batch {
     void *out;                  /* exact [num_assignments, H], partial [num_rows, H], host, of moe_expert_output_dtype */
 } moe_ffn_batch;
 
+/* What one expert takes. Its image is the expert in the backend's own layout, in host memory. */
+typedef struct moe_expert_size {
+    int64_t image_bytes, slot_bytes;
+} moe_expert_size;
+
+/* A piece of an expert on its way into a slot: bytes [offset, offset + bytes) of its image. A whole expert is there when all of its
+ * pieces are, in any order. To cancel it is to submit no more pieces. */
+typedef struct moe_slot_fill {
+    moe_expert *slot;
+    const void *image; /* as expert_pack left it */
+    int64_t offset, bytes;
+} moe_slot_fill;
+
 /* Single operations on host memory, synchronous, f32: the op table that compares backends. y and x never alias. */
 typedef struct moe_ops {
     void (*embed)(const moe_tensor *table, const int32_t *ids, int32_t rows, float *y /* [rows, H] */);
@@ -204,6 +219,23 @@ typedef struct moe_backend_ops {
     int64_t (*expert_bytes)(const moe_expert *expert);
     /* `batch` and all it points to stay in place until done. */
     void (*ffn_submit)(moe_backend *b, const moe_ffn_batch *batch, moe_job *job);
+
+    /* Slots, for shards larger than the device's memory. An expert is packed once into an image in host memory and copied into a
+     * slot whenever it is wanted; then the slot is that expert, with the bits of expert_load's. All weights that share slots have
+     * the same shape and types. */
+    moe_expert_size (*expert_size)(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi);
+    /* Packs into image_bytes of memory from host_alloc. Any thread; computes and reads the checkpoint, touches no device. */
+    void (*expert_pack)(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, void *image);
+    /* `count` slots in one allocation, for experts shaped like `weights`. RESOURCE_EXHAUSTED. */
+    moe_status (*slots_create)(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, int32_t count,
+                               moe_slots **out, moe_error *err);
+    void (*slots_free)(moe_backend *b, moe_slots *slots); /* no job uses them any more */
+    /* Slot `index` as batches and fills name it; expert_bytes works, expert_free does not take it. Borrowed from the slots. */
+    moe_expert *(*slot)(const moe_slots *slots, int32_t index);
+    /* Copies beside computation, in the order of submission. `fill` and the image stay in place until done; so does the slot, which
+     * no batch uses before all of its pieces are there and done was called for each. copy_ns is the job's time. Neither allocates
+     * nor waits. RESOURCE_EXHAUSTED: more than MOE_MAX_SLOT_FILLS at once. */
+    void (*slot_fill_submit)(moe_backend *b, const moe_slot_fill *fill, moe_job *job);
 
     /* Forward steps with every expert in this backend; all three NULL where it has none. experts [num_moe_layers, num_experts]:
      * whole, borrowed until local_free. */

@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/local.h"
 #include "cpu/single.h"
+#include "cpu/slots.h"
 
 #define MAX_THREADS 1024
 #define PROFILE_BYTES 48
@@ -21,6 +22,7 @@ typedef struct cpu_backend {
     const moe_cpu_kernels *kernels;
     moe_cpu_runner *runner;
     moe_cpu_scratch_list scratch;
+    bool threaded; /* jobs and copies have threads of their own */
     char profile[PROFILE_BYTES];
 } cpu_backend;
 
@@ -143,6 +145,33 @@ static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job)
     moe_cpu_runner_submit(cpu_of(b)->runner, ffn_work, b, NULL, batch, brief, job);
 }
 
+static moe_expert_size expert_size(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi) {
+    moe_cpu_ffn ffn = moe_cpu_ffn_shape(((const cpu_backend *)b)->kernels, weights, block_lo, block_hi);
+    return (moe_expert_size){moe_cpu_ffn_bytes(&ffn), moe_cpu_ffn_bytes(&ffn)};
+}
+
+static void expert_pack(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, void *image) {
+    moe_cpu_ffn ffn = moe_cpu_ffn_shape(((const cpu_backend *)b)->kernels, weights, block_lo, block_hi);
+    moe_cpu_ffn_place(&ffn, image);
+    moe_cpu_ffn_fill(&ffn, weights);
+}
+
+static moe_status slots_create(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, int32_t count,
+                               moe_slots **out, moe_error *err) {
+    const cpu_backend *cpu = cpu_of(b);
+    return moe_cpu_slots_create(cpu->kernels, cpu->threaded, weights, block_lo, block_hi, count, out, err);
+}
+
+static void slots_free(moe_backend *b, moe_slots *slots) {
+    (void)b;
+    moe_cpu_slots_free(slots);
+}
+
+static void slot_fill_submit(moe_backend *b, const moe_slot_fill *fill, moe_job *job) {
+    (void)b;
+    moe_cpu_slot_fill(fill, job);
+}
+
 static moe_status local_create(moe_backend *b, moe_base *base, moe_expert *const *experts, moe_local **out, moe_error *err) {
     (void)b;
     return moe_cpu_local_create(base, experts, out, err);
@@ -183,6 +212,12 @@ static const moe_backend_ops common_ops = {
     .expert_free = expert_free,
     .expert_bytes = expert_bytes,
     .ffn_submit = ffn_submit,
+    .expert_size = expert_size,
+    .expert_pack = expert_pack,
+    .slots_create = slots_create,
+    .slots_free = slots_free,
+    .slot = moe_cpu_slot,
+    .slot_fill_submit = slot_fill_submit,
     .local_create = local_create,
     .local_free = local_free,
     .local_submit = local_submit,
@@ -203,6 +238,7 @@ static moe_status open_backend(const char *name, const moe_cpu_config *config, c
     cpu->public.ops = &cpu->ops;
     cpu->public.dtype = config->dtype;
     cpu->kernels = kernels;
+    cpu->threaded = config->threads > 0;
     snprintf(cpu->profile, sizeof cpu->profile, "%s/%s/%s", name, kernels->isa, moe_dtype_name(config->dtype));
     moe_status status = moe_cpu_runner_open(config->threads, &cpu->runner, err);
     if (status != MOE_OK) {

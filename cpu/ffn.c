@@ -7,29 +7,69 @@
 #define TASK_OUTPUTS 64 /* outputs of a task: its weights stay in the second-level cache while the task's rows pass */
 #define TASK_ROWS 64
 
-moe_status moe_cpu_ffn_load(const moe_cpu_kernels *kernels, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
-                            moe_cpu_ffn *out, moe_error *err) {
-    MOE_ASSERT(moe_ffn_slice_legal(block_lo, block_hi));
-    *out = (moe_cpu_ffn){.hidden = (int32_t)weights->gate.cols, .intermediate = (int32_t)weights->gate.rows};
-    out->block_lo = block_lo;
-    out->block_hi = block_hi;
-    int32_t lo = moe_ffn_block_start(out->intermediate, block_lo), hi = moe_ffn_block_start(out->intermediate, block_hi);
-    moe_tensor gate = moe_tensor_rows(&weights->gate, lo, hi), up = moe_tensor_rows(&weights->up, lo, hi);
-    moe_status status = moe_cpu_matrix_pack_one(kernels, &gate, &out->gate, err);
-    if (status == MOE_OK) status = moe_cpu_matrix_pack_one(kernels, &up, &out->up, err);
-    if (status == MOE_OK) status = moe_cpu_matrix_pack(kernels, &weights->down, 1, lo, hi, &out->down, err);
-    if (status != MOE_OK) moe_cpu_ffn_free(out);
-    return status;
+/* The rows or columns [lo, hi) of the intermediate width that a slice has. */
+typedef struct slice {
+    int32_t lo, hi;
+    moe_tensor gate, up;
+} slice;
+
+static slice slice_of(const moe_cpu_ffn *ffn, const moe_ffn_weights *w) {
+    int32_t lo = moe_ffn_block_start(ffn->intermediate, ffn->block_lo), hi = moe_ffn_block_start(ffn->intermediate, ffn->block_hi);
+    return (slice){lo, hi, moe_tensor_rows(&w->gate, lo, hi), moe_tensor_rows(&w->up, lo, hi)};
 }
 
-void moe_cpu_ffn_free(moe_cpu_ffn *ffn) {
-    moe_cpu_matrix_free(&ffn->gate);
-    moe_cpu_matrix_free(&ffn->up);
-    moe_cpu_matrix_free(&ffn->down);
+moe_cpu_ffn moe_cpu_ffn_shape(const moe_cpu_kernels *kernels, const moe_ffn_weights *w, int32_t block_lo, int32_t block_hi) {
+    MOE_ASSERT(moe_ffn_slice_legal(block_lo, block_hi));
+    moe_cpu_ffn ffn = {.hidden = (int32_t)w->gate.cols,
+                       .intermediate = (int32_t)w->gate.rows,
+                       .block_lo = block_lo,
+                       .block_hi = block_hi};
+    slice s = slice_of(&ffn, w);
+    ffn.gate = moe_cpu_matrix_shape(kernels, &s.gate, 1, 0, s.gate.cols);
+    ffn.up = moe_cpu_matrix_shape(kernels, &s.up, 1, 0, s.up.cols);
+    ffn.down = moe_cpu_matrix_shape(kernels, &w->down, 1, s.lo, s.hi);
+    return ffn;
+}
+
+static int64_t place_bytes(const moe_cpu_matrix *m) {
+    return (moe_cpu_matrix_bytes(m) + MOE_ALIGNMENT_BYTES - 1) / MOE_ALIGNMENT_BYTES * MOE_ALIGNMENT_BYTES;
 }
 
 int64_t moe_cpu_ffn_bytes(const moe_cpu_ffn *ffn) {
-    return moe_cpu_matrix_bytes(&ffn->gate) + moe_cpu_matrix_bytes(&ffn->up) + moe_cpu_matrix_bytes(&ffn->down);
+    return place_bytes(&ffn->gate) + place_bytes(&ffn->up) + place_bytes(&ffn->down);
+}
+
+void moe_cpu_ffn_place(moe_cpu_ffn *ffn, void *memory) {
+    moe_cpu_matrix *const matrices[] = {&ffn->gate, &ffn->up, &ffn->down};
+    uint8_t *at = memory;
+    for (int i = 0; i < 3; i++) {
+        if (matrices[i]->n) matrices[i]->data = at;
+        at += place_bytes(matrices[i]);
+    }
+}
+
+void moe_cpu_ffn_fill(const moe_cpu_ffn *ffn, const moe_ffn_weights *w) {
+    slice s = slice_of(ffn, w);
+    if (ffn->gate.n) moe_cpu_matrix_fill(&ffn->gate, &s.gate, 1, 0);
+    if (ffn->up.n) moe_cpu_matrix_fill(&ffn->up, &s.up, 1, 0);
+    if (ffn->down.n) moe_cpu_matrix_fill(&ffn->down, &w->down, 1, s.lo);
+}
+
+moe_status moe_cpu_ffn_load(const moe_cpu_kernels *kernels, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
+                            moe_cpu_ffn *out, moe_error *err) {
+    *out = moe_cpu_ffn_shape(kernels, weights, block_lo, block_hi);
+    int64_t bytes = moe_cpu_ffn_bytes(out);
+    out->memory = moe_alloc_aligned((size_t)bytes, 1);
+    if (!out->memory)
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for %lld bytes of packed weights", (long long)bytes);
+    moe_cpu_ffn_place(out, out->memory);
+    moe_cpu_ffn_fill(out, weights);
+    return MOE_OK;
+}
+
+void moe_cpu_ffn_free(moe_cpu_ffn *ffn) {
+    moe_free(ffn->memory);
+    *ffn = (moe_cpu_ffn){.memory = NULL};
 }
 
 /* Where block `block` begins in the columns of the slice. */

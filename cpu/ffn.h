@@ -9,6 +9,7 @@ typedef struct moe_cpu_ffn {
     moe_cpu_matrix gate, up, down; /* [width, hidden], [width, hidden], [hidden, width]; width of the slice */
     int32_t hidden, intermediate;  /* intermediate: of the whole network */
     int32_t block_lo, block_hi;
+    void *memory; /* owned, of all three; NULL: they lie in a slot */
 } moe_cpu_ffn;
 
 /* One network applied to rows that lie together. */
@@ -24,6 +25,12 @@ typedef struct moe_cpu_ffn_part {
 moe_status moe_cpu_ffn_load(const moe_cpu_kernels *kernels, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
                             moe_cpu_ffn *out, moe_error *err);
 void moe_cpu_ffn_free(moe_cpu_ffn *ffn); /* idempotent */
+
+/* The same in steps, for memory of the caller's: a network without data; where its data is in moe_cpu_ffn_bytes of aligned memory;
+ * the packing into that. */
+moe_cpu_ffn moe_cpu_ffn_shape(const moe_cpu_kernels *kernels, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi);
+void moe_cpu_ffn_place(moe_cpu_ffn *ffn, void *memory);
+void moe_cpu_ffn_fill(const moe_cpu_ffn *ffn, const moe_ffn_weights *weights);
 int64_t moe_cpu_ffn_bytes(const moe_cpu_ffn *ffn);
 
 /* Computes all parts, in parallel over parts, rows and outputs. */
@@ -38,4 +45,5 @@ moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_dtype dtype, mo
 
 struct moe_expert {
     moe_cpu_ffn ffn;
+    moe_slots *slots; /* whose slot it is; NULL: an expert of its own */
 };

@@ -5,7 +5,7 @@
 static int64_t panel_count(const moe_cpu_matrix *m) { return ((int64_t)m->n + m->panel - 1) / m->panel; }
 
 int64_t moe_cpu_matrix_bytes(const moe_cpu_matrix *m) {
-    return m->data ? panel_count(m) * m->panel * m->k * (int64_t)moe_dtype_bytes(m->dtype) : 0;
+    return m->n ? panel_count(m) * m->panel * m->k * (int64_t)moe_dtype_bytes(m->dtype) : 0;
 }
 
 void moe_cpu_matrix_free(moe_cpu_matrix *matrix) {
@@ -14,7 +14,7 @@ void moe_cpu_matrix_free(moe_cpu_matrix *matrix) {
 }
 
 /* Output `n` of the matrix: columns [col, col + k) of the tensor's `row`. */
-static void pack_row(moe_cpu_matrix *m, int64_t n, const moe_tensor *t, int64_t row, int64_t col) {
+static void pack_row(const moe_cpu_matrix *m, int64_t n, const moe_tensor *t, int64_t row, int64_t col) {
     enum { CHUNK = 256 };
     _Alignas(float) uint8_t chunk[CHUNK * sizeof(float)];
     size_t size = moe_dtype_bytes(m->dtype), stride = (size_t)m->panel * size;
@@ -29,22 +29,34 @@ static void pack_row(moe_cpu_matrix *m, int64_t n, const moe_tensor *t, int64_t 
     }
 }
 
-moe_status moe_cpu_matrix_pack(const moe_cpu_kernels *kernels, const moe_tensor *parts, int num_parts, int64_t col_lo,
-                               int64_t col_hi, moe_cpu_matrix *out, moe_error *err) {
-    *out = (moe_cpu_matrix){.panel = kernels->panel, .k = (int32_t)(col_hi - col_lo), .dtype = MOE_DTYPE_COUNT};
+moe_cpu_matrix moe_cpu_matrix_shape(const moe_cpu_kernels *kernels, const moe_tensor *parts, int num_parts, int64_t col_lo,
+                                    int64_t col_hi) {
+    moe_cpu_matrix m = {.panel = kernels->panel, .k = (int32_t)(col_hi - col_lo), .dtype = MOE_DTYPE_COUNT};
     for (int i = 0; i < num_parts; i++) {
         if (!moe_tensor_present(&parts[i])) continue;
-        out->n += (int32_t)parts[i].rows;
-        out->dtype = out->dtype == MOE_DTYPE_COUNT || out->dtype == parts[i].dtype ? parts[i].dtype : MOE_F32;
+        m.n += (int32_t)parts[i].rows;
+        m.dtype = m.dtype == MOE_DTYPE_COUNT || m.dtype == parts[i].dtype ? parts[i].dtype : MOE_F32;
     }
-    if (kernels->widen_weights) out->dtype = MOE_F32;
+    if (kernels->widen_weights) m.dtype = MOE_F32;
+    return m;
+}
+
+/* The last panel's missing outputs are zero. */
+void moe_cpu_matrix_fill(const moe_cpu_matrix *m, const moe_tensor *parts, int num_parts, int64_t col_lo) {
+    int64_t n = 0, panel_bytes = (int64_t)m->panel * m->k * (int64_t)moe_dtype_bytes(m->dtype);
+    if (m->n % m->panel) memset((uint8_t *)m->data + (panel_count(m) - 1) * panel_bytes, 0, (size_t)panel_bytes);
+    for (int i = 0; i < num_parts; i++)
+        for (int64_t row = 0; moe_tensor_present(&parts[i]) && row < parts[i].rows; row++)
+            pack_row(m, n++, &parts[i], row, col_lo);
+}
+
+moe_status moe_cpu_matrix_pack(const moe_cpu_kernels *kernels, const moe_tensor *parts, int num_parts, int64_t col_lo,
+                               int64_t col_hi, moe_cpu_matrix *out, moe_error *err) {
+    *out = moe_cpu_matrix_shape(kernels, parts, num_parts, col_lo, col_hi);
     if (out->n == 0) return MOE_OK;
     out->data = moe_alloc_aligned((size_t)panel_count(out) * (size_t)out->panel * moe_dtype_bytes(out->dtype), (size_t)out->k);
     if (!out->data) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for packed weights [%d, %d]", out->n, out->k);
-    int64_t n = 0;
-    for (int i = 0; i < num_parts; i++)
-        for (int64_t row = 0; moe_tensor_present(&parts[i]) && row < parts[i].rows; row++)
-            pack_row(out, n++, &parts[i], row, col_lo);
+    moe_cpu_matrix_fill(out, parts, num_parts, col_lo);
     return MOE_OK;
 }
 

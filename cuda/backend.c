@@ -5,6 +5,7 @@
 
 #include "common/alloc.h"
 #include "cuda/cuda.h"
+#include "cuda/fill.h"
 #include "cuda/local.h"
 
 static void close_backend(moe_backend *backend) {
@@ -105,6 +106,30 @@ static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job)
     moe_cuda_ffn_submit(moe_cuda_of(b), batch, job);
 }
 
+static moe_expert_size expert_size(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi) {
+    return moe_cuda_expert_size(weights, block_lo, block_hi, b->dtype);
+}
+
+static void expert_pack(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, void *image) {
+    moe_cuda_expert_pack(weights, block_lo, block_hi, b->dtype, image);
+}
+
+static moe_status slots_create(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, int32_t count,
+                               moe_slots **out, moe_error *err) {
+    moe_cuda_device_use(&moe_cuda_of(b)->device);
+    return moe_cuda_slots_create(moe_cuda_of(b), weights, block_lo, block_hi, count, out, err);
+}
+
+static void slots_free(moe_backend *b, moe_slots *slots) {
+    moe_cuda_device_use(&moe_cuda_of(b)->device);
+    moe_cuda_slots_free(slots);
+}
+
+static void slot_fill_submit(moe_backend *b, const moe_slot_fill *fill, moe_job *job) {
+    moe_cuda_device_use(&moe_cuda_of(b)->device);
+    moe_cuda_slot_fill_submit(moe_cuda_of(b), fill, job);
+}
+
 static moe_status local_create(moe_backend *b, moe_base *base, moe_expert *const *experts, moe_local **out, moe_error *err) {
     moe_cuda_device_use(&moe_cuda_of(b)->device);
     return moe_cuda_local_create(moe_cuda_of(b), base, experts, out, err);
@@ -140,6 +165,12 @@ static const moe_backend_ops common_ops = {
     .expert_free = expert_free,
     .expert_bytes = expert_bytes,
     .ffn_submit = ffn_submit,
+    .expert_size = expert_size,
+    .expert_pack = expert_pack,
+    .slots_create = slots_create,
+    .slots_free = slots_free,
+    .slot = moe_cuda_slot,
+    .slot_fill_submit = slot_fill_submit,
     .local_create = local_create,
     .local_free = local_free,
     .local_submit = local_submit,

@@ -60,36 +60,75 @@ static moe_status upload_maps(moe_cuda_upload *upload, const moe_cuda_network *n
     return moe_cuda_upload_bytes(upload, n->tail, &maps, sizeof maps, err);
 }
 
-moe_status moe_cuda_network_upload(moe_cuda_upload *upload, const moe_cuda_network *n, const moe_ffn_weights *w, moe_error *err) {
+/* The three matrices on their way into the network's places. */
+typedef struct network_planes {
+    moe_cuda_plane gate, up, down;
+} network_planes;
+
+static network_planes planes_of(const moe_cuda_network *n, const moe_ffn_weights *w) {
     const moe_cuda_network_shape *s = &n->shape;
     int64_t lo = moe_ffn_block_start(s->intermediate, s->block_lo), hi = moe_ffn_block_start(s->intermediate, s->block_hi);
-    size_t row_bytes = (size_t)s->hidden * moe_dtype_bytes(s->dtype);
-    moe_cuda_plane gate = {.tensor = &w->gate,
-                           .row_lo = lo,
-                           .row_hi = hi,
-                           .col_hi = s->hidden,
-                           .dtype = s->dtype,
-                           .stride = s->hidden,
-                           .run = ROW_GROUP,
-                           .run_stride = 2 * ROW_GROUP,
-                           .to = n->gate_up};
-    moe_cuda_plane up = gate, down = {.tensor = &w->down, .row_hi = s->hidden, .col_lo = lo, .col_hi = hi, .dtype = s->dtype};
-    up.tensor = &w->up;
-    up.to = (uint8_t *)n->gate_up + ROW_GROUP * row_bytes;
-    down.stride = s->padded;
-    down.run = down.run_stride = 1;
-    down.to = n->down;
+    network_planes p = {.gate = {.tensor = &w->gate,
+                                 .row_lo = lo,
+                                 .row_hi = hi,
+                                 .col_hi = s->hidden,
+                                 .dtype = s->dtype,
+                                 .stride = s->hidden,
+                                 .run = ROW_GROUP,
+                                 .run_stride = 2 * ROW_GROUP,
+                                 .to = n->gate_up}};
+    p.up = p.gate;
+    p.up.tensor = &w->up;
+    p.up.to = (uint8_t *)n->gate_up + ROW_GROUP * (size_t)s->hidden * moe_dtype_bytes(s->dtype);
+    p.down = (moe_cuda_plane){.tensor = &w->down,
+                              .row_hi = s->hidden,
+                              .col_lo = lo,
+                              .col_hi = hi,
+                              .dtype = s->dtype,
+                              .stride = s->padded,
+                              .run = 1,
+                              .run_stride = 1,
+                              .to = n->down};
+    return p;
+}
+
+/* The padding rows are in the last group of each of gate and up. */
+static uint8_t *last_groups(const moe_cuda_network *n, size_t *bytes) {
+    *bytes = 2 * ROW_GROUP * (size_t)n->shape.hidden * moe_dtype_bytes(n->shape.dtype);
+    return (uint8_t *)n->gate_up + (size_t)(n->shape.padded / ROW_GROUP - 1) * *bytes;
+}
+
+moe_status moe_cuda_network_upload(moe_cuda_upload *upload, const moe_cuda_network *n, const moe_ffn_weights *w, moe_error *err) {
+    const network_planes p = planes_of(n, w);
     moe_status status = MOE_OK;
-    if (s->padded != s->width) { /* the padding rows are in the last group of each */
-        size_t group_bytes = 2 * ROW_GROUP * row_bytes, last = (size_t)(s->padded / ROW_GROUP - 1) * group_bytes;
-        cudaError_t code = cudaMemsetAsync((uint8_t *)n->gate_up + last, 0, group_bytes, upload->stream);
-        status = moe_cuda_check(code, "clearing an expert's slot", err);
+    if (n->shape.padded != n->shape.width) {
+        size_t bytes;
+        uint8_t *last = last_groups(n, &bytes);
+        status = moe_cuda_check(cudaMemsetAsync(last, 0, bytes, upload->stream), "clearing an expert's slot", err);
     }
-    if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &gate, err);
-    if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &up, err);
-    if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &down, err);
+    if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &p.gate, err);
+    if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &p.up, err);
+    if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &p.down, err);
     if (status == MOE_OK) status = upload_maps(upload, n, err);
     return status;
+}
+
+size_t moe_cuda_network_image_bytes(const moe_cuda_network_shape *s) { return tail_offset(s); }
+
+void moe_cuda_network_pack(const moe_cuda_network *n, const moe_ffn_weights *w) {
+    const network_planes p = planes_of(n, w);
+    if (n->shape.padded != n->shape.width) {
+        size_t bytes;
+        uint8_t *last = last_groups(n, &bytes);
+        memset(last, 0, bytes);
+    }
+    moe_cuda_plane_pack(&p.gate);
+    moe_cuda_plane_pack(&p.up);
+    moe_cuda_plane_pack(&p.down);
+}
+
+moe_status moe_cuda_network_prepare(moe_cuda_upload *upload, const moe_cuda_network *n, moe_error *err) {
+    return upload_maps(upload, n, err);
 }
 
 /* ---- slots ---- */

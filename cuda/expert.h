@@ -24,7 +24,8 @@ typedef struct moe_cuda_network {
 
 struct moe_expert {
     moe_cuda_network network;
-    struct moe_cuda_slab *slab;
+    struct moe_cuda_slab *slab; /* of an expert of its own */
+    moe_slots *slots;           /* whose slot it is; NULL: none's */
 };
 
 /* Slots by size, each size in slabs of its own. */
@@ -48,9 +49,16 @@ size_t moe_cuda_network_bytes(const moe_cuda_network_shape *shape);
 
 /* The network's places in memory of that many bytes. */
 moe_cuda_network moe_cuda_network_at(const moe_cuda_network_shape *shape, void *memory);
+/* What a host image holds of it: all but the tail, which is the slot's own. */
+size_t moe_cuda_network_image_bytes(const moe_cuda_network_shape *shape);
+/* Packs into a network whose places are in host memory. */
+void moe_cuda_network_pack(const moe_cuda_network *network, const moe_ffn_weights *weights);
 /* Enqueues the copies; the upload's lock is held. */
 moe_status moe_cuda_network_upload(moe_cuda_upload *upload, const moe_cuda_network *network, const moe_ffn_weights *weights,
                                    moe_error *err);
+
+/* Enqueues what such a slot needs beside an image, once; the upload's lock is held. */
+moe_status moe_cuda_network_prepare(moe_cuda_upload *upload, const moe_cuda_network *network, moe_error *err);
 
 /* As expert_load and expert_free of backend.h. */
 moe_status moe_cuda_expert_load(moe_cuda_slots *slots, moe_cuda_upload *upload, moe_dtype profile, const moe_ffn_weights *weights,

@@ -148,6 +148,16 @@ moe_status moe_cuda_upload_plane(moe_cuda_upload *upload, const moe_cuda_plane *
     return status;
 }
 
+void moe_cuda_plane_pack(const moe_cuda_plane *p) {
+    size_t size = moe_dtype_bytes(p->dtype), row_bytes = (size_t)p->stride * size;
+    int64_t width = p->col_hi - p->col_lo;
+    for (int64_t row = 0; row < p->row_hi - p->row_lo; row++) {
+        uint8_t *to = (uint8_t *)p->to + (size_t)(row / p->run * p->run_stride + row % p->run) * row_bytes;
+        convert(p->tensor, (p->row_lo + row) * p->tensor->cols + p->col_lo, width, p->dtype, to);
+        memset(to + (size_t)width * size, 0, row_bytes - (size_t)width * size);
+    }
+}
+
 moe_status moe_cuda_upload_finish(moe_cuda_upload *upload, moe_error *err) {
     return moe_cuda_check(cudaStreamSynchronize(upload->stream), "copying weights to the GPU", err);
 }

@@ -35,6 +35,9 @@ moe_status moe_cuda_upload_plane(moe_cuda_upload *upload, const moe_cuda_plane *
 moe_status moe_cuda_upload_bytes(moe_cuda_upload *upload, void *to, const void *from, size_t bytes, moe_error *err);
 moe_status moe_cuda_upload_finish(moe_cuda_upload *upload, moe_error *err);
 
+/* The same into host memory at plane->to, by the calling thread alone; no lock is needed. */
+void moe_cuda_plane_pack(const moe_cuda_plane *plane);
+
 /* In a profile of `dtype`, the type that a weight stored as `stored` has on the device: bfloat16 beside bfloat16, else as stored.
  */
 static inline moe_dtype moe_cuda_weight_dtype(moe_dtype profile, moe_dtype stored) {
