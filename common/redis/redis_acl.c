@@ -14,12 +14,13 @@
 #define MAX_PATH_BYTES 4096
 #define PASSWORD_BYTES 65 /* 256 bits in hexadecimal, and NUL */
 
-/* A router leads: it writes anything under the prefix. A worker renews its own kind of lease and reads whose cluster it is. */
+/* A router leads: it writes anything under the prefix. A worker renews its own kinds of leases and reads whose cluster it is. */
 static const struct {
     const char *role, *rules;
 } users[] = {
     {"router", "~moe:* -@all +get +mget +set +del +sadd +srem +smembers +watch +unwatch +multi +exec +role"},
-    {"worker", "~moe:*:worker:* ~moe:*:keys %R~moe:*:meta -@all +get +set +del +sadd +srem +watch +unwatch +multi +exec +role"},
+    {"worker", "~moe:*:worker:* ~moe:*:device:* ~moe:*:keys %R~moe:*:meta "
+               "-@all +get +set +del +sadd +srem +watch +unwatch +multi +exec +role"},
     {"operator", "%R~moe:* -@all +get +mget +smembers +role"},
 };
 
@@ -55,7 +56,9 @@ static moe_status add_user(const char *role, const char *rules, const char *pass
 moe_status moe_redis_acl_write(const char *dir, bool local, moe_error *err) {
     moe_buf acl = {0};
     moe_status status = MOE_OK;
-    moe_buf_printf(&acl, "user default %s\n", local ? "on nopass ~* &* +@all" : "off");
+    /* Nobody can log in as a user that is off, but Redis 7 replays its append-only file as the default user, and drops every
+     * transaction in it that this user may not make. */
+    moe_buf_printf(&acl, "user default %s ~* &* +@all\n", local ? "on nopass" : "off resetpass");
     for (size_t i = 0; i < sizeof users / sizeof *users && status == MOE_OK; i++) {
         char password[PASSWORD_BYTES], name[64];
         make_password(password);

@@ -426,6 +426,31 @@ static void expect_denied(moe_store *s, const char *key) {
     assert_int_equal(status, MOE_PERMISSION_DENIED);
 }
 
+static void start_with_roles(fixture *f, const char *acl) {
+    unlink(f->socket);
+    f->server = fork();
+    if (f->server == 0) {
+        int null = open("/dev/null", O_RDWR);
+        dup2(null, 1);
+        dup2(null, 2);
+        execlp("redis-server", "redis-server", "--port", "0", "--unixsocket", f->socket, "--save", "", "--appendonly", "yes", "--dir",
+               f->dir, "--aclfile", acl, NULL);
+        _exit(127);
+    }
+}
+
+/* What a transaction wrote is in the append-only file, too, which Redis replays as the default user. */
+static void expect_kept_over_a_restart(fixture *f, moe_store *router, const char *acl) {
+    const moe_store_write writes[] = {{"meta", "m2", 2}, {"map:2", "two", 3}};
+    moe_error err;
+    assert_int_equal(router->ops->compare_and_set(router, "meta", "m", 1, writes, 2, &err), MOE_OK);
+    stop_server(f);
+    start_with_roles(f, acl);
+    wait_until(router, MOE_OK);
+    assert_value(router, "meta", "m2");
+    assert_value(router, "map:2", "two");
+}
+
 /* A server with the ACL file that keygen writes: each role can do what it must, and no more. */
 static void test_redis_roles(void **state) {
     fixture *f = *state;
@@ -444,16 +469,7 @@ static void test_redis_roles(void **state) {
     snprintf(acl, sizeof acl, "%s/redis.acl", f->dir);
     unlink(acl);
     assert_int_equal(moe_redis_acl_write(f->dir, false, &err), MOE_OK);
-    unlink(f->socket);
-    f->server = fork();
-    if (f->server == 0) {
-        int null = open("/dev/null", O_RDWR);
-        dup2(null, 1);
-        dup2(null, 2);
-        execlp("redis-server", "redis-server", "--port", "0", "--unixsocket", f->socket, "--save", "", "--dir", f->dir, "--aclfile", acl,
-               NULL);
-        _exit(127);
-    }
+    start_with_roles(f, acl);
     wait_until(f->a, MOE_UNAUTHENTICATED); /* the default user is off */
     moe_store *stores[3];
     static const char *const roles[] = {"router", "worker", "operator"};
@@ -467,6 +483,8 @@ static void test_redis_roles(void **state) {
     assert_int_equal(take(stores[0], "leader", "r0", 60000), MOE_OK);
     assert_int_equal(put(stores[1], "worker:w0", "lease", 60000), MOE_OK);
     assert_int_equal(take(stores[1], "worker:w0", "lease", 60000), MOE_OK);
+    assert_int_equal(take(stores[1], "device:GPU-0", "w0", 60000), MOE_OK);
+    assert_int_equal(stores[1]->ops->remove(stores[1], "device:GPU-0", &err), MOE_OK);
     assert_value(stores[1], "meta", "m");
     assert_int_equal(list(stores[0], "").count, 3);
     assert_int_equal(list(stores[2], "").count, 3);
@@ -478,11 +496,18 @@ static void test_redis_roles(void **state) {
     assert_value(stores[0], "leader", "r0");
     while (stores[1]->ops->remove(stores[1], "worker:w0", &err) == MOE_UNAVAILABLE) nap();
     assert_int_equal(list(stores[0], "").count, 2);
+    expect_kept_over_a_restart(f, stores[0], acl);
     for (int i = 0; i < 3; i++) stores[i]->ops->close(stores[i]);
     static const char *const files[] = {"redis.acl", "redis-router.password", "redis-worker.password", "redis-operator.password"};
     for (int i = 0; i < 4; i++) {
         snprintf(acl, sizeof acl, "%s/%s", f->dir, files[i]);
         assert_int_equal(unlink(acl), 0);
+    }
+    stop_server(f);
+    static const char *const kept[] = {"appendonly.aof.manifest", "appendonly.aof.1.base.rdb", "appendonly.aof.1.incr.aof", ""};
+    for (int i = 0; i < 4; i++) {
+        snprintf(acl, sizeof acl, "%s/appendonlydir/%s", f->dir, kept[i]);
+        assert_int_equal(remove(acl), 0);
     }
     snprintf(f->password_file, sizeof f->password_file, "%s/password", f->dir); /* what teardown removes */
     f->password = false;
