@@ -556,6 +556,24 @@ static bool tidy(moe_controller *c) {
     return false;
 }
 
+/* A replica that drains although nothing is under way: the record of its move was lost together with the leader who knew of it (a
+ * store that came back empty or older). It serves on. */
+static bool recover_draining(moe_controller *c) {
+    moe_placement *next = NULL;
+    for (int64_t i = 0; i < (int64_t)c->map->num_layers * c->map->num_experts; i++) {
+        for (int32_t r = 0; r < c->map->entries[i].num_replicas; r++) {
+            if (c->map->entries[i].replicas[r].state != MOE_REPLICA_DRAINING) continue;
+            if (!next && !(next = moe_placement_copy(c->map))) return false;
+            next->entries[i].replicas[r].state = MOE_REPLICA_READY;
+        }
+    }
+    if (!next) return false;
+    moe_info("placement: replicas that drained in a migration nobody knows of serve again");
+    publish(c, next, true);
+    moe_placement_unref(&next);
+    return true;
+}
+
 void moe_controller_migrate(moe_controller *c) {
     int64_t now = moe_controller_now(c);
     if (!c->migration_known && !resume(c)) return;
@@ -568,6 +586,7 @@ void moe_controller_migrate(moe_controller *c) {
     if (op) run_operation(c, op);
     if (c->migration.phase != MOE_MIGRATION_NONE || now < c->next_secure_ns) return;
     c->next_secure_ns = now + MOE_SECURE_NS;
+    if (recover_draining(c)) return;
     if (now >= moe_controller_trusted_at(c) && tidy(c)) return;
     if (begin_planned(c, "auto", MOE_PLAN_SAFETY) || !c->config.balance.automatic || now < c->next_balance_ns) return;
     c->next_balance_ns = now + (begin_planned(c, "auto", MOE_PLAN_BALANCE) ? 0 : c->config.balance.interval_ns);

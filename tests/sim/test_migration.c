@@ -228,8 +228,8 @@ static void test_hot_expert(void **state) {
 
 /* ---- the crash matrix ---- */
 
-enum { LEADER, ROUTER, SOURCE, DESTINATION, STORE_DOWN, STORE_LOST, VICTIMS };
-static const char *const victim_names[] = {"leader", "router", "source", "destination", "store down", "store lost"};
+enum { LEADER, ROUTER, SOURCE, DESTINATION, STORE_DOWN, STORE_LOST, STORE_AND_LEADER_LOST, VICTIMS };
+static const char *const victim_names[] = {"leader", "router", "source", "destination", "store down", "store lost", "store and leader lost"};
 static const char *const phases[] = {"copy", "publish", "switch", "drain", "remove", "drop"};
 
 static bool in_phase(const char *phase) {
@@ -260,6 +260,12 @@ static void strike(int victim, moe_random *random) {
             pc_run_ms(&cluster, away_ms);
             moe_memory_hub_set_down(cluster.store_hub, false);
             break;
+        case STORE_AND_LEADER_LOST: /* nobody is left who knows of the migration */
+            moe_memory_hub_wipe(cluster.store_hub);
+            pc_router_crash(&cluster, leader);
+            pc_run_ms(&cluster, away_ms);
+            pc_router_start(&cluster, leader);
+            break;
         default:
             moe_memory_hub_wipe(cluster.store_hub);
             break;
@@ -269,10 +275,10 @@ static void strike(int victim, moe_random *random) {
 static bool healed(pc_cluster *c) {
     if (!pc_tidy(c)) return false;
     for (int32_t i = 0; i < TOTAL; i++) {
-        int32_t ready = 0;
-        for (int32_t r = 0; r < c->routers[0].map->entries[i].num_replicas; r++)
-            ready += c->routers[0].map->entries[i].replicas[r].state == MOE_REPLICA_READY;
-        if (ready < 2) return false;
+        const moe_placement_entry *e = &c->routers[0].map->entries[i];
+        for (int32_t r = 0; r < e->num_replicas; r++)
+            if (e->replicas[r].state != MOE_REPLICA_READY) return false;
+        if (e->num_replicas < 2) return false;
     }
     return true;
 }
@@ -304,7 +310,7 @@ static bool run_cell(int victim, const char *phase, uint64_t seed) {
     }
     pc_run_ms(&cluster, 2000); /* the failed are noticed */
     snprintf(awaited, sizeof awaited, "%s", id);
-    pc_run_until(&cluster, victim == STORE_LOST ? healed : healed_and_answered, 120000);
+    pc_run_until(&cluster, victim >= STORE_LOST ? healed : healed_and_answered, 120000);
     pc_run_ms(&cluster, 3000);
     pc_run_until(&cluster, healed, 120000); /* and stays so */
     pc_close(&cluster);
