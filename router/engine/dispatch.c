@@ -284,18 +284,33 @@ bool dispatch_start_call(micro_batch *b, int32_t placed, const moe_assignment *a
     return false;
 }
 
+void dispatch_choose(const micro_batch *b, const moe_assignment *assignments, int32_t count,
+                     moe_plan_fitness (*fitness)(const void *ctx, int32_t placed), const void *ctx) {
+    const moe_engine *e = b->engine;
+    const plan_scratch *s = &e->scratch;
+    const moe_placement *p = b->map->placement;
+    memset(s->rows_of_expert, 0, (size_t)e->model->num_experts * sizeof *s->rows_of_expert);
+    for (int32_t i = 0; i < count; i++) s->rows_of_expert[assignments[i].expert]++;
+    for (int32_t w = 0; w < p->num_workers; w++)
+        s->workers[w] = (moe_plan_worker){.fitness = fitness(ctx, w),
+                                          .distance = workers_distance(e, b->map, w),
+                                          .load = b->map->worker[w] >= 0 ? e->worker_loads[b->map->worker[w]] : 0};
+    moe_plan_replicas(p, b->segment.index, s->rows_of_expert, b->map->cost, s->workers, s->chosen, s->order);
+}
+
+/* For ordinary calls: not on workers that have failed one in this layer. */
+static moe_plan_fitness usual_fitness(const void *ctx, int32_t placed) {
+    const micro_batch *b = ctx;
+    int32_t worker = b->map->worker[placed];
+    return worker >= 0 && b->excluded[worker] ? MOE_PLAN_UNFIT : workers_fitness(b->engine, b->map, placed);
+}
+
 /* Plans `count` assignments (sorted by expert and row, in scratch->assignments) over the usable workers and sends the calls. */
 static void plan_and_send(micro_batch *b, int32_t count) {
     moe_engine *e = b->engine;
     plan_scratch *s = &e->scratch;
     const moe_placement *p = b->map->placement;
-    memset(s->rows_of_expert, 0, (size_t)e->model->num_experts * sizeof *s->rows_of_expert);
-    for (int32_t i = 0; i < count; i++) s->rows_of_expert[s->assignments[i].expert]++;
-    for (int32_t w = 0; w < p->num_workers; w++) {
-        bool excluded = b->map->worker[w] >= 0 && b->excluded[b->map->worker[w]];
-        s->fitness[w] = excluded ? MOE_PLAN_UNFIT : (uint8_t)workers_fitness(e, b->map, w);
-    }
-    moe_plan_replicas(p, b->segment.index, s->rows_of_expert, s->fitness, s->chosen, s->cost);
+    dispatch_choose(b, s->assignments, count, usual_fitness, b);
     view_add_loads(e, b->segment.index, b->map, s->rows_of_expert, s->chosen);
     for (int32_t w = MOE_PLAN_NO_WORKER; w < p->num_workers; w++) {
         int32_t taken = 0;

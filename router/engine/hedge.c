@@ -35,19 +35,18 @@ int64_t hedge_next_ns(const micro_batch *b) {
     return next;
 }
 
-/* Chooses other replicas, on workers that do well, for all experts of the call. False where there are none for some of them. */
-static bool choose(const expert_call *call, plan_scratch *s) {
+/* For the parts of a hedge: other workers that do well. */
+static moe_plan_fitness fitness_for_hedge(const void *ctx, int32_t placed) {
+    const expert_call *call = ctx;
     const micro_batch *b = call->batch;
-    const moe_engine *e = b->engine;
-    const moe_placement *p = b->map->placement;
-    memset(s->rows_of_expert, 0, (size_t)e->model->num_experts * sizeof *s->rows_of_expert);
-    for (int32_t i = 0; i < call->num_assignments; i++) s->rows_of_expert[call->assignments[i].expert]++;
-    for (int32_t w = 0; w < p->num_workers; w++) {
-        int32_t worker = b->map->worker[w];
-        bool usable = worker >= 0 && worker != call->worker && !b->excluded[worker];
-        s->fitness[w] = usable && workers_fitness(e, b->map, w) == MOE_PLAN_FIT ? MOE_PLAN_FIT : MOE_PLAN_UNFIT;
-    }
-    moe_plan_replicas(p, b->segment.index, s->rows_of_expert, s->fitness, s->chosen, s->cost);
+    int32_t worker = b->map->worker[placed];
+    bool usable = worker >= 0 && worker != call->worker && !b->excluded[worker];
+    return usable && workers_fitness(b->engine, b->map, placed) == MOE_PLAN_FIT ? MOE_PLAN_FIT : MOE_PLAN_UNFIT;
+}
+
+/* Chooses other replicas for all experts of the call. False where there are none for some of them. */
+static bool choose(const expert_call *call, const plan_scratch *s) {
+    dispatch_choose(call->batch, call->assignments, call->num_assignments, fitness_for_hedge, call);
     for (int32_t i = 0; i < call->num_assignments; i++)
         if (s->chosen[call->assignments[i].expert] == MOE_PLAN_NO_WORKER) return false;
     return true;

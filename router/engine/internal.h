@@ -95,6 +95,7 @@ typedef struct engine_worker {
 typedef struct placed_map {
     int32_t references;
     moe_placement *placement;
+    moe_placement_cost cost; /* of the placement's workers */
     int32_t *worker; /* [placement->num_workers]: index into engine->workers, or -1 where none of our transports reaches it */
 } placed_map;
 
@@ -189,8 +190,8 @@ typedef struct plan_scratch {
     moe_assignment *assignments, *sorted; /* [max rows × top_k] */
     int32_t *counts;                      /* [num_experts + 1] */
     int32_t *rows_of_expert, *chosen;     /* [num_experts] */
-    int64_t *cost;                        /* [MOE_PLACEMENT_MAX_WORKERS] */
-    uint8_t *fitness;                     /* [MOE_PLACEMENT_MAX_WORKERS] */
+    int32_t *order;                       /* [2 · num_experts] */
+    moe_plan_worker *workers;             /* [MOE_PLACEMENT_MAX_WORKERS] */
     int32_t *local_row;                   /* [max rows]: row of the message, or -1 */
     void *activations;                    /* [max rows, H] of engine->dtype: rows of one message */
     uint32_t *message_rows, *message_experts;
@@ -300,6 +301,10 @@ void dispatch_cancel(micro_batch *b);
  * cannot be sent becomes orphans. False where no call began. */
 bool dispatch_start_call(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count, expert_call *primary);
 void dispatch_release_call(expert_call *call);
+/* Chooses a replica for each expert of `count` assignments: scratch->rows_of_expert, scratch->chosen. Of the map's workers only
+ * those count that `fitness` says. */
+void dispatch_choose(const micro_batch *b, const moe_assignment *assignments, int32_t count,
+                     moe_plan_fitness (*fitness)(const void *ctx, int32_t placed), const void *ctx);
 
 /* hedge.c */
 void hedge_earn(moe_engine *e, int32_t rows);     /* an ordinary call with so many rows was sent */
@@ -316,6 +321,7 @@ placed_map *placed_map_ref(placed_map *map);
 void placed_map_unref(moe_engine *e, placed_map **map);
 /* Connected, in the incarnation that the map names. */
 bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed);
+moe_plan_distance workers_distance(const moe_engine *e, const placed_map *map, int32_t placed);
 moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed);
 const moe_rpc_peer *workers_peer(const moe_engine *e, int32_t worker);
 void workers_note_call(moe_engine *e, int32_t worker); /* one is about to be sent */

@@ -215,6 +215,7 @@ void workers_adopt(moe_engine *e, moe_placement *placement) {
     }
     map->references = 1;
     map->placement = placement;
+    map->cost = moe_placement_unit_cost(placement);
     for (int32_t i = 0; i < placement->num_workers; i++) {
         map->worker[i] = worker_connect(e, &placement->workers[i]);
         if (map->worker[i] < 0) continue;
@@ -237,6 +238,15 @@ bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed) {
     if (map->worker[placed] < 0) return false;
     const engine_worker *w = &e->workers[map->worker[placed]];
     return w->up && w->incarnation == map->placement->workers[placed].incarnation;
+}
+
+/* The transport tells: inproc is this process, ipc this host. */
+moe_plan_distance workers_distance(const moe_engine *e, const placed_map *map, int32_t placed) {
+    if (map->worker[placed] < 0) return MOE_PLAN_OTHER_HOST;
+    const char *endpoint = e->workers[map->worker[placed]].endpoint;
+    return strncmp(endpoint, "inproc:", 7) == 0 ? MOE_PLAN_SAME_PROCESS
+           : strncmp(endpoint, "ipc:", 4) == 0  ? MOE_PLAN_SAME_HOST
+                                                : MOE_PLAN_OTHER_HOST;
 }
 
 moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed) {

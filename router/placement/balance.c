@@ -58,10 +58,11 @@ static void list_workers(moe_controller *c, moe_plan_workers *w) {
 
 static moe_policy_config policy_of(const moe_controller *c, moe_plan_scope scope) {
     const moe_balance_config *b = &c->config.balance;
+    moe_placement_cost cost = moe_placement_unit_cost(c->map);
     return (moe_policy_config){.replicas = c->config.replicas,
                                .redundant = b->redundant,
-                               .alpha = MOE_POLICY_ALPHA,
-                               .beta = MOE_POLICY_BETA,
+                               .alpha = (double)cost.per_expert,
+                               .beta = (double)cost.per_row,
                                .hysteresis = b->hysteresis,
                                .min_rows = MOE_POLICY_MIN_ROWS,
                                .dwell_ns = scope == MOE_PLAN_NOW ? 0 : b->dwell_ns};

@@ -40,8 +40,6 @@
 #define MOE_ROUTER_GRACE_NS (10 * MOE_NS_PER_S) /* after a router vanished that may still have routed by an older map */
 #define MOE_DROP_PATIENCE_NS (10 * MOE_NS_PER_S) /* a migration ends after so long, dropped or not; what is left goes later */
 #define MOE_MIGRATION_MAX_MOVES 64
-#define MOE_POLICY_ALPHA 8 /* of the cost: as MOE_PLAN_COST_PER_EXPERT and _ROW */
-#define MOE_POLICY_BETA 1
 #define MOE_POLICY_MIN_ROWS 1000
 #define MOE_LEADER_BYTES 96
 #define MOE_MAX_LEASE_BYTES 4096

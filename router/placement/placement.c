@@ -1,5 +1,6 @@
 #include "router/placement/placement.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "common/alloc.h"
@@ -44,6 +45,25 @@ moe_placement *moe_placement_copy(const moe_placement *p) {
     memcpy(copy->workers, p->workers, (size_t)p->num_workers * sizeof *p->workers);
     memcpy(copy->entries, p->entries, (size_t)p->num_layers * (size_t)p->num_experts * sizeof *p->entries);
     return copy;
+}
+
+static int by_value(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+moe_placement_cost moe_placement_unit_cost(const moe_placement *p) {
+    int64_t per_expert[MOE_PLACEMENT_MAX_WORKERS], per_row[MOE_PLACEMENT_MAX_WORKERS];
+    size_t count = 0;
+    for (int32_t w = 0; w < p->num_workers; w++) {
+        if (p->workers[w].cost.per_row == 0) continue;
+        per_expert[count] = p->workers[w].cost.per_expert;
+        per_row[count++] = p->workers[w].cost.per_row;
+    }
+    if (count == 0) return MOE_COST_DEFAULT;
+    qsort(per_expert, count, sizeof *per_expert, by_value);
+    qsort(per_row, count, sizeof *per_row, by_value);
+    return (moe_placement_cost){per_expert[(count - 1) / 2], per_row[(count - 1) / 2]};
 }
 
 int32_t moe_placement_find_worker(const moe_placement *p, const char *id) {
@@ -103,8 +123,9 @@ void moe_placement_remove_replica(moe_placement_entry *e, int32_t worker) {
 /* ---- JSON ---- */
 
 static json_t *worker_json(const moe_placement_worker *w) {
-    return json_pack("{s:s, s:o, s:s, s:s}", "id", w->id, "incarnation", moe_json_hex(w->incarnation), "endpoint", w->endpoint,
-                     "public_key", w->public_key);
+    return json_pack("{s:s, s:o, s:s, s:s, s:[I, I]}", "id", w->id, "incarnation", moe_json_hex(w->incarnation), "endpoint",
+                     w->endpoint, "public_key", w->public_key, "cost", (json_int_t)w->cost.per_expert,
+                     (json_int_t)w->cost.per_row);
 }
 
 /* [digest, worker, state, worker, state, …] */
@@ -158,6 +179,12 @@ static bool parse_integer(const json_t *json, int64_t lo, int64_t hi, int64_t *o
     return true;
 }
 
+/* [ns per expert, ns per row] */
+static bool parse_cost(const json_t *json, moe_placement_cost *out) {
+    return json_array_size(json) == 2 && parse_integer(json_array_get(json, 0), 0, MOE_COST_MAX_NS, &out->per_expert) &&
+           parse_integer(json_array_get(json, 1), 0, MOE_COST_MAX_NS, &out->per_row);
+}
+
 static moe_status parse_workers(const json_t *json, moe_placement *p, moe_error *err) {
     for (int32_t i = 0; i < p->num_workers; i++) {
         const json_t *j = json_array_get(json, (size_t)i);
@@ -165,7 +192,8 @@ static moe_status parse_workers(const json_t *json, moe_placement *p, moe_error 
         if (!moe_json_get_text(j, "id", w->id, sizeof w->id) || !w->id[0] ||
             !moe_json_get_hex(j, "incarnation", &w->incarnation) ||
             !moe_json_get_text(j, "endpoint", w->endpoint, sizeof w->endpoint) || !w->endpoint[0] ||
-            !moe_json_get_text(j, "public_key", w->public_key, sizeof w->public_key)) {
+            !moe_json_get_text(j, "public_key", w->public_key, sizeof w->public_key) ||
+            !parse_cost(json_object_get(j, "cost"), &w->cost)) {
             return moe_fail(err, MOE_INVALID_ARGUMENT, "placement map: worker %d: bad or missing field", i);
         }
         if (moe_placement_find_worker(p, w->id) != i) {

@@ -19,11 +19,21 @@ typedef struct moe_replica {
     uint8_t state;   /* moe_replica_state */
 } moe_replica;
 
+/* Cost of a share of a layer: per distinct expert (its weights are read once) and per row. */
+typedef struct moe_placement_cost {
+    int64_t per_expert, per_row; /* ns, MOE_COST_MAX_NS at most */
+} moe_placement_cost;
+
+#define MOE_COST_MAX_NS (INT64_C(1000000000000))
+/* Where no worker has measured it: a guess in no unit. */
+#define MOE_COST_DEFAULT ((moe_placement_cost){8, 1})
+
 typedef struct moe_placement_worker {
     char id[MOE_WORKER_ID_BYTES];
     uint64_t incarnation;
     char endpoint[MOE_ENDPOINT_BYTES];
-    char public_key[41]; /* CURVE, Z85; "" for none */
+    char public_key[41];     /* CURVE, Z85; "" for none */
+    moe_placement_cost cost; /* as it measured at its start; per_row 0: it did not */
 } moe_placement_worker;
 
 typedef struct moe_placement_entry { /* one (MoE layer, expert) */
@@ -47,6 +57,10 @@ moe_placement *moe_placement_ref(moe_placement *placement);
 void moe_placement_unref(moe_placement **placement); /* NULLs; NULL is allowed */
 /* A deep copy with one reference, to be changed before it is shared; NULL when out of memory. */
 moe_placement *moe_placement_copy(const moe_placement *placement);
+
+/* What plans and policy reckon with: the medians of what the map's workers measured, since all have one numeric profile, and one
+ * that measured while its machine was busy should not get less work for it. MOE_COST_DEFAULT where none did. */
+moe_placement_cost moe_placement_unit_cost(const moe_placement *p);
 
 int32_t moe_placement_find_worker(const moe_placement *p, const char *id); /* its index, or -1 */
 bool moe_placement_has(const moe_placement_entry *entry, int32_t worker);  /* whether one of the replicas is there */

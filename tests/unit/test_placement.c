@@ -146,6 +146,8 @@ static moe_placement *example(void) {
     for (int32_t i = 0; i < 24; i++) p->entries[i].digest = moe_mix64((uint64_t)i);
     p->entries[3].replicas[1].state = MOE_REPLICA_DRAINING;
     memset(p->workers[2].public_key, 'k', 40);
+    p->workers[1].cost = (moe_placement_cost){70000, 900};
+    p->workers[3].cost = (moe_placement_cost){0, MOE_COST_MAX_NS};
     return p;
 }
 
@@ -174,6 +176,22 @@ static void test_json_round_trip(void **state) {
     moe_placement_unref(&q);
     moe_buf_free(&text);
     moe_buf_free(&again);
+}
+
+/* Medians of what was measured; a guess where nothing was. */
+static void test_unit_cost(void **state) {
+    (void)state;
+    moe_placement *p = make(1, 1, 4);
+    moe_placement_cost cost = moe_placement_unit_cost(p);
+    assert_true(cost.per_expert == MOE_COST_DEFAULT.per_expert && cost.per_row == MOE_COST_DEFAULT.per_row);
+    p->workers[3].cost = (moe_placement_cost){500, 7};
+    cost = moe_placement_unit_cost(p);
+    assert_true(cost.per_expert == 500 && cost.per_row == 7);
+    p->workers[0].cost = (moe_placement_cost){90000, 2};
+    p->workers[2].cost = (moe_placement_cost){600, 5};
+    cost = moe_placement_unit_cost(p);
+    assert_true(cost.per_expert == 600 && cost.per_row == 5);
+    moe_placement_unref(&p);
 }
 
 /* Every prefix, and every single-byte change to a set of likely characters, is either refused or yields a map within the limits.
@@ -219,7 +237,8 @@ static void test_json_hostile(void **state) {
 static void test_json_refusals(void **state) {
     (void)state;
 #define HEAD "{\"epoch\":1,\"fence\":1,\"model_digest\":\"0000000000000001\","
-#define WORKER "{\"id\":\"a\",\"incarnation\":\"0000000000000001\",\"endpoint\":\"e\",\"public_key\":\"\"}"
+#define WORKER "{\"id\":\"a\",\"incarnation\":\"0000000000000001\",\"endpoint\":\"e\",\"public_key\":\"\",\"cost\":[5,1]}"
+#define BAD_COST "{\"id\":\"a\",\"incarnation\":\"0000000000000001\",\"endpoint\":\"e\",\"public_key\":\"\",\"cost\":[5,-1]}"
     static const struct {
         const char *text;
         bool ok;
@@ -231,6 +250,7 @@ static void test_json_refusals(void **state) {
          false},
         {HEAD "\"num_layers\":1,\"num_experts\":1,\"workers\":[" WORKER "," WORKER "],\"layers\":[[[\"0000000000000000\",0,1]]]}",
          false},
+        {HEAD "\"num_layers\":1,\"num_experts\":1,\"workers\":[" BAD_COST "],\"layers\":[[[\"0000000000000000\",0,1]]]}", false},
         {HEAD "\"num_layers\":1,\"num_experts\":2000000000,\"workers\":[" WORKER "],\"layers\":[[]]}", false},
         {HEAD "\"num_layers\":-1,\"num_experts\":1,\"workers\":[" WORKER "],\"layers\":[]}", false},
         {HEAD "\"num_layers\":0,\"num_experts\":1024,\"workers\":[" WORKER "],\"layers\":[]}", true},
@@ -247,7 +267,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_layouts),       cmocka_unit_test(test_random_is_seeded), cmocka_unit_test(test_too_many_replicas),
         cmocka_unit_test(test_file),          cmocka_unit_test(test_json_round_trip),  cmocka_unit_test(test_json_hostile),
-        cmocka_unit_test(test_json_refusals),
+        cmocka_unit_test(test_json_refusals), cmocka_unit_test(test_unit_cost),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
