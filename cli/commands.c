@@ -17,6 +17,7 @@ static const command_function functions[MOE_COMMAND_COUNT] = {
     [MOE_COMMAND_REPLICATE] = moe_command_replicate, [MOE_COMMAND_DRAIN] = moe_command_drain,
     [MOE_COMMAND_REBALANCE] = moe_command_rebalance,
     [MOE_COMMAND_HEALTH] = moe_command_health,
+    [MOE_COMMAND_TRAIN_PREGATE] = moe_command_train_pregate,
 };
 
 static int print(void (*render)(const moe_option_table *, moe_buf *)) {

@@ -6,10 +6,13 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cli/progress_line.h"
+#include "cli/signals.h"
 #include "common/alloc.h"
 
 #define MOE_EVAL_IN_FLIGHT 64 /* texts at once; more only wait in the engine */
 #define MOE_EVAL_MAX_DOMAINS 256
+#define READY_POLL_NS (10 * MOE_NS_PER_MS)
 
 typedef struct domain_sum {
     char *name;
@@ -19,7 +22,7 @@ typedef struct domain_sum {
 
 typedef struct evaluation {
     const moe_inference *inference;
-    json_t *texts; /* array of {"domain", "text"} */
+    const moe_evaluation *wanted;
     int32_t total;
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t changed;
@@ -55,7 +58,7 @@ static void on_output(void *ctx, const moe_output *output) {
     if (last) moe_free(text);
 }
 
-static moe_status read_texts(const char *file, int32_t limit, json_t **out, moe_error *err) {
+moe_status moe_texts_read(const char *file, int32_t limit, json_t **out, moe_error *err) {
     FILE *f = fopen(file, "r");
     if (!f) return moe_fail(err, MOE_NOT_FOUND, "cannot read %s: %s", file, strerror(errno));
     *out = json_array();
@@ -71,6 +74,9 @@ static moe_status read_texts(const char *file, int32_t limit, json_t **out, moe_
         json_decref(line);
     }
     fclose(f);
+    if (status == MOE_OK) return MOE_OK;
+    json_decref(*out);
+    *out = NULL;
     return status;
 }
 
@@ -92,10 +98,10 @@ static int32_t end_of_text(const moe_inference *inference) {
 }
 
 /* Waits until fewer than `below` texts are in flight. With the lock held. */
-static void await(evaluation *ev, int32_t below, void (*progress)(void *, int32_t, int32_t), void *ctx) {
+static void await(evaluation *ev, int32_t below) {
     while (ev->in_flight >= below) {
         pthread_cond_wait(&ev->changed, &ev->lock);
-        if (progress) progress(ctx, ev->done, ev->total);
+        moe_progress_line(ev->wanted->what, "texts", ev->done, ev->total);
     }
 }
 
@@ -107,7 +113,7 @@ static moe_status submit(evaluation *ev, const moe_token_ids *ids, domain_sum *d
     moe_inference_default_sampling(ev->inference, &request.sampling);
     request.sampling.temperature = 0;
     request.sampling.max_tokens = 0;
-    request.sampling.prompt_logprobs = 0;
+    request.sampling.prompt_logprobs = ev->wanted->scored ? 0 : -1;
     request.sampling.logprobs = -1;
     ev->in_flight++;
     pthread_mutex_unlock(&ev->lock);
@@ -165,26 +171,43 @@ static json_t *result(const evaluation *ev) {
     return root;
 }
 
-moe_status moe_evaluate(const moe_inference *inference, const char *file, int32_t limit,
-                        void (*progress)(void *ctx, int32_t done, int32_t total), void *ctx, json_t **out, moe_error *err) {
-    evaluation ev = {.inference = inference};
-    if (!inference->tokenizer) return moe_fail(err, MOE_FAILED_PRECONDITION, "eval needs the model's tokenizer");
-    moe_status status = read_texts(file, limit, &ev.texts, err);
+static moe_status pass_texts(evaluation *ev, moe_error *err) {
+    moe_status status = MOE_OK;
+    pthread_mutex_lock(&ev->lock);
+    for (int32_t i = 0; i < ev->total && status == MOE_OK && ev->status == MOE_OK; i++) {
+        await(ev, MOE_EVAL_IN_FLIGHT);
+        status = score(ev, json_array_get(ev->wanted->texts, (size_t)i), err);
+    }
+    await(ev, 1);
+    pthread_mutex_unlock(&ev->lock);
+    return status == MOE_OK && ev->status != MOE_OK ? moe_fail(err, ev->status, "%s", ev->error.message) : status;
+}
+
+static moe_status evaluate(const moe_inference *inference, const moe_evaluation *wanted, json_t **out, moe_error *err) {
+    evaluation ev = {.inference = inference, .wanted = wanted, .total = (int32_t)json_array_size(wanted->texts)};
+    if (!inference->tokenizer) return moe_fail(err, MOE_FAILED_PRECONDITION, "texts need the model's tokenizer");
     pthread_mutex_init(&ev.lock, NULL);
     pthread_cond_init(&ev.changed, NULL);
-    ev.total = (int32_t)json_array_size(ev.texts);
-    pthread_mutex_lock(&ev.lock);
-    for (int32_t i = 0; i < ev.total && status == MOE_OK && ev.status == MOE_OK; i++) {
-        await(&ev, MOE_EVAL_IN_FLIGHT, progress, ctx);
-        status = score(&ev, json_array_get(ev.texts, (size_t)i), err);
-    }
-    await(&ev, 1, progress, ctx);
-    pthread_mutex_unlock(&ev.lock);
-    if (status == MOE_OK && ev.status != MOE_OK) status = moe_fail(err, ev.status, "%s", ev.error.message);
-    *out = status == MOE_OK ? result(&ev) : NULL;
+    moe_status status = pass_texts(&ev, err);
+    if (status == MOE_OK && out) *out = result(&ev);
     for (int32_t i = 0; i < ev.num_domains; i++) moe_free(ev.domains[i].name);
-    json_decref(ev.texts);
     pthread_cond_destroy(&ev.changed);
     pthread_mutex_destroy(&ev.lock);
+    return status;
+}
+
+static moe_status await_ready(moe_router_node *node, moe_error *err) {
+    while (!moe_router_node_ready(node))
+        if (moe_signals_wait(READY_POLL_NS)) return moe_fail(err, MOE_CANCELLED, "interrupted");
+    return MOE_OK;
+}
+
+moe_status moe_evaluate(const moe_router_node_config *config, const moe_evaluation *wanted, json_t **out, moe_error *err) {
+    moe_router_node *node;
+    moe_status status = moe_router_node_open(config, &node, err);
+    if (status != MOE_OK) return status;
+    status = await_ready(node, err);
+    if (status == MOE_OK) status = evaluate(moe_router_node_inference(node), wanted, out, err);
+    moe_router_node_close(&node);
     return status;
 }

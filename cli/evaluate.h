@@ -1,14 +1,23 @@
-/* Loss of a model over texts, through the serving engine: what `moesaic eval` computes. */
+/* Texts through the serving engine, for their loss (`moesaic eval`) or for what can be watched meanwhile. */
 #pragma once
 #include <jansson.h>
 
-#include "router/inference.h"
+#include "cli/router_node.h"
 
 #define MOE_EVAL_MAX_TOKENS 1024 /* of a text, end-of-text included */
 #define MOE_EVAL_MIN_TOKENS 8    /* shorter texts are skipped */
 
-/* Reads FILE.jsonl ({"domain", "text"} a line), tokenizes each text, appends the end-of-text token, cuts at MOE_EVAL_MAX_TOKENS
- * and scores every token but the first. `limit` texts at most (0: all). `progress` (may be NULL) is called with texts done and in
- * all. *out: {"loss", "perplexity", "tokens", "texts", "by_domain": {NAME: {"loss", "tokens"}}}, owned by the caller. */
-moe_status moe_evaluate(const moe_inference *inference, const char *file, int32_t limit,
-                        void (*progress)(void *ctx, int32_t done, int32_t total), void *ctx, json_t **out, moe_error *err);
+/* Reads FILE.jsonl, {"domain", "text"} a line, `limit` texts at most (0: all). *out: an array of them, the caller's. NOT_FOUND,
+ * INVALID_ARGUMENT naming the text. */
+moe_status moe_texts_read(const char *file, int32_t limit, json_t **out, moe_error *err);
+
+typedef struct moe_evaluation {
+    const json_t *texts;
+    bool scored;      /* every token but the first is scored; else the texts only pass through the model */
+    const char *what; /* a name for the progress line */
+} moe_evaluation;
+
+/* Opens a node, passes the texts through its engine and closes it. Each text is tokenized, the end-of-text token appended, the whole
+ * cut at MOE_EVAL_MAX_TOKENS. On a terminal, progress is shown. *out (NULL: not wanted): {"loss", "perplexity", "tokens", "texts",
+ * "by_domain": {NAME: {"loss", "tokens"}}}, the caller's. CANCELLED after a signal; the errors of node and engine. */
+moe_status moe_evaluate(const moe_router_node_config *node, const moe_evaluation *evaluation, json_t **out, moe_error *err);

@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "common/model/pre_gates.h"
 #include "common/redis/redis_store.h"
 #include "common/zmq/zmq_transport.h"
 #include "cpu/cpu.h"
@@ -12,12 +13,21 @@
 #define MOE_STORE_TIMEOUT_MS 500
 #define MOE_NETWORK_LINGER_MS 100
 
-moe_status moe_model_source_open(const moe_model_source *source, moe_model **out, moe_error *err) {
+static moe_status open_weights(const moe_model_source *source, moe_model **out, moe_error *err) {
     if (source->dummy) return moe_model_open_dummy(source->dir, &source->generated, out, err);
     if (source->generated.num_layers)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--layers %d: a checkpoint is used whole; layers are for --load-format dummy",
                         source->generated.num_layers);
     return moe_model_open(source->dir, out, err);
+}
+
+moe_status moe_model_source_open(const moe_model_source *source, moe_model **out, moe_error *err) {
+    moe_status status = open_weights(source, out, err);
+    if (status != MOE_OK || !source->pre_gates) return status;
+    status = moe_model_use_pre_gates(*out, source->pre_gates, err);
+    if (status == MOE_OK) return MOE_OK;
+    moe_model_close(out);
+    return moe_fail_prefix(err, status, "--pre-gates");
 }
 
 #ifdef MOESAIC_HAS_CUDA

@@ -10,9 +10,10 @@ typedef struct moe_model_source {
     const char *dir;
     bool dummy; /* generated for DIR/config.json's shape; else DIR's safetensors */
     moe_dummy_options generated;
+    const char *pre_gates; /* a file, or MOE_PRE_GATES_NEXT_GATE; NULL: the checkpoint's, if any */
 } moe_model_source;
 
-/* As moe_model_open and moe_model_open_dummy. INVALID_ARGUMENT: a number of layers for a checkpoint. */
+/* As moe_model_open, moe_model_open_dummy and moe_model_use_pre_gates. INVALID_ARGUMENT: a number of layers for a checkpoint. */
 moe_status moe_model_source_open(const moe_model_source *source, moe_model **out, moe_error *err);
 
 typedef struct moe_backend_config {

@@ -86,9 +86,11 @@ static moe_combine_mode combine_option(const moe_options *o) {
     return strcmp(wanted, "partial") == 0 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT;
 }
 
+moe_gating moe_gating_option(const moe_options *o) { return (moe_gating)moe_option_choice(o, "gating"); }
+
 moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, moe_error *err) {
     c->source = moe_model_option(o, moe_options_positional(o));
-    c->gating = (moe_gating)moe_option_choice(o, "gating");
+    c->source.pre_gates = moe_option_text(o, "pre-gates");
     c->local_steps = moe_option_choice(o, "local-steps") == 0;
     c->combine = combine_option(o);
     c->max_num_seqs = (int32_t)moe_option_int(o, "max-num-seqs");

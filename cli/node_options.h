@@ -3,9 +3,11 @@
 #include "cli/router_node.h"
 #include "common/options.h"
 
-/* The settings of model, backend and engine, shared by router, eval and bench; the model is the command's argument.
+/* The settings of model, backend and engine but --gating, for the commands that run an engine; the model is the command's argument.
  * INVALID_ARGUMENT: --devices. */
 moe_status moe_engine_options(const moe_options *options, moe_router_node_config *config, moe_error *err);
+
+moe_gating moe_gating_option(const moe_options *options);
 
 /* --load-format, --layers, --seed; dir is borrowed. */
 moe_model_source moe_model_option(const moe_options *options, const char *dir);

@@ -12,6 +12,7 @@ enum {
     CHAT = 1 << MOE_COMMAND_CHAT,
     STATUS = 1 << MOE_COMMAND_STATUS,
     EVAL = 1 << MOE_COMMAND_EVAL,
+    TRAIN = 1 << MOE_COMMAND_TRAIN_PREGATE,
     KEYGEN = 1 << MOE_COMMAND_KEYGEN,
     BENCH = 1 << MOE_COMMAND_BENCH,
     PLACEMENT = 1 << MOE_COMMAND_PLACEMENT,
@@ -24,8 +25,9 @@ enum {
     HEALTH = 1 << MOE_COMMAND_HEALTH,
     NODES = SERVE | ROUTER | WORKER,
     FRONTS = SERVE | ROUTER,
-    MODELS = NODES | EVAL | BENCH,
-    ENGINES = SERVE | ROUTER | EVAL | BENCH,
+    TEXTS = EVAL | TRAIN,
+    MODELS = NODES | TEXTS | BENCH,
+    ENGINES = SERVE | ROUTER | TEXTS | BENCH,
     ALL = (1 << MOE_COMMAND_COUNT) - 1
 };
 
@@ -36,6 +38,7 @@ static const moe_command commands[MOE_COMMAND_COUNT] = {
     {"chat", NULL, "Talk to a served model in the terminal"},
     {"status", NULL, "Show a cluster's workers, experts and loads"},
     {"eval", "MODEL", "Loss and perplexity of a model over texts, by domain, as JSON"},
+    {"train-pregate", "MODEL", "Train pre-gates for a model on texts, and show what they are worth"},
     {"keygen", "DIR", "Make the key files that authenticate routers, workers and operators over tcp"},
     {"bench", "MODEL", "Speed of decode and prefill, with experts in process and in workers over ipc and tcp"},
     {"placement", "plan", "Show what the placement policy would move now, and why, without moving it"},
@@ -103,15 +106,18 @@ static const moe_option_row rows[] = {
     {"layers", INT, MODELS, "Model", "0", 0, 512, NULL, "N",
      "with --load-format dummy: the model's first N layers alone; 0: all"},
     {"seed", INT, CHAT | MODELS, "Model", NULL, 0, 9007199254740991.0, NULL, "N",
-     "of --load-format dummy: other weights (default 0); chat: makes answers repeatable"},
+     "of --load-format dummy: other weights (default 0); chat: makes answers repeatable; train-pregate: another order of the "
+     "samples"},
     {"max-model-len", INT, ENGINES, "Model", "0", 0, 1 << 24, NULL, "N", "tokens of prompt and output; 0: what the model allows"},
     {"skip-tokenizer-init", BOOL, FRONTS | BENCH, "Model", "false", 0, 0, NULL, NULL,
      "serve token ids alone, for checkpoints without a tokenizer"},
     {"chat-template-fallback", CHOICE, FRONTS, "Model", NULL, 0, 0, "chatml|llama2|llama3|mistral", NULL,
      "chat template where the model has none"},
 
-    {"gating", CHOICE, ENGINES, "Experts", "gate", 0, 0, "gate|hint|pre-gate", NULL,
+    {"gating", CHOICE, ENGINES & ~TRAIN, "Experts", "gate", 0, 0, "gate|hint|pre-gate", NULL,
      "who chooses experts: each layer's gate; the gate, with a prediction sent ahead; or the pre-gate, one layer ahead"},
+    {"pre-gates", TEXT, ENGINES, "Experts", NULL, 0, 0, NULL, "FILE",
+     "pre-gates that `moesaic train-pregate` wrote, instead of the checkpoint's, or next-gate: the next layer's own gate, untrained"},
     {"combine", CHOICE, ENGINES, "Experts", "auto", 0, 0, "auto|exact|partial", NULL,
      "what workers return: a row per token and expert, or one weighted sum per token. auto: rows, but sums on GPUs without "
      "--deterministic"},
@@ -143,7 +149,7 @@ static const moe_option_row rows[] = {
     {"copy-from", CHOICE, FRONTS, "Placement", "auto", 0, 0, "auto|file|peer", NULL,
      "where a worker gets an expert that moves to it; auto: from a worker on another machine, else from its own file"},
 
-    {"backend", CHOICE, NODES | EVAL | BENCH, "Performance", "cpu", 0, 0, "cpu|cpu-ref|cuda", NULL, "what computes"},
+    {"backend", CHOICE, MODELS, "Performance", "cpu", 0, 0, "cpu|cpu-ref|cuda", NULL, "what computes"},
     {"devices", TEXT, MODELS, "Performance", "0", 0, 0, NULL, "LIST",
      "GPUs of --backend cuda, by number. serve and bench: worker i gets the i-th of them, in turn; worker: one expert worker for "
      "each; otherwise the first counts"},
@@ -157,7 +163,7 @@ static const moe_option_row rows[] = {
      "of activations, keys, values and what is sent; weights stay as stored, sums are float32. auto: float32 on the CPU, "
      "bfloat16 "
      "on a GPU. Routers and workers need the same"},
-    {"threads", INT, NODES | EVAL | BENCH, "Performance", "0", 0, 1024, NULL, "N",
+    {"threads", INT, MODELS, "Performance", "0", 0, 1024, NULL, "N",
      "compute threads of a process; 0: the machine's cores, shared out by serve"},
     {"cores", TEXT, WORKER, "Performance", NULL, 0, 0, NULL, "LIST",
      "cores that this process runs on, such as 0-3,8; default: all. serve binds each worker to its own where cores are few"},
@@ -199,8 +205,15 @@ static const moe_option_row rows[] = {
     {"temperature", FLOAT, CHAT, "Client", NULL, 0, 10, NULL, "T", "sampling temperature; 0 is greedy; default: the model's"},
     {"max-tokens", INT, CHAT, "Client", "512", 1, 1 << 20, NULL, "N", "tokens of an answer at most"},
 
-    {"data", TEXT, EVAL, "Evaluation", NULL, 0, 0, NULL, "FILE", "texts, one {\"domain\", \"text\"} a line (required)"},
-    {"limit", INT, EVAL, "Evaluation", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
+    {"data", TEXT, TEXTS, "Texts", NULL, 0, 0, NULL, "FILE", "texts, one {\"domain\", \"text\"} a line (required)"},
+    {"limit", INT, TEXTS, "Texts", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
+    {"output", TEXT, TRAIN, "Texts", NULL, 0, 0, NULL, "FILE", "file to write; -o FILE means the same (required)"},
+    {"valid", TEXT, TRAIN, "Texts", NULL, 0, 0, NULL, "FILE",
+     "texts on which the result is measured; default: those of --data that are held out, one of 20"},
+    {"epochs", INT, TRAIN, "Texts", "10", 1, 1000, NULL, "N", "passes over the samples at most; fewer where they no longer help"},
+    {"lr", FLOAT, TRAIN, "Texts", "0.001", 1e-8, 1, NULL, "X", "learning rate at the start"},
+    {"sample-memory", BYTES, TRAIN, "Texts", "4GiB", 1, MAX_BYTES, NULL, "SIZE",
+     "of the nameless file beside --output that keeps samples; of more tokens a random part is kept"},
 
     {"experts", TEXT, BENCH, "Benchmark", "inproc,ipc,tcp", 0, 0, NULL, "LIST",
      "where the experts are, measured side by side: in the engine's process, in workers over ipc, in workers over tcp with "

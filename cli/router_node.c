@@ -224,7 +224,9 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .suspect_after_ns = MOE_SUSPECT_AFTER_NS,
                                 .step_local_worker = n->worker ? step_local_worker : NULL,
                                 .local_experts = n->worker && c->local_steps ? local_experts : NULL,
-                                .local_worker = n->worker};
+                                .local_worker = n->worker,
+                                .on_layer = c->on_layer,
+                                .on_layer_ctx = c->on_layer_ctx};
     moe_status status = moe_engine_new(&config, &n->engine, err);
     if (status != MOE_OK) return status;
     n->inference = (moe_inference){.ops = moe_inference_engine_ops(),

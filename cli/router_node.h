@@ -42,6 +42,9 @@ typedef struct moe_router_node_config {
     const char *api_key;
     bool vllm_metrics;
     const char *rpc_listen; /* endpoint; NULL: no RPC front */
+
+    void (*on_layer)(void *ctx, const moe_layer_view *view); /* as in moe_engine_config; NULL: nobody looks */
+    void *on_layer_ctx;
 } moe_router_node_config;
 
 /* Opens and starts everything; returns while workers may still be joining. The config's strings must outlive the node. */

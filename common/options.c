@@ -194,9 +194,12 @@ static moe_status set_value(moe_options *o, int row_index, const char *text, moe
 
 /* ---- sources ---- */
 
+/* Flags of one letter. */
+static const char *long_flag(const char *flag) { return strcmp(flag, "-o") == 0 ? "--output" : flag; }
+
 /* One "--name[=value]" at argv[*at]; *at moves to the next argument. */
 static moe_status take_flag(moe_options *o, int argc, char *const *argv, int *at, moe_error *err) {
-    const char *text = argv[(*at)++] + 2, *equals = strchr(text, '=');
+    const char *text = long_flag(argv[(*at)++]) + 2, *equals = strchr(text, '=');
     char name[MOE_OPTION_NAME_BYTES];
     snprintf(name, sizeof name, "%.*s", (int)(equals ? equals - text : (ptrdiff_t)strlen(text)), text);
     int row = find_row(o->table, o->command, name);
@@ -230,7 +233,7 @@ static moe_status from_flags(moe_options *o, int argc, char *const *argv, moe_er
         if (!only_positionals && strcmp(argv[i], "--") == 0) {
             only_positionals = true;
             i++;
-        } else if (!only_positionals && strncmp(argv[i], "--", 2) == 0) {
+        } else if (!only_positionals && strncmp(long_flag(argv[i]), "--", 2) == 0) {
             status = take_flag(o, argc, argv, &i, err);
         } else if (!only_positionals && argv[i][0] == '-' && argv[i][1]) {
             status = moe_fail(err, MOE_INVALID_ARGUMENT, "unknown option '%s'; options begin with two dashes", argv[i]);

@@ -293,6 +293,7 @@ void moe_model_close(moe_model **model) {
     moe_model *m = *model;
     if (!m) return;
     moe_safetensors_close(&m->checkpoint);
+    moe_safetensors_close(&m->pre_gates);
     moe_free((char *)m->dir);
     moe_free(m->layers);
     moe_free(m->experts);

@@ -40,6 +40,7 @@ typedef struct moe_model {
     bool has_pre_gates;                 /* every MoE layer but the last has one */
     uint64_t digest;                    /* see moe_model_digest */
     struct moe_safetensors *checkpoint; /* NULL where the weights are generated */
+    struct moe_safetensors *pre_gates;  /* a file of their own; NULL: those of the checkpoint, if any (pre_gates.h) */
 } moe_model;
 
 /* Opens DIR. The caller owns *out. NOT_FOUND, INVALID_ARGUMENT, UNIMPLEMENTED, with file and tensor named. */

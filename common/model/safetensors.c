@@ -79,13 +79,10 @@ static void read_header(const shard_map *map) {
 }
 
 /* Maps one file into the next free slot and appends its tensors. */
-static moe_status open_file(moe_safetensors *c, const char *dir, const char *file, moe_error *err) {
-    char path[PATH_MAX];
-    moe_status status = make_path(dir, file, path, err);
-    if (status != MOE_OK) return status;
+static moe_status open_path(moe_safetensors *c, const char *path, moe_error *err) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return moe_fail(err, errno == ENOENT ? MOE_NOT_FOUND : MOE_INVALID_ARGUMENT, "%s: %s", path, strerror(errno));
-    status = map_descriptor(fd, path, &c->maps[c->num_maps], err);
+    moe_status status = map_descriptor(fd, path, &c->maps[c->num_maps], err);
     close(fd);
     if (status != MOE_OK) return status;
     shard_map *map = &c->maps[c->num_maps++];
@@ -95,10 +92,16 @@ static moe_status open_file(moe_safetensors *c, const char *dir, const char *fil
     return status;
 }
 
-static moe_status open_single(moe_safetensors *c, const char *dir, moe_error *err) {
+static moe_status open_shard(moe_safetensors *c, const char *dir, const char *file, moe_error *err) {
+    char path[PATH_MAX];
+    moe_status status = make_path(dir, file, path, err);
+    return status == MOE_OK ? open_path(c, path, err) : status;
+}
+
+static moe_status open_single(moe_safetensors *c, const char *path, moe_error *err) {
     c->maps = moe_calloc(1, sizeof *c->maps);
-    if (!c->maps) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory", dir);
-    return open_file(c, dir, SINGLE_FILE, err);
+    if (!c->maps) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory", path);
+    return open_path(c, path, err);
 }
 
 /* A shard is a plain file name in the checkpoint's folder: an index must not reach files elsewhere. */
@@ -148,7 +151,7 @@ static moe_status open_shards(moe_safetensors *c, const char *dir, const char *p
     if (!c->maps) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory", path);
     json_object_foreach(shards, shard, unused) {
         int64_t first = c->tensors.count;
-        moe_status status = open_file(c, dir, shard, err);
+        moe_status status = open_shard(c, dir, shard, err);
         if (status == MOE_OK) status = check_shard(c, first, path, weight_map, shard, err);
         if (status != MOE_OK) return status;
     }
@@ -197,13 +200,7 @@ static moe_status open_index(moe_safetensors *c, const char *dir, moe_error *err
     return status;
 }
 
-moe_status moe_safetensors_open(const char *dir, moe_safetensors **out, moe_error *err) {
-    char path[PATH_MAX];
-    moe_status status = make_path(dir, SINGLE_FILE, path, err);
-    if (status != MOE_OK) return status;
-    moe_safetensors *c = moe_calloc(1, sizeof *c);
-    if (!c) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory", dir);
-    status = access(path, F_OK) == 0 ? open_single(c, dir, err) : open_index(c, dir, err);
+static moe_status finish_open(moe_safetensors *c, moe_status status, moe_safetensors **out) {
     if (status != MOE_OK) {
         moe_safetensors_close(&c);
         return status;
@@ -211,6 +208,21 @@ moe_status moe_safetensors_open(const char *dir, moe_safetensors **out, moe_erro
     sort_by_name(c);
     *out = c;
     return MOE_OK;
+}
+
+moe_status moe_safetensors_open(const char *dir, moe_safetensors **out, moe_error *err) {
+    char path[PATH_MAX];
+    moe_status status = make_path(dir, SINGLE_FILE, path, err);
+    if (status != MOE_OK) return status;
+    moe_safetensors *c = moe_calloc(1, sizeof *c);
+    if (!c) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory", dir);
+    return finish_open(c, access(path, F_OK) == 0 ? open_single(c, path, err) : open_index(c, dir, err), out);
+}
+
+moe_status moe_safetensors_open_file(const char *path, moe_safetensors **out, moe_error *err) {
+    moe_safetensors *c = moe_calloc(1, sizeof *c);
+    if (!c) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%s: out of memory", path);
+    return finish_open(c, open_single(c, path, err), out);
 }
 
 void moe_safetensors_close(moe_safetensors **checkpoint) {

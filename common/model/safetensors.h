@@ -32,6 +32,8 @@ typedef struct moe_safetensor {
  * NOT_FOUND (no checkpoint, or a shard is missing), INVALID_ARGUMENT (damaged), UNIMPLEMENTED (a dtype or rank not built),
  * RESOURCE_EXHAUSTED (memory). */
 moe_status moe_safetensors_open(const char *dir, moe_safetensors **out, moe_error *err);
+/* Opens the one file at `path`; otherwise the same. */
+moe_status moe_safetensors_open_file(const char *path, moe_safetensors **out, moe_error *err);
 void moe_safetensors_close(moe_safetensors **checkpoint); /* NULLs the pointer; idempotent */
 
 /* The tensor of that name, marked used; NULL if there is none. One thread at a time. */

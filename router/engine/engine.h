@@ -10,6 +10,19 @@ typedef struct moe_engine moe_engine;
 
 typedef enum moe_gating { MOE_GATING_GATE, MOE_GATING_HINT, MOE_GATING_PRE_GATE } moe_gating;
 
+/* What one MoE layer of a forward step was given and how it was routed. Borrowed for the duration of the call. */
+typedef struct moe_layer_view {
+    int32_t layer; /* 0 … num_moe_layers - 1, in this order for one micro-batch */
+    int32_t num_rows;
+    const int32_t *positions; /* [num_rows]: of the token in its request; a preempted request's come again */
+    const int32_t *sequences; /* [num_rows]: index into requests */
+    const uint64_t *requests; /* ids, as moe_engine_submit gave them: ascending in the order of submission */
+    const void *activations;  /* [num_rows, H] of dtype: what gate, pre-gate and experts are given */
+    moe_dtype dtype;
+    const moe_route *route; /* what this layer uses */
+    const moe_route *next;  /* predicted (hint) or decided (pre-gate) for the next MoE layer; NULL: nothing is */
+} moe_layer_view;
+
 typedef struct moe_engine_config {
     const moe_model *model;           /* borrowed */
     moe_backend *backend;             /* borrowed */
@@ -39,6 +52,10 @@ typedef struct moe_engine_config {
      * worker one by one. */
     moe_expert *const *(*local_experts)(void *ctx);
     void *local_worker;
+    /* NULL, or called on the engine's thread after the routing of every layer; then there are no local steps. With one micro-batch
+     * the calls of a forward step stand together. */
+    void (*on_layer)(void *ctx, const moe_layer_view *view);
+    void *on_layer_ctx;
 } moe_engine_config;
 
 moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe_error *err);

@@ -138,7 +138,8 @@ struct micro_batch {
     uint64_t step;
     placed_map *map;
 
-    batch_sequence *seqs; /* [max_num_seqs] */
+    batch_sequence *seqs;  /* [max_num_seqs] */
+    uint64_t *request_ids; /* [max_num_seqs]; filled for on_layer alone */
     int32_t num_seqs, num_rows;
     int32_t *token_ids, *positions, *row_seq; /* [max rows] */
     moe_kv_view *views;                       /* [max_num_seqs] */

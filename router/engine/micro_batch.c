@@ -34,6 +34,7 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
     b->index = index;
     b->max_calls = 2 * MOE_PLACEMENT_MAX_WORKERS;
     b->seqs = moe_calloc(seqs, sizeof *b->seqs);
+    b->request_ids = moe_calloc(seqs, sizeof *b->request_ids);
     b->views = moe_calloc(seqs, sizeof *b->views);
     b->token_ids = moe_calloc(rows, sizeof *b->token_ids);
     b->positions = moe_calloc(rows, sizeof *b->positions);
@@ -53,9 +54,9 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
     b->orphans = moe_calloc(rows * top_k, sizeof *b->orphans);
     bool routes = route_alloc(&b->route, rows * top_k) && route_alloc(&b->next_route, rows * top_k) &&
                   route_alloc(&b->spare_route, rows * top_k);
-    if (!routes || !b->seqs || !b->views || !b->token_ids || !b->positions || !b->row_seq || !b->logit_rows || !b->activations ||
-        !b->expert_out || !b->combine_weights || !b->combine_counts || !b->logits || !b->top_ids || !b->top_logits ||
-        (experts && !b->expert_rows) || !b->calls || !b->orphans)
+    if (!routes || !b->seqs || !b->request_ids || !b->views || !b->token_ids || !b->positions || !b->row_seq || !b->logit_rows ||
+        !b->activations || !b->expert_out || !b->combine_weights || !b->combine_counts || !b->logits || !b->top_ids ||
+        !b->top_logits || (experts && !b->expert_rows) || !b->calls || !b->orphans)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch of %zu rows", rows);
     return backend->ops->rows_create(backend, e->base, (int32_t)rows, &b->segment.rows, err);
 }
@@ -72,8 +73,9 @@ void micro_batch_destroy(micro_batch *b) {
     route_free(&b->route);
     route_free(&b->next_route);
     route_free(&b->spare_route);
-    void *const owned[] = {b->seqs,       b->views,           b->token_ids,      b->positions, b->row_seq,
-                           b->logit_rows, b->combine_weights, b->combine_counts, b->calls,     b->orphans};
+    void *const owned[] = {b->seqs,      b->request_ids, b->views,           b->token_ids,      b->positions,
+                           b->row_seq,   b->logit_rows,  b->combine_weights, b->combine_counts, b->calls,
+                           b->orphans};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
     void *const of_backend[] = {b->activations, b->expert_out, b->logits, b->top_ids, b->top_logits, b->expert_rows};
     for (size_t i = 0; i < sizeof of_backend / sizeof *of_backend; i++)
@@ -182,6 +184,22 @@ static void settle_routes(micro_batch *b) {
     if (b->have_next_route) swap_routes(&b->next_route, &b->spare_route);
 }
 
+static void show_layer(micro_batch *b) {
+    const moe_engine_config *config = &b->engine->config;
+    if (!config->on_layer) return;
+    for (int32_t i = 0; i < b->num_seqs; i++) b->request_ids[i] = b->seqs[i].seq->id;
+    const moe_layer_view view = {.layer = b->segment.index,
+                                 .num_rows = b->num_rows,
+                                 .positions = b->positions,
+                                 .sequences = b->row_seq,
+                                 .requests = b->request_ids,
+                                 .activations = b->activations,
+                                 .dtype = b->engine->dtype,
+                                 .route = &b->route,
+                                 .next = b->have_next_route ? &b->next_route : NULL};
+    config->on_layer(config->on_layer_ctx, &view);
+}
+
 static void finish(micro_batch *b, bool computed) {
     moe_engine *e = b->engine;
     int64_t began = engine_now(e);
@@ -245,6 +263,7 @@ static void segment_finished(micro_batch *b) {
         finish(b, true);
     } else {
         settle_routes(b);
+        show_layer(b);
         b->state = BATCH_EXPERTS;
         dispatch_begin(b);
     }

@@ -17,7 +17,8 @@ MAY_INCLUDE = {
     "cuda": ["common"],
     "router": ["common", "proto"],
     "expert-worker": ["common", "proto"],
-    "cli": ["common", "proto", "cpu", "cuda", "router", "expert-worker"],
+    "training": ["common"],
+    "cli": ["common", "proto", "cpu", "cuda", "router", "expert-worker", "training"],
 }
 # library header -> the folders that alone may include it
 OWNED_HEADERS = {
@@ -70,7 +71,7 @@ def check_includes(path, text):
         first = header.split("/")[0]
         if match.group(1) == '"' and top in MAY_INCLUDE and "/" in header and first != top and first not in MAY_INCLUDE[top]:
             fault(path, number, f"{top}/ may not include {header}")
-        if top in ("router", "expert-worker", "proto", "cpu", "cuda") and re.match(r"common/(inproc|zmq|memory|redis)/", header):
+        if top in ("router", "expert-worker", "training", "proto", "cpu", "cuda") and re.match(r"common/(inproc|zmq|memory|redis)/", header):
             fault(path, number, f"only cli/ and tests/ name implementations: {header}")
 
 

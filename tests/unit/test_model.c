@@ -1,11 +1,13 @@
 /* Opening models: every supported family's fixture and the demo model, packed experts, and the refusals by tensor name. */
 #include <inttypes.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "common/alloc.h"
 #include "common/model/model.h"
+#include "common/model/pre_gates.h"
 #include "common/model/safetensors.h"
 #include "tests/support/checkpoint_writer.h"
 #include "tests/support/temp_dir.h"
@@ -381,6 +383,43 @@ static void survives_every_failed_allocation(void **state) {
     assert_true(failures > 30);
 }
 
+/* Pre-gates of a file of their own take the place of the checkpoint's; a wrong file is refused, naming it. */
+static void pre_gates_beside_a_checkpoint(void **state) {
+    (void)state;
+    enum { MOE_LAYERS = 6, EXPERTS = 16, HIDDEN = 256, SIZE = EXPERTS * HIDDEN };
+    static float weights[(MOE_LAYERS - 1) * SIZE], read[SIZE];
+    moe_test_dir dir = moe_test_dir_new();
+    moe_model *m = open_good(SOURCE_DIR "/models/demo"), *other = open_good(FIXTURES "qwen2_moe");
+    uint64_t digest = m->digest;
+    moe_error err = {0};
+    char path[PATH_MAX], absent[PATH_MAX];
+    snprintf(path, sizeof path, "%s/pre_gates.safetensors", dir.path);
+    snprintf(absent, sizeof absent, "%s/absent/pre_gates.safetensors", dir.path);
+    for (int i = 0; i < (MOE_LAYERS - 1) * SIZE; i++) weights[i] = (float)i;
+    assert_int_equal(moe_pre_gates_write(absent, &m->config, weights, &err), MOE_PERMISSION_DENIED);
+    assert_int_equal(moe_pre_gates_write(path, &m->config, weights, &err), MOE_OK);
+    assert_int_equal(moe_model_use_pre_gates(m, path, &err), MOE_OK);
+    assert_true(m->has_pre_gates);
+    for (int i = 0; i < MOE_LAYERS - 1; i++) {
+        moe_tensor_read_f32(&m->layers[i].pre_gate, 0, SIZE, read);
+        assert_memory_equal(read, weights + i * SIZE, sizeof read);
+    }
+    assert_int_equal(m->digest, digest);
+    assert_int_equal(moe_model_use_pre_gates(other, path, &err), MOE_INVALID_ARGUMENT);
+    assert_non_null(strstr(err.message, "pre_gate.weight"));
+    assert_false(other->has_pre_gates);
+    moe_model_close(&other);
+    other = open_good(FIXTURES "qwen2_moe");
+    assert_int_equal(moe_model_use_pre_gates(other, absent, &err), MOE_NOT_FOUND);
+    assert_int_equal(moe_model_use_pre_gates(other, MOE_PRE_GATES_NEXT_GATE, &err), MOE_OK);
+    for (int i = 0; i + 1 < other->config.num_moe_layers; i++)
+        assert_ptr_equal(other->layers[other->config.moe_layers[i]].pre_gate.data,
+                         other->layers[other->config.moe_layers[i + 1]].gate.data);
+    moe_model_close(&m);
+    moe_model_close(&other);
+    moe_test_dir_free(&dir);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(opens_every_family),
@@ -391,6 +430,7 @@ int main(void) {
         cmocka_unit_test(refuses_a_damaged_checkpoint_or_none),
         cmocka_unit_test(packed_experts_equal_single_ones),
         cmocka_unit_test(pre_gates_are_optional),
+        cmocka_unit_test(pre_gates_beside_a_checkpoint),
         cmocka_unit_test(digest_depends_on_content_but_not_on_sharding),
         cmocka_unit_test(survives_every_failed_allocation),
     };
