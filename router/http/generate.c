@@ -243,12 +243,13 @@ static bool admit(const moe_http_exchange *exchange, moe_http_error *error) {
 }
 
 void moe_http_complete(moe_http_exchange *exchange, moe_endpoint endpoint, const moe_choice_format *format) {
-    moe_http_error error;
+    moe_http_error error = {0};
     const char *text;
     size_t size;
-    moe_completion *completion = moe_calloc(1, sizeof *completion);
+    /* Before anything of the request is read, so that refusing costs next to nothing. */
+    moe_completion *completion = admit(exchange, &error) ? moe_calloc(1, sizeof *completion) : NULL;
     if (!completion) {
-        moe_http_fail_memory(&error);
+        if (!error.http_status) moe_http_fail_memory(&error);
         moe_http_reply_error(exchange, &error);
         return;
     }
@@ -262,7 +263,6 @@ void moe_http_complete(moe_http_exchange *exchange, moe_endpoint endpoint, const
     exchange->on_gone = on_gone;
     bool good = moe_http_body(exchange, &text, &size, &error) &&
                 moe_openai_params_parse(text, size, endpoint, completion->inference, &completion->params, &error) &&
-                admit(exchange, &error) &&
                 moe_prompts_make(completion->inference, &completion->params, &completion->prompts, &error) &&
                 start_choices(completion, &error);
     if (!good) fail(completion, &error);

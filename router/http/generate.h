@@ -52,7 +52,7 @@ struct moe_completion {
     int64_t created_s; /* wall clock */
 };
 
-/* Parses, admits, tokenizes, starts the choices; or answers why not. */
+/* Admits, parses, tokenizes, starts the choices; or answers why not. */
 void moe_http_complete(moe_http_exchange *exchange, moe_endpoint endpoint, const moe_choice_format *format);
 
 /* The server's moe_generation_queue calls it; `user` is a moe_choice. */

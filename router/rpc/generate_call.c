@@ -183,7 +183,7 @@ static moe_status submit(moe_rpc_front *front, generate_call *generate, const mo
     return moe_generation_start(front->queue, &request, generate, &generate->generation, err);
 }
 
-/* Checks, tokenizes, submits; the call's status, with *err filled unless OK. */
+/* Admits, checks, tokenizes, submits; the call's status, with *err filled unless OK. */
 static moe_status begin(moe_rpc_front *front, generate_call *generate, const Moesaic__V1__GenerateRequest *request,
                         moe_error *err) {
     const moe_inference *inference = front->config.inference;
@@ -192,7 +192,7 @@ static moe_status begin(moe_rpc_front *front, generate_call *generate, const Moe
     moe_status status;
     moe_openai_params *params = moe_calloc(1, sizeof *params);
     if (!params) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
-    if (read_request(inference, request, params, &error) && admit(front, &error) &&
+    if (admit(front, &error) && read_request(inference, request, params, &error) &&
         moe_prompts_make(inference, params, &prompts, &error))
         status = submit(front, generate, params, &prompts.list[0], err);
     else
