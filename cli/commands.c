@@ -15,7 +15,7 @@ static const command_function functions[MOE_COMMAND_COUNT] = {
     [MOE_COMMAND_KEYGEN] = moe_command_keygen, [MOE_COMMAND_BENCH] = moe_command_bench,
     [MOE_COMMAND_PLACEMENT] = moe_command_placement, [MOE_COMMAND_MOVE] = moe_command_move,
     [MOE_COMMAND_REPLICATE] = moe_command_replicate, [MOE_COMMAND_DRAIN] = moe_command_drain,
-    [MOE_COMMAND_REBALANCE] = moe_command_rebalance,
+    [MOE_COMMAND_UNDRAIN] = moe_command_undrain, [MOE_COMMAND_REBALANCE] = moe_command_rebalance,
     [MOE_COMMAND_HEALTH] = moe_command_health,
     [MOE_COMMAND_TRAIN_PREGATE] = moe_command_train_pregate,
 };

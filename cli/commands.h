@@ -18,6 +18,7 @@ int moe_command_placement(const moe_options *options);
 int moe_command_move(const moe_options *options);
 int moe_command_replicate(const moe_options *options);
 int moe_command_drain(const moe_options *options);
+int moe_command_undrain(const moe_options *options);
 int moe_command_rebalance(const moe_options *options);
 int moe_command_health(const moe_options *options);
 

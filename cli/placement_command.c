@@ -1,5 +1,5 @@
-/* `moesaic placement plan`, `move`, `replicate`, `drain`, `rebalance`: asked of a router by ClusterService. The leader carries an
- * operation out; this process only watches it, and may be stopped and asked again. */
+/* `moesaic placement plan`, `move`, `replicate`, `drain`, `undrain`, `rebalance`: asked of a router by ClusterService. The leader
+ * carries an operation out; this process only watches it, and may be stopped and asked again. */
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -63,7 +63,8 @@ static void look(void *ctx, const ProtobufCMessage *message) {
         const Moesaic__V1__Operation *op = status->operations[i];
         if (strcmp(op->id, w->id) != 0) continue;
         show(w, op);
-        w->failed = strcmp(op->state, moe_operation_state_name(MOE_OP_FAILED)) == 0;
+        w->failed = strcmp(op->state, moe_operation_state_name(MOE_OP_FAILED)) == 0 ||
+                    strcmp(op->state, moe_operation_state_name(MOE_OP_CANCELLED)) == 0;
         w->finished = w->failed || strcmp(op->state, moe_operation_state_name(MOE_OP_DONE)) == 0;
     }
 }
@@ -80,7 +81,7 @@ static moe_status watch_operation(moe_operator_client *client, watch *w, int64_t
             return moe_fail(err, MOE_DEADLINE_EXCEEDED, "%s goes on; `moesaic status` shows it", w->id);
         nanosleep(&(struct timespec){.tv_nsec = WATCH_NS}, NULL);
     }
-    return w->failed ? moe_fail(err, MOE_ABORTED, "%s failed", w->id) : MOE_OK;
+    return w->failed ? moe_fail(err, MOE_ABORTED, "%s did not succeed", w->id) : MOE_OK;
 }
 
 static int operate(const moe_options *o, const char *method, Moesaic__V1__OperationRequest *request) {
@@ -128,6 +129,12 @@ int moe_command_drain(const moe_options *o) {
     Moesaic__V1__OperationRequest request = MOESAIC__V1__OPERATION_REQUEST__INIT;
     request.from = (char *)moe_options_positional(o);
     return operate(o, SERVICE "Drain", &request);
+}
+
+int moe_command_undrain(const moe_options *o) {
+    Moesaic__V1__OperationRequest request = MOESAIC__V1__OPERATION_REQUEST__INIT;
+    request.from = (char *)moe_options_positional(o);
+    return operate(o, SERVICE "Undrain", &request);
 }
 
 int moe_command_rebalance(const moe_options *o) {

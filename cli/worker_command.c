@@ -18,6 +18,7 @@
 
 #define WORKER_AND_ROUTER 2 /* processes that may share this machine; serve knows better and says --poll-us */
 #define LEAVE_POLL_NS (10 * MOE_NS_PER_MS)
+#define HAND_OVER_REPORT_NS (5 * MOE_NS_PER_S)
 #define WATCH_NS (100 * MOE_NS_PER_MS) /* between looks for a defect */
 #define WATCHES_A_MOVE 20 /* of those for each look whether the host's address changed */
 
@@ -180,14 +181,34 @@ static bool moved(const worker_process *p) {
     return false;
 }
 
-/* Serves on until the experts are elsewhere, no router is left, time is up, or a second signal comes. */
+static int32_t experts_held(const worker_process *p) {
+    int32_t held = 0;
+    for (int32_t i = 0; i < p->num_workers; i++) held += p->workers[i].node ? moe_worker_node_experts(p->workers[i].node) : 0;
+    return held;
+}
+
+/* Serves on until the experts are elsewhere, no router is left, none of them was taken over for the time of --hand-over-timeout,
+ * or a second signal comes. What is left then is loaded from the checkpoint by others. */
 static void hand_over(const worker_process *p) {
-    int64_t until = moe_now_ns(moe_clock_real()) + moe_option_ns(p->options, "shutdown-timeout");
-    moe_info("leaving: handing the experts over");
+    int64_t limit = moe_option_ns(p->options, "hand-over-timeout"), now = moe_now_ns(moe_clock_real()), until = now + limit,
+            report_ns = now + HAND_OVER_REPORT_NS;
+    int32_t least = experts_held(p);
+    moe_info("leaving: handing %d experts over; a second signal ends this at once", least);
     for (int32_t i = 0; i < p->num_workers; i++)
         if (p->workers[i].node) moe_worker_node_leave(p->workers[i].node);
-    while (!all_left(p) && moe_now_ns(moe_clock_real()) < until)
-        if (moe_signals_wait(LEAVE_POLL_NS)) return;
+    while (!all_left(p) && !moe_signals_wait(LEAVE_POLL_NS)) {
+        int32_t held = experts_held(p);
+        now = moe_now_ns(moe_clock_real());
+        if (held < least) until = now + limit;
+        if (held < least) least = held;
+        if (now >= until) {
+            moe_error_log("leaving with %d experts: none was taken over for %.0f s (--hand-over-timeout)", held,
+                          (double)limit / MOE_NS_PER_S);
+            return;
+        }
+        if (now >= report_ns) moe_info("leaving: %d experts left", held);
+        if (now >= report_ns) report_ns = now + HAND_OVER_REPORT_NS;
+    }
 }
 
 /* Takes a worker that found itself defective out of the cluster. True when there was one: the process is to end, since what is

@@ -144,6 +144,12 @@ bool moe_worker_node_left(moe_worker_node *n) {
     return view.routers == 0 || (view.experts == 0 && view.queued_calls == 0);
 }
 
+int32_t moe_worker_node_experts(moe_worker_node *n) {
+    moe_worker_view view;
+    moe_worker_get_view(n->worker, &view);
+    return view.experts;
+}
+
 void moe_worker_node_remember(moe_worker_node *n) {
     moe_worker_view view;
     moe_error err;

@@ -47,7 +47,7 @@ replace() { # SERVICE CONTAINER
   before=$(containers "$service" | sort)
   count=$(wc -w <<<"$before")
   wait_for "cluster with all replicas" settled
-  docker stop -t 60 "$old" >/dev/null
+  docker stop -t 900 "$old" >/dev/null
   docker rm "$old" >/dev/null
   "${compose[@]}" up -d --no-deps --no-recreate --scale "$service=$count" "$service" >/dev/null 2>&1
   new=$(comm -13 <(echo "$before") <(containers "$service" | sort))

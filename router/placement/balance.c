@@ -10,10 +10,16 @@ bool moe_member_leaves(const moe_controller *c, const moe_member *m) {
     if (stats && stats->leaving) return true;
     for (int32_t i = 0; i < c->num_operations; i++) {
         const moe_operation *op = &c->operations[i];
-        bool drains = op->kind == MOE_OP_DRAIN && op->state != MOE_OP_FAILED && op->incarnation == m->identity.incarnation;
+        bool drains = op->kind == MOE_OP_DRAIN && op->state <= MOE_OP_DONE && op->incarnation == m->identity.incarnation;
         if (drains && strcmp(op->from, m->identity.id) == 0) return true;
     }
     return false;
+}
+
+/* It said that it leaves and ended before its experts were elsewhere: nobody waits for it to come back. */
+static bool gave_up_leaving(const moe_controller *c, const moe_member *m, int32_t worker) {
+    const moe_worker_stats *stats = m->stats;
+    return !m->registered && stats && stats->leaving && stats->incarnation == c->map->workers[worker].incarnation;
 }
 
 static moe_policy_worker_state state_in_map(moe_controller *c, int32_t worker) {
@@ -25,9 +31,9 @@ static moe_policy_worker_state state_in_map(moe_controller *c, int32_t worker) {
         return moe_member_leaves(c, m) ? MOE_POLICY_LEAVES : MOE_POLICY_ACCEPTS;
     }
     if (m && !m->gone_ns) m->gone_ns = now;
-    bool waits = !m || now - m->gone_ns < c->config.balance.heal_after_ns || now < moe_controller_trusted_at(c) ||
-                 moe_jobs_has(&c->jobs, "", worker);
-    return waits || !c->config.balance.automatic ? MOE_POLICY_AWAY : MOE_POLICY_DEAD;
+    bool known_gone = m && now >= moe_controller_trusted_at(c) && !moe_jobs_has(&c->jobs, "", worker);
+    bool missed = c->config.balance.automatic && m && now - m->gone_ns >= c->config.balance.heal_after_ns;
+    return known_gone && (missed || gave_up_leaving(c, m, worker)) ? MOE_POLICY_DEAD : MOE_POLICY_AWAY;
 }
 
 /* A worker without a share that could take some of it. */

@@ -308,6 +308,7 @@ void moe_controller_store_submitted(moe_controller *c);
 /* The oldest unfinished one, or NULL. */
 moe_operation *moe_controller_current_operation(moe_controller *c);
 void moe_operation_save(moe_controller *c, const moe_operation *op); /* as the leader */
+void moe_controller_cancel_drains(moe_controller *c);                /* as undrains ask */
 void moe_controller_forget_operations(moe_controller *c);            /* deletes the oldest finished ones, as the leader */
 
 /* publish.c */

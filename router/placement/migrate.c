@@ -414,8 +414,14 @@ static void step_migration(moe_controller *c) {
 
 /* ---- what to do next ---- */
 
-/* The moves of the first step's layer that can be under way together: of an expert one alone, and all replicas that are added fit
- * before any is dropped. */
+static bool expert_taken(const moe_controller *c, const bool *taken, int32_t step) {
+    for (int32_t k = 0; k < step; k++)
+        if (taken[k] && c->steps[k].expert == c->steps[step].expert) return true;
+    return false;
+}
+
+/* The moves of the first step's layer that can be under way together: of an expert its first alone, and all replicas that are
+ * added fit before any is dropped. */
 static int32_t take_moves(const moe_controller *c, int32_t steps, const moe_plan_workers *w, moe_move *moves) {
     int32_t count = 0, totals[MOE_PLACEMENT_MAX_WORKERS] = {0};
     bool taken[MOE_VIEW_MAX_STEPS] = {false};
@@ -424,8 +430,7 @@ static int32_t take_moves(const moe_controller *c, int32_t steps, const moe_plan
     for (int32_t i = 0; i < steps && count < c->config.balance.max_moves; i++) {
         const moe_policy_step *s = &c->steps[i];
         if (s->layer != c->steps[0].layer) continue;
-        for (int32_t k = 0; k < i; k++)
-            if (taken[k] && c->steps[k].expert == s->expert) return count;
+        if (expert_taken(c, taken, i)) continue;
         if (s->to >= 0 && totals[s->to] >= w->states[s->to].room) return count;
         if (s->to >= 0) totals[s->to]++;
         taken[i] = true;
@@ -532,10 +537,10 @@ static void run_operation(moe_controller *c, moe_operation *op) {
         op->safe_to_stop = true;
         moe_info("placement: operation %s (%s) begins", op->id, moe_operation_kind_name(op->kind));
     }
-    if (op->kind == MOE_OP_DRAIN || op->kind == MOE_OP_REBALANCE)
-        run_planned(c, op);
-    else
+    if (op->kind == MOE_OP_MOVE || op->kind == MOE_OP_REPLICATE)
         run_single(c, op);
+    else
+        run_planned(c, op);
 }
 
 /* Workers of the map that left and have nothing in it are forgotten. */
@@ -577,6 +582,7 @@ static bool recover_draining(moe_controller *c) {
 void moe_controller_migrate(moe_controller *c) {
     int64_t now = moe_controller_now(c);
     if (!c->migration_known && !resume(c)) return;
+    moe_controller_cancel_drains(c);
     moe_controller_drop_leftovers(c);
     if (c->migration.phase != MOE_MIGRATION_NONE) {
         step_migration(c);

@@ -4,8 +4,8 @@
 
 #include "common/json.h"
 
-static const char *const kind_names[MOE_OP_KINDS] = {"move", "replicate", "drain", "rebalance"};
-static const char *const state_names[MOE_OP_STATES] = {"pending", "running", "done", "failed"};
+static const char *const kind_names[MOE_OP_KINDS] = {"move", "replicate", "drain", "rebalance", "undrain"};
+static const char *const state_names[MOE_OP_STATES] = {"pending", "running", "done", "failed", "cancelled"};
 
 const char *moe_operation_kind_name(moe_operation_kind kind) { return kind_names[kind]; }
 const char *moe_operation_state_name(moe_operation_state state) { return state_names[state]; }

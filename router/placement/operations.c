@@ -50,9 +50,9 @@ void moe_operation_save(moe_controller *c, const moe_operation *op) {
     moe_buf_free(&text);
 }
 
-/* A finished drain stays as long as its worker, which it keeps empty. */
+/* A drain that is done stays as long as its worker, which it keeps empty. */
 static bool in_force(moe_controller *c, const moe_operation *op) {
-    const moe_member *m = op->kind == MOE_OP_DRAIN ? moe_controller_member(c, op->from) : NULL;
+    const moe_member *m = op->kind == MOE_OP_DRAIN && op->state == MOE_OP_DONE ? moe_controller_member(c, op->from) : NULL;
     return !moe_operation_finished(op) || (m && m->registered && m->identity.incarnation == op->incarnation);
 }
 
@@ -66,6 +66,24 @@ void moe_controller_forget_operations(moe_controller *c) {
         if (moe_controller_write(c, &removal, 1, &err) != MOE_OK) return;
         memmove(&c->operations[i], &c->operations[i + 1], (size_t)(--c->num_operations - i) * sizeof *c->operations);
         return; /* one a pass */
+    }
+}
+
+/* Undrains end the drains of their worker that were asked for before them, whatever these are waiting for. What is being moved when
+ * its drain is cancelled still moves. */
+void moe_controller_cancel_drains(moe_controller *c) {
+    for (int32_t i = 0; i < c->num_operations; i++) {
+        const moe_operation *undrain = &c->operations[i];
+        if (undrain->kind != MOE_OP_UNDRAIN || moe_operation_finished(undrain)) continue;
+        for (int32_t k = 0; k < i; k++) {
+            moe_operation *drain = &c->operations[k];
+            if (drain->kind != MOE_OP_DRAIN || drain->state > MOE_OP_DONE || strcmp(drain->from, undrain->from) != 0) continue;
+            drain->state = MOE_OP_CANCELLED;
+            drain->safe_to_stop = false;
+            snprintf(drain->error, sizeof drain->error, "cancelled by %s", undrain->id);
+            moe_info("placement: operation %s (drain of %s) is %s", drain->id, drain->from, drain->error);
+            moe_operation_save(c, drain);
+        }
     }
 }
 
@@ -94,7 +112,8 @@ static moe_status check_wanted(const moe_controller *c, const moe_operation *op,
     if (one_expert && (op->layer < 0 || op->layer >= c->config.num_moe_layers || op->expert < 0 || op->expert >= c->config.num_experts))
         return moe_fail(err, MOE_INVALID_ARGUMENT, "no expert %d in MoE layer %d; the model has %d experts in each of %d MoE layers",
                         op->expert, op->layer, c->config.num_experts, c->config.num_moe_layers);
-    if (op->kind == MOE_OP_MOVE || op->kind == MOE_OP_DRAIN) status = check_worker(v, op->from, err);
+    bool one_worker = op->kind == MOE_OP_DRAIN || op->kind == MOE_OP_UNDRAIN;
+    if (op->kind == MOE_OP_MOVE || one_worker) status = check_worker(v, op->from, err);
     if (status == MOE_OK && (op->kind == MOE_OP_MOVE || op->to[0])) status = check_worker(v, op->to, err);
     if (status == MOE_OK && op->kind == MOE_OP_MOVE && strcmp(op->from, op->to) == 0)
         status = moe_fail(err, MOE_INVALID_ARGUMENT, "the expert cannot be moved from %s to itself", op->from);
@@ -128,7 +147,7 @@ moe_status moe_controller_submit(moe_controller *c, const moe_operation *wanted,
     pthread_mutex_lock(&c->view_mutex);
     moe_status status = check_wanted(c, &op, err);
     if (status == MOE_OK) {
-        if (op.kind == MOE_OP_DRAIN) op.incarnation = find_worker(&c->view, op.from)->incarnation;
+        if (op.kind == MOE_OP_DRAIN || op.kind == MOE_OP_UNDRAIN) op.incarnation = find_worker(&c->view, op.from)->incarnation;
         const moe_operation *same = find_same(c, &op);
         if (same) {
             memcpy(id, same->id, MOE_OPERATION_ID_BYTES);

@@ -151,15 +151,21 @@ static int32_t find_doomed(const plan *p, const moe_placement_entry *e, moe_poli
     return worker;
 }
 
+/* One more replica that stays, in place of a doomed one where there is one. False: nobody can take it. */
+static bool add_lasting(plan *p, int32_t layer, int32_t expert) {
+    moe_placement_entry *e = at(p, layer, expert);
+    moe_policy_reason reason;
+    int32_t to = e->num_replicas < MOE_PLACEMENT_MAX_REPLICAS ? least_loaded(p, e) : MOE_POLICY_NOBODY;
+    int32_t from = find_doomed(p, e, &reason);
+    if (to >= 0) take_step(p, layer, expert, to, from, reason);
+    return to >= 0;
+}
+
 static void secure_expert(plan *p, int32_t layer, int32_t expert, int32_t wanted) {
     moe_placement_entry *e = at(p, layer, expert);
     moe_policy_reason reason;
-    while (p->num_steps < p->max_steps && lasting(p, e) < wanted) {
-        int32_t to = e->num_replicas < MOE_PLACEMENT_MAX_REPLICAS ? least_loaded(p, e) : MOE_POLICY_NOBODY;
-        int32_t from = find_doomed(p, e, &reason);
-        if (to < 0) return;
-        take_step(p, layer, expert, to, from, reason);
-    }
+    while (p->num_steps < p->max_steps && lasting(p, e) < wanted)
+        if (!add_lasting(p, layer, expert)) return;
     while (p->num_steps < p->max_steps && lasting(p, e) >= wanted && lasting(p, e) > 0) {
         int32_t from = find_doomed(p, e, &reason);
         if (from < 0) return;
@@ -190,8 +196,24 @@ static void secure_layer(plan *p, int32_t layer, int32_t wanted, bool *done) {
     }
 }
 
+/* Experts that only dead or leaving workers have get a first lasting replica before any other gets its second: whoever leaves may
+ * run out of time. */
+static void rescue(plan *p, int32_t layer) {
+    bool costs_known = false;
+    for (int32_t e = 0; e < p->num_experts && p->num_steps < p->max_steps; e++) {
+        if (lasting(p, at(p, layer, e)) > 0) continue;
+        if (!costs_known) cost_workers(p, layer);
+        costs_known = true;
+        if (!add_lasting(p, layer, e)) return;
+    }
+}
+
 static void secure(plan *p, bool *done) {
     int32_t wanted = p->config->replicas < p->accepting ? p->config->replicas : p->accepting;
+    for (int32_t l = 0; l < p->num_layers && p->num_steps < p->max_steps; l++) {
+        cost_experts(p, l);
+        rescue(p, l);
+    }
     for (int32_t l = 0; l < p->num_layers && p->num_steps < p->max_steps; l++) {
         cost_experts(p, l);
         secure_layer(p, l, wanted, done);

@@ -1,8 +1,9 @@
 /* The placement policy: a pure function from loads, workers and the map to an ordered list of steps, each of which leaves the map
  * valid. It is incremental: it starts from where the replicas are and moves as little as brings the aim nearer.
  *
- *   1. What safety asks, at once: min(R, workers that accept) replicas of every expert on workers that stay; nothing on workers
- *      that leave or are dead once that is so. Packed into the least loaded worker with room.
+ *   1. What safety asks, at once: a first replica on a worker that stays for experts without one; then min(R, workers that
+ *      accept) of every expert; nothing on workers that leave or are dead once that is so. Packed into the least loaded worker
+ *      with room.
  *   2. Balance, layer by layer, the worst first: while the busiest worker's cost is above the mean by more than `hysteresis`, the
  *      step that helps most moves an expert of the busiest worker to the least loaded one with room, or gives the expert that is
  *      hottest by load per replica another replica there. It goes on down to half the hysteresis, so that a layer which was

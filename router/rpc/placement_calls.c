@@ -91,6 +91,12 @@ void moe_rpc_handle_drain(void *ctx, moe_rpc_call *call, const ProtobufCMessage 
     handle(ctx, call, request, MOE_OP_DRAIN);
 }
 
+void moe_rpc_handle_undrain(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                           int num_payload) {
+    (void)payload, (void)num_payload;
+    handle(ctx, call, request, MOE_OP_UNDRAIN);
+}
+
 void moe_rpc_handle_rebalance(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
                            int num_payload) {
     (void)payload, (void)num_payload;

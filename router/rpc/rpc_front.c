@@ -19,6 +19,7 @@ static const moe_rpc_method methods[] = {
     {"/moesaic.v1.ClusterService/Move", moe_rpc_handle_move, OPERATOR},
     {"/moesaic.v1.ClusterService/Replicate", moe_rpc_handle_replicate, OPERATOR},
     {"/moesaic.v1.ClusterService/Drain", moe_rpc_handle_drain, OPERATOR},
+    {"/moesaic.v1.ClusterService/Undrain", moe_rpc_handle_undrain, OPERATOR},
     {"/moesaic.v1.ClusterService/Rebalance", moe_rpc_handle_rebalance, OPERATOR},
     {"/moesaic.v1.Health/Check", moe_rpc_handle_health, ANYONE},
     {0},

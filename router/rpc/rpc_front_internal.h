@@ -34,6 +34,8 @@ void moe_rpc_handle_replicate(void *ctx, moe_rpc_call *call, const ProtobufCMess
                            int num_payload);
 void moe_rpc_handle_drain(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
                            int num_payload);
+void moe_rpc_handle_undrain(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                           int num_payload);
 void moe_rpc_handle_rebalance(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
                            int num_payload);
 void moe_rpc_handle_health(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,

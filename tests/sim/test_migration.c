@@ -149,6 +149,44 @@ static void test_drain_and_rebalance(void **state) {
     pc_close(&cluster);
 }
 
+static bool drain_is_stuck(pc_cluster *c) {
+    const moe_operation *drain = find_operation(pc_leader(c), "stuck");
+    return drain && strstr(drain->error, "no other worker has room");
+}
+
+/* A drain that is done is taken back, and one that can't end, while it still runs. */
+static void test_undrain(void **state) {
+    (void)state;
+    char id[MOE_OPERATION_ID_BYTES], undrain[MOE_OPERATION_ID_BYTES], again[MOE_OPERATION_ID_BYTES];
+    open_cluster(1, ROUTERS, 3, false);
+    moe_operation op = {.kind = MOE_OP_DRAIN, .from = "w1"}, back = {.kind = MOE_OP_UNDRAIN, .from = "w1"};
+    submit(0, &op, id);
+    assert_int_equal(await(id)->state, MOE_OP_DONE);
+    submit(1, &back, undrain);
+    submit(1, &back, again);
+    assert_string_equal(undrain, again);
+    const moe_operation *done = await(undrain);
+    assert_true(done->state == MOE_OP_DONE && done->done == done->total && done->safe_to_stop && !done->error[0]);
+    const moe_operation *cancelled = find_operation(pc_leader(&cluster), id);
+    assert_true(cancelled->state == MOE_OP_CANCELLED && !cancelled->safe_to_stop && strstr(cancelled->error, undrain));
+    assert_true(total_at("w1") >= TOTAL / 3 / 2);
+    assert_int_equal(pc_state(&cluster, 0, "w1"), MOE_WORKER_UP);
+    submit(0, &back, id); /* of a worker that is not drained: nothing to do */
+    assert_int_equal(await(id)->done, 0);
+    pc_close(&cluster);
+    open_cluster(1, 1, 1, false); /* nobody else is there */
+    op = (moe_operation){.kind = MOE_OP_DRAIN, .id = "stuck", .from = "w0"};
+    back = (moe_operation){.kind = MOE_OP_UNDRAIN, .from = "w0"};
+    submit(0, &op, id);
+    pc_run_until(&cluster, drain_is_stuck, 20000);
+    submit(0, &back, undrain);
+    assert_int_equal(await(undrain)->state, MOE_OP_DONE);
+    assert_int_equal(find_operation(0, "stuck")->state, MOE_OP_CANCELLED);
+    submit(0, &(moe_operation){.kind = MOE_OP_DRAIN, .from = "w0"}, id); /* a new one, not the one that was cancelled */
+    assert_string_not_equal(id, "stuck");
+    pc_close(&cluster);
+}
+
 /* ---- workers that come and go by themselves ---- */
 
 static bool newcomers_filled(pc_cluster *c) { return pc_tidy(c) && total_at("w2") >= 24 && total_at("w3") >= 24; }
@@ -169,6 +207,23 @@ static void test_join_and_leave(void **state) {
     pc_run_ms(&cluster, 20000);
     assert_true(pc_tidy(&cluster));
     assert_int_equal(cluster.routers[0].map->num_workers, 2); /* they are forgotten */
+    pc_close(&cluster);
+}
+
+static bool w3_replaced(pc_cluster *c) {
+    return pc_tidy(c) && total_at("w3") == 0 && total_at("w0") + total_at("w1") + total_at("w2") == 2 * TOTAL;
+}
+
+/* One that leaves ends before its experts are elsewhere: the others load them at once, also without automatic placement. */
+static void test_leaver_that_gives_up(void **state) {
+    (void)state;
+    open_cluster(2, ROUTERS, WORKERS, false);
+    cluster.workers[3].leaving = true;
+    pc_run_ms(&cluster, 600);
+    assert_true(total_at("w3") > 0);
+    assert_int_equal(pc_state(&cluster, 0, "w3"), MOE_WORKER_LEAVING);
+    pc_worker_crash(&cluster, 3);
+    pc_run_until(&cluster, w3_replaced, 8000); /* less than the 10 s after which the dead are replaced */
     pc_close(&cluster);
 }
 
@@ -346,7 +401,8 @@ static int quiet(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_move_and_replicate), cmocka_unit_test(test_bad_operations_are_refused),
-        cmocka_unit_test(test_drain_and_rebalance), cmocka_unit_test(test_join_and_leave),
+        cmocka_unit_test(test_drain_and_rebalance), cmocka_unit_test(test_undrain),
+        cmocka_unit_test(test_join_and_leave),      cmocka_unit_test(test_leaver_that_gives_up),
         cmocka_unit_test(test_death_heals),         cmocka_unit_test(test_slow_router),
         cmocka_unit_test(test_hot_expert),          cmocka_unit_test(test_crash_matrix),
     };
