@@ -126,7 +126,7 @@ static moe_status start_processes(const bench *b, target *t, moe_error *err) {
     if (status == MOE_OK) status = moe_local_cluster_start_redis(c, false, err);
     if (status == MOE_OK) status = moe_cluster_file_write(&c->file, &c->children, err);
     for (int32_t i = 0; i < t->workers && status == MOE_OK; i++)
-        status = moe_local_cluster_start_worker(c, b->options, i, t->workers, false, err);
+        status = moe_local_cluster_start_worker(c, b->options, i, t->workers, 1.0 / t->workers, false, err);
     return status;
 }
 

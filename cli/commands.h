@@ -4,6 +4,7 @@
 
 /* Exit status of a worker that found itself defective: a lost device, or a known-answer batch that failed (EX_SOFTWARE). */
 #define MOE_EXIT_DEFECTIVE 70
+#define MOE_EXIT_REFUSED 64 /* of a worker: its settings cannot work, and starting it again would not help */
 
 int moe_command_serve(const moe_options *options);
 int moe_command_router(const moe_options *options);

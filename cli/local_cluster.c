@@ -92,11 +92,11 @@ moe_status moe_local_cluster_start_redis(moe_local_cluster *c, bool restart, moe
 }
 
 /* What a worker is told on its own or finds in cluster.json; the rest of what was given is passed on as it is. */
-static const char *const own_options[] = {"listen", "keys", "threads", "poll-us", "cores", "devices", NULL};
+static const char *const own_options[] = {"listen", "keys", "threads", "poll-us", "cores", "devices", "share", NULL};
 
-moe_status moe_local_cluster_start_worker(moe_local_cluster *c, const moe_options *options, int index, int workers, bool restart,
-                                          moe_error *err) {
-    char name[16], id[32], cluster[PATH_MAX + 16], threads[48], poll[48], device[32],
+moe_status moe_local_cluster_start_worker(moe_local_cluster *c, const moe_options *options, int index, int workers, double share_of_experts,
+                                          bool restart, moe_error *err) {
+    char name[16], id[32], cluster[PATH_MAX + 16], threads[48], poll[48], device[32], part[48],
         cores[MOE_CORES_TEXT_BYTES + 16] = "--cores=";
     moe_backend_config backend;
     moe_status status = moe_backend_option(options, index, &backend, NULL, err);
@@ -110,7 +110,8 @@ moe_status moe_local_cluster_start_worker(moe_local_cluster *c, const moe_option
     snprintf(threads, sizeof threads, "--threads=%d", share.worker_threads);
     snprintf(poll, sizeof poll, "--poll-us=%lld", (long long)share.worker_poll_us);
     snprintf(device, sizeof device, "--devices=%d", backend.device);
-    const char *own[] = {c->self, "worker", c->file.model, id, cluster, threads, poll, device};
+    snprintf(part, sizeof part, "--share=%.12f", share_of_experts);
+    const char *own[] = {c->self, "worker", c->file.model, id, cluster, threads, poll, device, part};
     for (size_t i = 0; i < sizeof own / sizeof *own; i++) argv[n++] = own[i];
     if (share.bind_workers && moe_cores_share(index, workers, cores + strlen(cores))) argv[n++] = cores;
     n += moe_options_pass_on(options, MOE_COMMAND_WORKER, own_options, argv + n, MOE_CHILD_MAX_ARGS - 1 - n);

@@ -26,6 +26,6 @@ moe_status moe_local_cluster_prepare(const moe_local_cluster_config *config, moe
 moe_status moe_local_cluster_start_redis(moe_local_cluster *cluster, bool restart, moe_error *err);
 
 /* Starts worker w<index> of `workers` with its share of this machine, on the index-th of --devices (in turn), and what `options`
- * say of workers. It finds the cluster by cluster.json, which must have been written. */
+ * say of workers; it is to hold share_of_experts of the model's. It finds the cluster by cluster.json, which must have been written. */
 moe_status moe_local_cluster_start_worker(moe_local_cluster *cluster, const moe_options *options, int index, int workers,
-                                          bool restart, moe_error *err);
+                                          double share_of_experts, bool restart, moe_error *err);

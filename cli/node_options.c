@@ -88,6 +88,26 @@ static moe_combine_mode combine_option(const moe_options *o) {
 
 moe_gating moe_gating_option(const moe_options *o) { return (moe_gating)moe_option_choice(o, "gating"); }
 
+static moe_status memory_limit(const moe_options *o, const char *name, moe_memory_limit *out, moe_error *err) {
+    const char *text = moe_option_text(o, name);
+    char *end;
+    *out = (moe_memory_limit){.bytes = 0};
+    if (!text) return MOE_OK;
+    double percent = strtod(text, &end);
+    if (end != text && strcmp(end, "%") == 0 && percent > 0 && percent <= 100) {
+        out->part = percent / 100;
+        return MOE_OK;
+    }
+    if (moe_option_parse_bytes(text, &out->bytes) && out->bytes > 0) return MOE_OK;
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "--%s: '%s' is neither a size such as 8GiB nor a percentage such as 25%%", name, text);
+}
+
+moe_status moe_tier_option(const moe_options *o, moe_tier_options *out, moe_error *err) {
+    *out = (moe_tier_options){.eviction = moe_option_text(o, "eviction")};
+    moe_status status = memory_limit(o, "device-memory", &out->device, err);
+    return status == MOE_OK ? memory_limit(o, "host-memory", &out->host, err) : status;
+}
+
 moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, moe_error *err) {
     c->source = moe_model_option(o, moe_options_positional(o));
     c->source.pre_gates = moe_option_text(o, "pre-gates");
@@ -101,7 +121,8 @@ moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, m
     c->kv_cache_bytes = moe_option_int(o, "kv-cache-memory");
     c->replica_wait_ns = moe_option_ns(o, "replica-wait");
     c->poll_us = moe_poll_us_option(o, 1); /* of all processes of the machine only the engine's thread, where cores are few */
-    return moe_backend_option(o, 0, &c->backend, NULL, err);
+    moe_status status = moe_tier_option(o, &c->tiers, err);
+    return status == MOE_OK ? moe_backend_option(o, 0, &c->backend, NULL, err) : status;
 }
 
 moe_balance_config moe_balance_options(const moe_options *o) {

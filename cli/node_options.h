@@ -47,3 +47,6 @@ int64_t moe_poll_us_option(const moe_options *options, int32_t processes);
 
 /* Prints "moesaic: message" and returns the exit status of a command that failed. */
 int moe_command_failed(const moe_error *err);
+
+/* --device-memory, --host-memory, --eviction; the text is borrowed from the options. INVALID_ARGUMENT. */
+moe_status moe_tier_option(const moe_options *options, moe_tier_options *out, moe_error *err);

@@ -2,6 +2,8 @@
 
 #include <stdint.h>
 
+#include "expert-worker/eviction.h"
+
 #define GiB (1024.0 * 1024.0 * 1024.0)
 #define MAX_BYTES 0x1p52
 
@@ -134,6 +136,19 @@ static const moe_option_row rows[] = {
      "expert replicas that a worker takes, over all layers; 0: no limit"},
     {"copy-rate", BYTES, SERVE | WORKER, "Experts", "1GiB", 0, MAX_BYTES, NULL, "SIZE",
      "bytes a second that a worker copies from other workers at most; 0: no limit"},
+
+    {"device-memory", TEXT, MODELS, "Residency", NULL, 0, 0, NULL, "SIZE",
+     "memory for experts' weights on the device of a worker (or, with --workers 0, of the router): bytes, such as 8GiB, or a part of "
+     "the share of experts that it holds, such as 25%. Experts that do not fit are copied when they are wanted. Default: all fit"},
+    {"host-memory", TEXT, MODELS, "Residency", NULL, 0, 0, NULL, "SIZE",
+     "with --device-memory: (pinned) host memory for packed experts, likewise; what does not fit is packed from the checkpoint when "
+     "it is wanted. Default: all fit"},
+    {"eviction", CHOICE, MODELS, "Residency", "hint-aware", 0, 0, MOE_EVICTION_POLICIES, NULL,
+     "with --device-memory: which expert makes room for another. lru: unused for longest; lfu-decay: fewest uses, old ones counting "
+     "less; hint-aware: likewise, but what a hint announced stays"},
+    {"share", FLOAT, WORKER, "Residency", "1", 1e-6, 1, NULL, "X",
+     "part of the model's experts that this worker is going to hold, which percentages of --device-memory are of; serve tells its "
+     "workers"},
 
     {"auto-placement", BOOL, FRONTS, "Placement", "true", 0, 0, NULL, NULL,
      "move and replicate experts as their load asks, and replace what dead workers held; workers that leave hand over in any case"},

@@ -2,6 +2,7 @@
  * same process too. Used by `moesaic router`, and without fronts by `moesaic eval`. */
 #pragma once
 #include "cli/implementations.h"
+#include "expert-worker/residency.h"
 #include "router/engine/engine.h"
 #include "router/inference.h"
 #include "router/placement/controller.h"
@@ -25,6 +26,7 @@ typedef struct moe_router_node_config {
     moe_gating gating;
     moe_combine_mode combine;
     int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_waiting;
+    moe_tier_options tiers; /* where embedded: of the experts */
     bool local_steps;      /* where embedded: a forward step is one job of the backend, where it can be */
     int32_t micro_batches; /* 0: 1 where embedded, else 2 */
     int64_t kv_cache_bytes;

@@ -97,8 +97,10 @@ static moe_status start_all(supervisor *s, moe_error *err) {
     setenv("MOESAIC_SERVE_RUN_DIR", s->cluster.file.run_dir, 1);
     setenv("MOESAIC_SERVE_CLUSTER_UUID", s->cluster.file.uuid, 1);
     status = moe_cluster_file_write(&s->cluster.file, &s->cluster.children, err);
+    double replicas = (double)moe_option_int(s->options, "replicas");
     for (int i = 0; i < s->workers && status == MOE_OK; i++)
-        status = moe_local_cluster_start_worker(&s->cluster, s->options, i, s->workers, s->restart != RESTART_NEVER, err);
+        status = moe_local_cluster_start_worker(&s->cluster, s->options, i, s->workers, replicas / s->workers,
+                                                s->restart != RESTART_NEVER, err);
     setenv("MOESAIC_SERVE_NEW_CLUSTER", "1", 1); /* for this start only: a router that is started again may find an older map */
     if (status == MOE_OK) status = start_router(s, err);
     unsetenv("MOESAIC_SERVE_NEW_CLUSTER");
@@ -116,10 +118,12 @@ static bool is_fatal(const moe_child *gone) {
     return strcmp(gone->name, "router") == 0 || strcmp(gone->name, "redis") == 0;
 }
 
-/* A router that ends quickly with an exit status of its own has said why on standard error; starting it again would not help. */
+/* A process that refused its settings, or a router that ends quickly with an exit status of its own, has said why on standard error;
+ * starting it again would not help. */
 static bool never_started(const supervisor *s) {
     for (int i = 0; i < s->cluster.children.count; i++) {
         const moe_child *c = &s->cluster.children.items[i];
+        if (c->pid == 0 && WIFEXITED(c->exit_status) && WEXITSTATUS(c->exit_status) == MOE_EXIT_REFUSED) return true;
         if (c->pid == 0 && c->restart && strcmp(c->name, "router") == 0 && c->exit_status != 0 && !WIFSIGNALED(c->exit_status) &&
             c->backoff_ns <= 2 * MOE_CHILD_BACKOFF_FIRST_NS)
             return true;

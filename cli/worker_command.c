@@ -120,7 +120,10 @@ static moe_status open_worker(worker_process *p, device_worker *w, moe_error *er
     moe_curve_keys keys = {.public_key = ""};
     moe_store *store;
     moe_transport *transport;
-    moe_status status = s->keys_dir ? moe_curve_keys_read(s->keys_dir, MOE_ROLE_WORKER, &keys, err) : MOE_OK;
+    moe_tier_options tiers;
+    moe_status status = moe_tier_option(p->options, &tiers, err);
+    tiers.share = moe_option_float(p->options, "share");
+    if (status == MOE_OK && s->keys_dir) status = moe_curve_keys_read(s->keys_dir, MOE_ROLE_WORKER, &keys, err);
     if (status == MOE_OK) status = moe_store_open(&s->store, &store, err);
     if (status != MOE_OK) return status;
     if (!p->uuid[0]) status = find_cluster(s, store, p->uuid, err);
@@ -144,6 +147,7 @@ static moe_status open_worker(worker_process *p, device_worker *w, moe_error *er
                                      .max_batch_rows = (int32_t)moe_option_int(p->options, "max-batch-rows"),
                                      .capacity_experts = moe_option_int(p->options, "max-experts"),
                                      .copy_bytes_per_s = moe_option_int(p->options, "copy-rate"),
+                                     .tiers = tiers,
                                      .reference = p->reference->ops->single};
     return moe_worker_node_open(&config, &w->node, err);
 }
@@ -254,5 +258,7 @@ int moe_command_worker(const moe_options *o) {
     if (p.reference) p.reference->ops->close(p.reference);
     moe_model_close(&p.model);
     if (defective) return MOE_EXIT_DEFECTIVE;
-    return status == MOE_OK || status == MOE_CANCELLED ? 0 : moe_command_failed(&err);
+    if (status == MOE_OK || status == MOE_CANCELLED) return 0;
+    moe_command_failed(&err);
+    return status == MOE_INVALID_ARGUMENT ? MOE_EXIT_REFUSED : 1;
 }

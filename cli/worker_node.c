@@ -91,6 +91,7 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                 .background_loads = !c->stepped,
                                 .copy_bytes_per_s = c->copy_bytes_per_s,
                                 .max_experts = (int32_t)c->capacity_experts,
+                                .tiers = c->tiers,
                                 .known_epoch = n->remembered.epoch,
                                 .known_fence = n->remembered.fence};
     status = moe_worker_new(&worker, &n->worker, err);

@@ -5,6 +5,7 @@
 #include "common/clock.h"
 #include "common/store.h"
 #include "common/transport.h"
+#include "expert-worker/residency.h"
 
 typedef struct moe_worker_node moe_worker_node;
 
@@ -21,6 +22,7 @@ typedef struct moe_worker_node_config {
     int32_t max_queued_calls, max_batch_rows;
     int64_t capacity_experts;  /* held at once; 0: no limit */
     int64_t copy_bytes_per_s;  /* of what it copies from other workers; 0: no limit */
+    moe_tier_options tiers;
     const moe_ops *reference;  /* cpu-ref's operations, for known-answer batches; NULL: none */
     bool stepped;             /* no thread of its own: moe_worker_node_step is called instead */
 } moe_worker_node_config;

@@ -1,5 +1,7 @@
 #include "common/elements.h"
 
+#include <math.h>
+
 #define WORDS_PER_BLOCK 64
 #define F32_EXPONENT UINT32_C(0x7f800000)
 #define LOW_BF16_EXPONENT UINT32_C(0x00007f80) /* of the first of two in a word; that of the second is where an f32 has it */
@@ -38,6 +40,23 @@ void moe_elements_widen(const void *x, moe_dtype dtype, size_t count, float *out
 void moe_elements_round(float *x, moe_dtype dtype, size_t count) {
     if (dtype == MOE_F32) return;
     for (size_t i = 0; i < count; i++) x[i] = moe_bf16_to_f32(moe_f32_to_bf16(x[i]));
+}
+
+#if defined(__x86_64__)
+/* The same bits as fmaf of the library, which a processor without the instruction computes in software. */
+__attribute__((target("avx2,fma"), optimize("O3"))) static void accumulate_fma(float weight, const float *x, size_t count, float *sum) {
+    for (size_t i = 0; i < count; i++) sum[i] = __builtin_fmaf(weight, x[i], sum[i]);
+}
+#endif
+
+void moe_elements_accumulate(float weight, const float *x, size_t count, float *sum) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2")) {
+        accumulate_fma(weight, x, count, sum);
+        return;
+    }
+#endif
+    for (size_t i = 0; i < count; i++) sum[i] = fmaf(weight, x[i], sum[i]);
 }
 
 /* The text between the second '/' and the next; its length in *length. */

@@ -21,5 +21,8 @@ void moe_elements_widen(const void *x, moe_dtype dtype, size_t count, float *out
 /* x[i] = the value that narrowing and widening leaves of it. */
 void moe_elements_round(float *x, moe_dtype dtype, size_t count);
 
+/* sum[i] = fma(weight, x[i], sum[i]). */
+void moe_elements_accumulate(float weight, const float *x, size_t count, float *sum);
+
 /* Whether two numeric profiles ("cpu/avx512/float32") name the same element type; an empty profile goes with any. */
 bool moe_profiles_share_dtype(const char *a, const char *b);

@@ -126,6 +126,13 @@ static const unit byte_units[] = {{"", 1},
                                   {NULL, 0}};
 static const unit time_units[] = {{"", 1}, {"s", 1}, {"ms", 1e-3}, {"us", 1e-6}, {"m", 60}, {"min", 60}, {"h", 3600}, {NULL, 0}};
 
+bool moe_option_parse_bytes(const char *text, int64_t *out) {
+    double value;
+    if (!parse_number(text, byte_units, &value) || value != floor(value) || value < 0 || value > 0x1p52) return false;
+    *out = (int64_t)value;
+    return true;
+}
+
 static moe_status parse_numeric(const moe_option_row *row, const char *text, double *out, moe_error *err) {
     const unit *units = row->type == MOE_OPTION_BYTES ? byte_units : row->type == MOE_OPTION_DURATION ? time_units : plain_units;
     static const char *const kinds[] = {"", "a whole number", "a number", "a size such as 512MiB", "a time such as 300ms or 2s"};

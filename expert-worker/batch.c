@@ -50,8 +50,7 @@ void moe_batch_remove(moe_batch *b, moe_work *w) {
     count(b, w, -1);
 }
 
-/* Makes a part at least count × size bytes; what was in it is lost when it grows. */
-static bool reserve(moe_batch *b, int part, int32_t num, size_t size) {
+bool moe_batch_reserve(moe_batch *b, int part, int32_t num, size_t size) {
     moe_batch_memory *m = &b->parts[part];
     size_t bytes = (size_t)num * size; /* both are bounded by what one message can carry */
     if (bytes <= m->bytes) return true;
@@ -66,12 +65,13 @@ static bool reserve_all(moe_batch *b, const moe_shard *shard) {
     int32_t hidden = shard->model->config.hidden, num_experts = shard->model->config.num_experts;
     int32_t out_rows = first->mode == MOE_COMBINE_EXACT ? b->assignments : b->rows;
     bool merged = b->num_works > 1;
-    return reserve(b, MOE_BATCH_OUT, out_rows, moe_row_bytes(moe_work_out_dtype(first, shard), hidden)) &&
-           reserve(b, MOE_BATCH_GROUPS, num_experts, sizeof(moe_ffn_group)) &&
-           reserve(b, MOE_BATCH_ROWS, b->assignments, sizeof(int32_t)) &&
-           reserve(b, MOE_BATCH_WEIGHTS, b->assignments, sizeof(float)) &&
-           reserve(b, MOE_BATCH_POSITIONS, b->assignments, sizeof(int32_t)) &&
-           (!merged || reserve(b, MOE_BATCH_X, b->rows, moe_row_bytes(shard->backend->dtype, hidden)));
+    return moe_batch_reserve(b, MOE_BATCH_OUT, out_rows, moe_row_bytes(moe_work_out_dtype(first, shard), hidden)) &&
+           moe_batch_reserve(b, MOE_BATCH_GROUPS, num_experts, sizeof(moe_ffn_group)) &&
+           moe_batch_reserve(b, MOE_BATCH_EXPERTS, num_experts, sizeof(int32_t)) &&
+           moe_batch_reserve(b, MOE_BATCH_ROWS, b->assignments, sizeof(int32_t)) &&
+           moe_batch_reserve(b, MOE_BATCH_WEIGHTS, b->assignments, sizeof(float)) &&
+           moe_batch_reserve(b, MOE_BATCH_POSITIONS, b->assignments, sizeof(int32_t)) &&
+           (!merged || moe_batch_reserve(b, MOE_BATCH_X, b->rows, moe_row_bytes(shard->backend->dtype, hidden)));
 }
 
 /* first_of[e] = assignments of experts below e. */
@@ -86,12 +86,13 @@ static void count_by_expert(moe_batch *b, int32_t num_experts) {
 
 static int32_t make_groups(moe_batch *b, const moe_shard *shard, int32_t layer) {
     moe_ffn_group *groups = b->parts[MOE_BATCH_GROUPS].memory;
-    int32_t num_groups = 0;
+    int32_t *experts = b->parts[MOE_BATCH_EXPERTS].memory, num_groups = 0;
     for (int32_t e = 0; e < shard->model->config.num_experts; e++) {
         int32_t first = b->first_of[e], end = b->first_of[e + 1];
-        if (first < end)
-            groups[num_groups++] =
-                (moe_ffn_group){.expert = moe_shard_at(shard, layer, e)->handle, .first = first, .count = end - first};
+        if (first == end) continue;
+        experts[num_groups] = e;
+        groups[num_groups++] =
+            (moe_ffn_group){.expert = moe_shard_at(shard, layer, e)->handle, .first = first, .count = end - first};
     }
     return num_groups;
 }
@@ -167,7 +168,7 @@ moe_status moe_batch_deliver(moe_batch *b, const moe_shard *shard, moe_error *er
         deliver_in_place(b, row_bytes);
         return MOE_OK;
     }
-    if (!reserve(b, MOE_BATCH_ANSWERS, b->assignments, row_bytes))
+    if (!moe_batch_reserve(b, MOE_BATCH_ANSWERS, b->assignments, row_bytes))
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the answers of a batch of %d rows", b->assignments);
     uint8_t *to = b->parts[MOE_BATCH_ANSWERS].memory;
     TAILQ_FOREACH(w, &b->works, link) {

@@ -17,6 +17,13 @@ enum {
     MOE_BATCH_ROWS,
     MOE_BATCH_WEIGHTS,
     MOE_BATCH_POSITIONS,
+    MOE_BATCH_EXPERTS, /* of the groups */
+    MOE_BATCH_DONE,    /* this and the next: of a batch computed in passes (passes.h) */
+    MOE_BATCH_PASS_GROUPS,
+    MOE_BATCH_PASS_ROWS,
+    MOE_BATCH_PASS_OUT,
+    MOE_BATCH_EXACT,
+    MOE_BATCH_SUMS,
     MOE_BATCH_PARTS
 };
 
@@ -49,6 +56,10 @@ void moe_batch_trim(moe_batch *batch);
 /* Builds `ffn`: assignments by expert, within one by call and row, so that each expert's weights are read once. A call of its
  * own is used where it lies. RESOURCE_EXHAUSTED. */
 moe_status moe_batch_assemble(moe_batch *batch, const moe_shard *shard, moe_error *err);
+
+/* Makes a part at least count × size bytes, from the backend's host memory; what was in it is lost when it grows. False when out of
+ * memory. */
+bool moe_batch_reserve(moe_batch *batch, int part, int32_t count, size_t size);
 
 /* After the computation: sets each call's `out` to its own rows in its own order. RESOURCE_EXHAUSTED. */
 moe_status moe_batch_deliver(moe_batch *batch, const moe_shard *shard, moe_error *err);

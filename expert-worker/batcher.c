@@ -142,8 +142,9 @@ static void answer_batch(moe_batcher *b, moe_batch *batch, moe_status status, co
     moe_work *w;
     while ((w = TAILQ_FIRST(&batch->works))) {
         moe_batch_remove(batch, w);
-        w->compute_ns = b->job.compute_ns;
-        w->copy_ns = b->job.copy_ns;
+        w->compute_ns = b->batch_compute_ns;
+        w->copy_ns = b->batch_copy_ns;
+        w->stall_ns = b->batch_stall_ns;
         if (status == MOE_OK)
             moe_work_check_finite(w, b->config.shard);
         else
@@ -177,14 +178,7 @@ static void observe_start(moe_batcher *b, const moe_batch *batch) {
     b->rows += (uint64_t)batch->assignments;
 }
 
-static void start_next(moe_batcher *b) {
-    moe_batch *next = &b->batches[b->next];
-    remove_dead(b, next);
-    assemble_next(b);
-    if (moe_batch_empty(next)) return;
-    b->num_queued -= next->num_works;
-    b->running = b->next;
-    b->next = 1 - b->running;
+static void submit(moe_batcher *b, const moe_ffn_batch *ffn) {
     b->busy = true;
     b->submitter = pthread_self(); /* this and the next: no job, so no other thread */
     b->job_done = false;
@@ -192,8 +186,58 @@ static void start_next(moe_batcher *b) {
     b->job.owner = b;
     b->job.compute_ns = b->job.copy_ns = 0;
     atomic_store(&b->job.progress, 0);
+    b->config.backend->ops->ffn_submit(b->config.backend, ffn, &b->job);
+}
+
+/* Ends the running batch, whose passes were given up, without results. */
+static void fail_running(moe_batcher *b, moe_status status, const char *message) {
+    moe_passes_give_up(&b->passes);
+    b->stalled_since_ns = 0;
+    answer_batch(b, &b->batches[b->running], status, message, status == MOE_INTERNAL);
+}
+
+/* Submits what is ready of the running batch; the time until something is counts as stalled. */
+static void start_pass(moe_batcher *b) {
+    const moe_ffn_batch *ffn;
+    moe_error err;
+    int64_t now_ns = moe_now_ns(b->config.clock);
+    const moe_error *lost = moe_residency_failure(b->config.shard->residency);
+    if (lost) {
+        fail_running(b, lost->code, lost->message);
+        return;
+    }
+    if (moe_passes_next(&b->passes, &ffn, &err) != MOE_OK) {
+        fail_running(b, err.code, err.message);
+        return;
+    }
+    if (!ffn) {
+        if (!b->stalled_since_ns) b->stalled_since_ns = now_ns;
+        return;
+    }
+    if (b->stalled_since_ns) b->batch_stall_ns += now_ns - b->stalled_since_ns;
+    b->stalled_since_ns = 0;
+    submit(b, ffn);
+}
+
+static void start_next(moe_batcher *b) {
+    moe_batch *next = &b->batches[b->next];
+    moe_error err;
+    remove_dead(b, next);
+    assemble_next(b);
+    if (moe_batch_empty(next)) return;
+    b->num_queued -= next->num_works;
+    b->running = b->next;
+    b->next = 1 - b->running;
+    b->batch_compute_ns = b->batch_copy_ns = b->batch_stall_ns = 0;
     observe_start(b, next);
-    b->config.backend->ops->ffn_submit(b->config.backend, &next->ffn, &b->job);
+    if (!b->config.shard->residency) {
+        submit(b, &next->ffn);
+    } else if (moe_passes_begin(&b->passes, next, b->config.shard, &err) == MOE_OK) {
+        moe_residency_turn(b->config.shard->residency); /* its copies before those for later */
+        start_pass(b);
+    } else {
+        fail_running(b, err.code, err.message);
+    }
 }
 
 static void end_running(moe_batcher *b) {
@@ -202,19 +246,31 @@ static void end_running(moe_batcher *b) {
     moe_status status = b->job.status;
     b->busy = false;
     b->ticks += atomic_load(&b->job.progress) + 1;
+    b->batch_compute_ns += b->job.compute_ns;
+    b->batch_copy_ns += b->job.copy_ns;
     b->compute_ns += (uint64_t)b->job.compute_ns;
-    moe_work *w;
-    TAILQ_FOREACH(w, &batch->works, link) moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, b->job.compute_ns);
     if (status != MOE_OK) {
-        answer_batch(b, batch, status, b->job.message, status == MOE_INTERNAL);
+        fail_running(b, status, b->job.message);
         return;
     }
+    if (b->passes.batch && !moe_passes_ended(&b->passes)) return;
+    moe_work *w;
+    TAILQ_FOREACH(w, &batch->works, link) moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, b->batch_compute_ns);
+    b->stall_ns += (uint64_t)b->batch_stall_ns;
     status = moe_batch_deliver(batch, b->config.shard, &err);
     answer_batch(b, batch, status, status == MOE_OK ? "" : err.message, status == MOE_OK);
 }
 
 bool moe_batcher_polls(const moe_batcher *b) {
-    return (b->busy && b->config.backend->ops->poll) || moe_recheck_polls(&b->recheck);
+    const moe_residency *residency = b->config.shard->residency;
+    bool outstanding = b->busy || (residency && moe_residency_copying(residency));
+    return (outstanding && b->config.backend->ops->poll) || moe_recheck_polls(&b->recheck);
+}
+
+bool moe_batcher_can_start(const moe_batcher *b) {
+    moe_residency *residency = b->config.shard->residency;
+    if (residency && moe_residency_has_work(residency)) return true;
+    return !b->busy && !b->passes.batch && b->num_queued > 0;
 }
 
 /* What is still queued when the worker turns out to be defective goes to other replicas. */
@@ -229,8 +285,22 @@ static void refuse_queued(moe_batcher *b) {
     answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, MOE_BATCHER_DEFECTIVE, false);
 }
 
+/* Begins what can begin; false where something is computed, or waits for copies. */
+static bool start(moe_batcher *b) {
+    if (b->busy) return false;
+    if (b->passes.batch)
+        start_pass(b);
+    else
+        start_next(b);
+    if (!b->busy || !job_done(b)) return false;
+    end_running(b); /* it was computed inside the submission */
+    return b->passes.batch != NULL;
+}
+
 bool moe_batcher_turn(moe_batcher *b) {
-    if (b->busy) moe_backend_poll(b->config.backend, &b->jobs_ended);
+    moe_residency *residency = b->config.shard->residency;
+    if (b->busy || (residency && moe_residency_copying(residency))) moe_backend_poll(b->config.backend, &b->jobs_ended);
+    if (residency) moe_residency_turn(residency);
     if (b->busy && job_done(b)) end_running(b);
     moe_recheck_turn(&b->recheck);
     if (moe_batcher_defect(b)[0]) refuse_queued(b);
@@ -239,11 +309,9 @@ bool moe_batcher_turn(moe_batcher *b) {
         assemble_next(b);
         return moe_batcher_polls(b);
     }
-    bool held = moe_failpoint_holds(MOE_FAILPOINT_COMPUTE);
-    if (!held) start_next(b);
-    if (b->busy && job_done(b)) end_running(b); /* it was computed inside the submission */
+    while (start(b)) moe_residency_turn(residency);
     moe_recheck_turn(&b->recheck);
-    return moe_batcher_polls(b) || (!held && !b->busy && b->num_queued > 0);
+    return moe_batcher_polls(b) || moe_batcher_can_start(b);
 }
 
 uint64_t moe_batcher_progress(const moe_batcher *b) {
@@ -262,6 +330,7 @@ void moe_batcher_close(moe_batcher *b) {
         wait_for_job(b);
         end_running(b);
     }
+    if (b->passes.batch) fail_running(b, MOE_UNAVAILABLE, "the worker stops");
     moe_recheck_close(&b->recheck);
     answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, "the worker stops", false);
     moe_work *w;

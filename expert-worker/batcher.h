@@ -3,7 +3,7 @@
 #pragma once
 #include <pthread.h>
 
-#include "expert-worker/batch.h"
+#include "expert-worker/passes.h"
 #include "expert-worker/recheck.h"
 
 typedef struct moe_batcher_config {
@@ -27,7 +27,10 @@ typedef struct moe_batcher {
     moe_batch batches[2];
     moe_blocks blocks; /* of the calls */
     int running, next; /* indices into batches */
-    bool busy;         /* batches[running] is with the backend */
+    bool busy;         /* batches[running] is with the backend, or a pass of it */
+    moe_passes passes; /* of batches[running], where there is a residency; with a batch and not busy it waits for copies */
+    int64_t stalled_since_ns; /* 0: it does not wait */
+    int64_t batch_compute_ns, batch_copy_ns, batch_stall_ns; /* of batches[running], in all its passes */
     moe_job job;
     pthread_mutex_t mutex;
     pthread_cond_t ended;
@@ -37,7 +40,7 @@ typedef struct moe_batcher {
 
     moe_recheck recheck;
     uint64_t ticks; /* of jobs that ended, and one each */
-    uint64_t calls, rows, compute_ns, expired;
+    uint64_t calls, rows, compute_ns, stall_ns, expired;
 } moe_batcher;
 
 /* RESOURCE_EXHAUSTED. */
@@ -53,6 +56,8 @@ moe_status moe_batcher_add(moe_batcher *batcher, const moe_forward_call *decoded
 /* Answers what has ended, begins what can begin. True where there is more to do at once. */
 bool moe_batcher_turn(moe_batcher *batcher);
 
+/* Whether a turn has something to begin without an event: calls wait and nothing is computed or copied for. */
+bool moe_batcher_can_start(const moe_batcher *batcher);
 /* Its job ends only when the backend is polled: the loop must not sleep. */
 bool moe_batcher_polls(const moe_batcher *batcher);
 

@@ -7,6 +7,7 @@
 #include "common/failpoint.h"
 #include "common/log.h"
 #include "expert-worker/loaded_list.h"
+#include "expert-worker/residency.h"
 
 typedef struct expert_ref {
     int32_t layer, expert;
@@ -31,7 +32,8 @@ moe_status moe_control_init(moe_control *c, const moe_control_config *config, mo
                                       .backend = c->shard->backend,
                                       .reference = config->reference,
                                       .transport = config->transport,
-                                      .threaded = config->threaded};
+                                      .threaded = config->threaded,
+                                      .tiers = c->shard->residency != NULL};
     TAILQ_INIT(&c->loads);
     TAILQ_INIT(&c->drops);
     snprintf(c->label, sizeof c->label, "worker %.64s loads", config->worker_id);
@@ -56,13 +58,19 @@ static void close_list(moe_control *c, struct moe_control_list *list) {
     }
 }
 
+static void discard(moe_control *c, moe_loader_task *task) {
+    moe_residency_return_image(task->image);
+    task->image = NULL;
+    moe_loader_discard(&c->loader, task);
+}
+
 void moe_control_close(moe_control *c) {
     close_list(c, &c->loads);
     close_list(c, &c->drops);
     moe_fetch_close(&c->fetch);
     moe_loader_close(&c->loader);
     moe_known_check_close(&c->check);
-    moe_loader_discard(&c->loader, &c->checked);
+    discard(c, &c->checked);
 }
 
 /* What Load and Drop have in common. A command is for one life of a worker and from the newest leader that it has heard of. */
@@ -243,8 +251,12 @@ static void start_packing(moe_control *c, const control_op *op, uint8_t *copied)
         moe_model_expert_will_need(c->shard->model, moe_model_expert(c->shard->model, e[1].layer, e[1].expert));
     moe_failpoint(MOE_FAILPOINT_LOAD_PACK);
     c->stage = MOE_LOAD_PACKS;
-    const moe_loader_task task = {
-        .layer = e->layer, .expert = e->expert, .copied = copied, .expected = e->digest, .verify = op->verify};
+    const moe_loader_task task = {.layer = e->layer,
+                                  .expert = e->expert,
+                                  .image = c->shard->residency ? moe_residency_take_image(c->shard->residency) : NULL,
+                                  .copied = copied,
+                                  .expected = e->digest,
+                                  .verify = op->verify};
     moe_loader_start(&c->loader, &task);
 }
 
@@ -268,7 +280,7 @@ static bool begin_expert(moe_control *c, control_op *op) {
     } else if (c->config.max_experts && c->shard->num_held >= c->config.max_experts) {
         moe_fail(&err, MOE_RESOURCE_EXHAUSTED, "this worker takes at most %d experts", c->config.max_experts);
         fail_load(c, op, &err);
-    } else if (op->source[0] && !moe_ffn_generated(moe_model_expert(c->shard->model, e->layer, e->expert))) {
+    } else if (op->source[0] && !c->shard->residency && !moe_ffn_generated(moe_model_expert(c->shard->model, e->layer, e->expert))) {
         moe_failpoint(MOE_FAILPOINT_LOAD_COPY);
         c->stage = MOE_LOAD_COPIES;
         moe_fetch_begin(&c->fetch, op->source, op->source_incarnation, e->layer, e->expert, e->digest, expert_bytes(c, e));
@@ -294,9 +306,16 @@ static bool copy_expert(moe_control *c, const control_op *op) {
     return true;
 }
 
+/* With tiers the checkpoint serves again and again, and the image that was packed is the expert's first. */
 static void adopt(moe_control *c, control_op *op, moe_loader_task *task) {
-    moe_shard_adopt(c->shard, task->layer, task->expert, &task->loaded);
-    task->loaded.handle = NULL;
+    moe_held_expert loaded = task->loaded;
+    if (c->shard->residency) loaded.handle = NULL; /* it served for the check alone */
+    moe_shard_adopt(c->shard, task->layer, task->expert, &loaded);
+    if (c->shard->residency)
+        moe_residency_hold(c->shard->residency, task->layer, task->expert, task->image);
+    else
+        task->loaded.handle = NULL;
+    task->image = NULL;
     moe_loader_discard(&c->loader, task);
     got_expert(c, op);
 }
@@ -305,7 +324,10 @@ static bool pack_expert(moe_control *c, control_op *op) {
     moe_error err;
     if (!moe_loader_take(&c->loader, &c->checked)) return false;
     moe_loader_task *task = &c->checked;
-    if (task->status != MOE_OK) return lost_expert(c, op, &task->error);
+    if (task->status != MOE_OK) {
+        discard(c, task);
+        return lost_expert(c, op, &task->error);
+    }
     if (!task->answer) {
         adopt(c, op, task);
         return true;
@@ -316,7 +338,7 @@ static bool pack_expert(moe_control *c, control_op *op) {
     c->stage = MOE_LOAD_CHECKS;
     if (moe_known_check_begin(&c->check, c->shard->model, task->layer, task->expert, task->loaded.handle, answer, &err) == MOE_OK)
         return true;
-    moe_loader_discard(&c->loader, task);
+    discard(c, task);
     return lost_expert(c, op, &err);
 }
 
@@ -329,7 +351,7 @@ static bool check_expert(moe_control *c, control_op *op) {
         return true;
     }
     if (verdict == MOE_INTERNAL) snprintf(c->defect, sizeof c->defect, "%.250s", err.message);
-    moe_loader_discard(&c->loader, &c->checked);
+    discard(c, &c->checked);
     return lost_expert(c, op, &err);
 }
 

@@ -22,15 +22,34 @@ static moe_ffn_weights weights_of(const moe_loader *l, const moe_loader_task *t)
     return w;
 }
 
-static moe_status pack(const moe_loader *l, moe_loader_task *t, const moe_ffn_weights *w) {
-    moe_backend *backend = l->config.backend;
+static moe_status check_digest(moe_loader_task *t, const moe_ffn_weights *w) {
     moe_status status = moe_expert_digest(w, &t->loaded.digest, &t->error);
     if (status == MOE_OK && t->expected && t->loaded.digest != t->expected)
         status = moe_fail(&t->error, MOE_DATA_LOSS, "expert %d of MoE layer %d has digest %016llx here, the cluster's is %016llx",
                           t->expert, t->layer, (unsigned long long)t->loaded.digest, (unsigned long long)t->expected);
-    if (status == MOE_OK) status = backend->ops->expert_load(backend, w, 0, MOE_FFN_BLOCKS, &t->loaded.handle, &t->error);
-    if (status == MOE_OK) t->loaded.bytes = backend->ops->expert_bytes(t->loaded.handle);
-    if (status == MOE_OK && t->verify && l->config.reference)
+    return status;
+}
+
+static moe_status pack_image(const moe_loader *l, moe_loader_task *t, const moe_ffn_weights *w) {
+    moe_backend *backend = l->config.backend;
+    size_t bytes = (size_t)backend->ops->expert_size(backend, w, 0, MOE_FFN_BLOCKS).image_bytes;
+    if (!t->image->memory) t->image->memory = backend->ops->host_alloc(backend, bytes);
+    if (!t->image->memory)
+        return moe_fail(&t->error, MOE_RESOURCE_EXHAUSTED, "no host memory for an expert's image of %zu bytes (--host-memory)", bytes);
+    backend->ops->expert_pack(backend, w, 0, MOE_FFN_BLOCKS, t->image->memory);
+    return MOE_OK;
+}
+
+static moe_status pack(const moe_loader *l, moe_loader_task *t, const moe_ffn_weights *w) {
+    moe_backend *backend = l->config.backend;
+    bool verify = t->verify && l->config.reference;
+    moe_status status = t->known ? MOE_OK : check_digest(t, w);
+    if (status == MOE_OK && l->config.tiers) t->loaded.bytes = backend->ops->expert_size(backend, w, 0, MOE_FFN_BLOCKS).image_bytes;
+    if (status == MOE_OK && t->image) status = pack_image(l, t, w);
+    if (status == MOE_OK && (!l->config.tiers || verify))
+        status = backend->ops->expert_load(backend, w, 0, MOE_FFN_BLOCKS, &t->loaded.handle, &t->error);
+    if (status == MOE_OK && !l->config.tiers) t->loaded.bytes = backend->ops->expert_bytes(t->loaded.handle);
+    if (status == MOE_OK && verify)
         status = moe_known_answer_compute(l->config.reference, l->config.model, t->layer, t->expert, w, &t->answer, &t->error);
     return status;
 }

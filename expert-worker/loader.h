@@ -7,8 +7,19 @@
 #include "expert-worker/known_answer.h"
 #include "expert-worker/shard.h"
 
+/* A packed expert in host memory, to be copied into the backend's slots. */
+typedef struct moe_image {
+    void *memory;   /* of the backend's host_alloc; NULL until something is packed into it */
+    int32_t expert; /* its number in the model's table; -1: none */
+    int32_t users;  /* copies that read it */
+    bool lent;      /* to a loader */
+    uint64_t last_use;
+} moe_image;
+
 typedef struct moe_loader_task {
     int32_t layer, expert;
+    moe_image *image; /* with tiers: pack into this; NULL: not at all */
+    bool known;       /* only pack: the digest was checked when it was loaded */
     uint8_t *copied;   /* the canonical bytes, moe_expert_canonical_bytes of them; owned; NULL: read the checkpoint */
     uint64_t expected; /* digest; 0: any */
     bool verify;       /* prepare the known answer */
@@ -16,7 +27,7 @@ typedef struct moe_loader_task {
     /* the outcome */
     moe_status status; /* DATA_LOSS: another digest than expected; RESOURCE_EXHAUSTED */
     moe_error error;
-    moe_held_expert loaded; /* where OK: handle, digest, bytes */
+    moe_held_expert loaded; /* where OK: handle (NULL with tiers, unless it is to be verified), digest, bytes */
     float *answer;          /* where OK and asked for: [MOE_KNOWN_ROWS, H]; owned */
 } moe_loader_task;
 
@@ -26,6 +37,7 @@ typedef struct moe_loader_config {
     const moe_ops *reference; /* cpu-ref's operations; NULL: no known answers */
     moe_transport *transport; /* woken when a task has ended */
     bool threaded;
+    bool tiers; /* experts live in slots and images: one of its own is made only for a known answer */
 } moe_loader_config;
 
 typedef struct moe_loader {
@@ -47,7 +59,8 @@ void moe_loader_start(moe_loader *loader, const moe_loader_task *task);
 bool moe_loader_done(moe_loader *loader);
 /* True once when the task has ended; its contents are the caller's then, who may free `loaded` by moe_loader_discard. */
 bool moe_loader_take(moe_loader *loader, moe_loader_task *out);
-void moe_loader_discard(const moe_loader *loader, moe_loader_task *task); /* frees what an ended task owns; idempotent */
+/* Frees what an ended task owns, which its image is not; idempotent. */
+void moe_loader_discard(const moe_loader *loader, moe_loader_task *task);
 
 /* Of an expert's gate, up and down as stored: the length of its canonical bytes. */
 int64_t moe_expert_canonical_bytes(const moe_ffn_weights *weights);

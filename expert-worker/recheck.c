@@ -6,6 +6,7 @@
 #include "common/alloc.h"
 #include "common/log.h"
 #include "common/metrics.h"
+#include "expert-worker/residency.h"
 
 void moe_recheck_init(moe_recheck *r, const moe_recheck_config *config) {
     *r = (moe_recheck){.config = *config};
@@ -90,26 +91,64 @@ static void start_reference(moe_recheck *r) {
     if (!r->has_thread) compute_reference(r);
 }
 
+/* The expert that the backend is to check; NULL while it is on its way to the device. */
+static moe_expert *checked_expert(moe_recheck *r) {
+    const moe_work *w = TAILQ_FIRST(&r->works);
+    moe_shard *shard = r->config.shard;
+    int32_t expert = r->experts[r->next_expert];
+    if (!shard->residency) return moe_shard_at(shard, w->layer, expert)->handle;
+    if (!r->needs) moe_residency_need(shard->residency, w->layer, expert);
+    r->needs = true;
+    return moe_residency_acquire(shard->residency, w->layer, expert);
+}
+
+static void let_go(moe_recheck *r, bool acquired) {
+    const moe_work *w = TAILQ_FIRST(&r->works);
+    moe_residency *residency = r->config.shard->residency;
+    if (!r->needs) return;
+    r->needs = false;
+    if (acquired) moe_residency_release(residency, w->layer, r->experts[r->next_expert]);
+    moe_residency_unneed(residency, w->layer, r->experts[r->next_expert]);
+}
+
+/* The device no longer takes copies. */
+static bool condemn_if_lost(moe_recheck *r) {
+    const moe_residency *residency = r->config.shard->residency;
+    const moe_error *lost = residency ? moe_residency_failure(residency) : NULL;
+    if (!lost) return false;
+    let_go(r, false);
+    moe_recheck_condemn(r, lost->message);
+    moe_free(r->answer);
+    r->answer = NULL;
+    end_first(r, false);
+    return true;
+}
+
 static void start_backend(moe_recheck *r) {
     const moe_work *w = TAILQ_FIRST(&r->works);
     int32_t expert = r->experts[r->next_expert];
     moe_error err;
     if (r->has_thread) pthread_join(r->thread, NULL);
     r->has_thread = false;
+    if (condemn_if_lost(r)) return;
+    moe_expert *loaded = checked_expert(r);
+    if (!loaded) return;
     float *answer = r->answer;
     r->answer = NULL;
-    if (r->answer_status != MOE_OK || moe_known_check_begin(&r->check, r->config.shard->model, w->layer, expert,
-                                                            moe_shard_at(r->config.shard, w->layer, expert)->handle, answer,
-                                                            &err) != MOE_OK)
+    if (r->answer_status != MOE_OK ||
+        moe_known_check_begin(&r->check, r->config.shard->model, w->layer, expert, loaded, answer, &err) != MOE_OK) {
+        let_go(r, true);
         end_first(r, false); /* no memory for a check: no verdict */
-    else
+    } else {
         r->stage = MOE_RECHECK_BACKEND;
+    }
 }
 
 static void take_verdict(moe_recheck *r) {
     moe_error err;
     moe_status verdict;
     if (!moe_known_check_end(&r->check, &verdict, &err)) return;
+    let_go(r, true);
     if (verdict == MOE_INTERNAL) moe_recheck_condemn(r, err.message);
     if (verdict != MOE_OK) {
         end_first(r, false);
@@ -136,6 +175,8 @@ void moe_recheck_close(moe_recheck *r) {
     r->has_thread = false;
     moe_free(r->answer);
     r->answer = NULL;
+    bool acquired = r->stage == MOE_RECHECK_BACKEND;
     moe_known_check_close(&r->check);
+    let_go(r, acquired);
     while (r->num_works) end_first(r, false);
 }

@@ -29,6 +29,7 @@ typedef struct moe_recheck {
     moe_recheck_stage stage;
     int32_t experts[MOE_RECHECK_MAX_EXPERTS]; /* of the first work */
     int num_experts, next_expert;
+    bool needs; /* the next expert, of the residency */
     moe_known_check check;
     pthread_t thread;
     bool has_thread;

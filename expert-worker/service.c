@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/random.h"
 #include "expert-worker/loaded_list.h"
 #include "expert-worker/worker_internal.h"
 
@@ -96,6 +97,23 @@ static bool answer_fits(const moe_forward_call *forward, int32_t hidden) {
            MOE_MAX_MESSAGE_BYTES;
 }
 
+/* Tells forward steps apart, also those of different routers. */
+static uint64_t step_of(const moe_rpc_call *call, uint64_t step, uint32_t micro_batch) {
+    return moe_mix64(step ^ moe_mix64(call->peer ^ moe_mix64(micro_batch)));
+}
+
+/* What an accepted call tells of the experts that it wants, and of those that the next layer will. */
+static void tell_residency(moe_worker *w, const moe_rpc_call *call, const moe_forward_call *f) {
+    uint64_t step = step_of(call, f->step, f->micro_batch);
+    if (!w->residency) return;
+    moe_residency_reached(w->residency, step, f->layer);
+    for (int32_t a = 0; a < f->assignments; a++)
+        if (a == 0 || f->assignment_experts[a] != f->assignment_experts[a - 1])
+            moe_residency_expect(w->residency, f->layer, (int32_t)f->assignment_experts[a]);
+    for (int32_t i = 0; i < f->num_hints && f->layer + 1 < w->config.model->config.num_moe_layers; i++)
+        moe_residency_hint(w->residency, step, f->layer + 1, (int32_t)f->hints[i]);
+}
+
 static void accept_forward(moe_worker *w, moe_rpc_call *call, const moe_forward_call *forward) {
     moe_error err;
     if (forward->epoch > w->control.epoch) w->control.epoch = forward->epoch;
@@ -105,6 +123,8 @@ static void accept_forward(moe_worker *w, moe_rpc_call *call, const moe_forward_
         moe_rpc_fail(call, MOE_INVALID_ARGUMENT, "the answer would not fit one message; send fewer rows in a call", NULL);
     else if (moe_batcher_add(&w->batcher, forward, call, &err) != MOE_OK)
         moe_rpc_fail(call, err.code, err.message, NULL);
+    else
+        tell_residency(w, call, forward);
 }
 
 static void on_forward(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,

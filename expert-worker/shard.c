@@ -1,6 +1,7 @@
 #include "expert-worker/shard.h"
 
 #include "common/alloc.h"
+#include "expert-worker/residency.h"
 
 moe_status moe_shard_init(moe_shard *shard, const moe_model *model, moe_backend *backend, moe_error *err) {
     size_t count = (size_t)model->config.num_moe_layers * (size_t)model->config.num_experts;
@@ -10,7 +11,11 @@ moe_status moe_shard_init(moe_shard *shard, const moe_model *model, moe_backend 
 }
 
 static void free_expert(moe_shard *shard, moe_held_expert *held) {
-    shard->backend->ops->expert_free(shard->backend, held->handle);
+    int32_t index = (int32_t)(held - shard->experts), num_experts = shard->model->config.num_experts;
+    if (shard->residency)
+        moe_residency_drop(shard->residency, index / num_experts, index % num_experts);
+    else
+        shard->backend->ops->expert_free(shard->backend, held->handle);
     shard->bytes -= held->bytes;
     *held = (moe_held_expert){.handle = NULL};
 }
@@ -20,7 +25,7 @@ void moe_shard_free(moe_shard *shard) {
     int64_t count = (int64_t)shard->model->config.num_moe_layers * shard->model->config.num_experts;
     for (int64_t i = 0; i < count; i++) {
         MOE_ASSERT(shard->experts[i].users == 0);
-        if (shard->experts[i].handle) free_expert(shard, &shard->experts[i]);
+        if (shard->experts[i].held) free_expert(shard, &shard->experts[i]);
     }
     moe_free(shard->experts);
     moe_free(shard->lent);
@@ -29,7 +34,7 @@ void moe_shard_free(moe_shard *shard) {
 
 bool moe_shard_keep(moe_shard *shard, int32_t layer, int32_t expert) {
     moe_held_expert *held = moe_shard_at(shard, layer, expert);
-    if (!held->handle) return false;
+    if (!held->held) return false;
     if (held->dropping) {
         held->dropping = false;
         shard->num_held++;
@@ -40,8 +45,8 @@ bool moe_shard_keep(moe_shard *shard, int32_t layer, int32_t expert) {
 
 void moe_shard_adopt(moe_shard *shard, int32_t layer, int32_t expert, const moe_held_expert *loaded) {
     moe_held_expert *held = moe_shard_at(shard, layer, expert);
-    MOE_ASSERT(!held->handle && loaded->handle);
-    *held = (moe_held_expert){.handle = loaded->handle, .digest = loaded->digest, .bytes = loaded->bytes};
+    MOE_ASSERT(!held->held && !loaded->handle == (shard->residency != NULL));
+    *held = (moe_held_expert){.held = true, .handle = loaded->handle, .digest = loaded->digest, .bytes = loaded->bytes};
     shard->bytes += held->bytes;
     shard->num_held++;
     shard->holdings++;
@@ -60,7 +65,7 @@ void moe_shard_drop(moe_shard *shard, int32_t layer, int32_t expert) {
 
 moe_expert *const *moe_shard_lend(moe_shard *shard) {
     size_t count = (size_t)shard->model->config.num_moe_layers * (size_t)shard->model->config.num_experts;
-    if (count == 0 || (size_t)shard->num_held != count) return NULL;
+    if (count == 0 || (size_t)shard->num_held != count || shard->residency) return NULL;
     if (shard->lent) return shard->lent;
     shard->lent = moe_calloc(count, sizeof(moe_expert *));
     for (size_t i = 0; shard->lent && i < count; i++) shard->lent[i] = shard->experts[i].handle;

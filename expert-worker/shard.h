@@ -3,13 +3,16 @@
 #include "common/backend.h"
 
 typedef struct moe_held_expert {
-    moe_expert *handle; /* NULL: not held */
+    bool held;
+    moe_expert *handle; /* NULL: not held, or where the residency has it */
     uint64_t digest;    /* moe_expert_digest of the checkpoint's bytes */
     int64_t bytes;      /* of the packed weights */
     int32_t users;      /* accepted calls that need it: it is not freed while there are any */
     bool dropping;      /* freed when the last user lets go; no longer held for new calls */
     uint64_t rows, calls; /* that it computed since its load */
 } moe_held_expert;
+
+struct moe_residency;
 
 typedef struct moe_shard {
     const moe_model *model;   /* borrowed */
@@ -19,6 +22,7 @@ typedef struct moe_shard {
     int64_t bytes;     /* of the experts that are not freed yet */
     uint64_t holdings; /* rises whenever what it holds changes; never 0 */
     moe_expert **lent; /* [num_moe_layers, num_experts], owned; NULL until moe_shard_lend */
+    struct moe_residency *residency; /* borrowed; NULL: every held expert has a handle of its own */
 } moe_shard;
 
 /* RESOURCE_EXHAUSTED. */
@@ -32,19 +36,21 @@ static inline moe_held_expert *moe_shard_at(const moe_shard *shard, int32_t laye
 /* Whether a new call may use it. */
 static inline bool moe_shard_holds(const moe_shard *shard, int32_t layer, int32_t expert) {
     const moe_held_expert *held = moe_shard_at(shard, layer, expert);
-    return held->handle && !held->dropping;
+    return held->held && !held->dropping;
 }
 
 /* Calls off a pending drop. True where the expert is held then. */
 bool moe_shard_keep(moe_shard *shard, int32_t layer, int32_t expert);
 
-/* Takes over a loaded expert (handle, digest, bytes), which is not there yet. */
+/* Takes over a loaded expert (handle, digest, bytes), which is not there yet. With a residency it has no handle, and
+ * moe_residency_hold follows. */
 void moe_shard_adopt(moe_shard *shard, int32_t layer, int32_t expert, const moe_held_expert *loaded);
 
 /* Frees the expert, or marks it to be freed by its last user. Nothing where it is not held. */
 void moe_shard_drop(moe_shard *shard, int32_t layer, int32_t expert);
 
-/* The handles of all experts; NULL where one is not held, or when out of memory. From then on none is freed before the shard. */
+/* The handles of all experts; NULL where one is not held, where there is a residency,
+ * or when out of memory. From then on none is freed before the shard. */
 moe_expert *const *moe_shard_lend(moe_shard *shard);
 
 /* A call that needs the held expert for `rows` rows begins, and ends. */

@@ -26,7 +26,7 @@ typedef struct moe_work {
     uint32_t *not_finite; /* [num_not_finite] ascending rows of the call that gave what is not finite; owned */
     int32_t num_not_finite;
     const void *out;   /* exact [assignments, H], partial [rows, H] of moe_work_out_dtype; borrowed from the batch */
-    int64_t compute_ns, copy_ns;
+    int64_t compute_ns, copy_ns, stall_ns; /* stall: nothing could be computed before a copy had ended */
 } moe_work;
 
 TAILQ_HEAD(moe_work_list, moe_work);

@@ -49,6 +49,23 @@ static moe_status make_control(moe_worker *w, moe_error *err) {
     return status;
 }
 
+static moe_status make_residency(moe_worker *w, moe_error *err) {
+    const moe_worker_config *c = &w->config;
+    const moe_residency_config residency = {.model = c->model,
+                                            .backend = c->backend,
+                                            .transport = c->transport,
+                                            .ended = &w->batcher.jobs_ended,
+                                            .tiers = c->tiers,
+                                            .threaded = c->background_loads};
+    if (!moe_memory_limited(c->tiers.device)) {
+        if (!moe_memory_limited(c->tiers.host)) return MOE_OK;
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--host-memory: needs --device-memory; without it no expert is kept in host memory");
+    }
+    moe_status status = moe_residency_new(&residency, &w->residency, err);
+    w->shard.residency = w->residency;
+    return status;
+}
+
 static moe_status make_parts(moe_worker *w, moe_error *err) {
     const moe_worker_config *c = &w->config;
     const moe_batcher_config batcher = {.shard = &w->shard,
@@ -63,6 +80,11 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
                                         .ctx = w};
     moe_status status = moe_shard_init(&w->shard, c->model, c->backend, err);
     if (status != MOE_OK) return status;
+    status = make_residency(w, err);
+    if (status != MOE_OK) {
+        moe_shard_free(&w->shard);
+        return status;
+    }
     status = moe_batcher_init(&w->batcher, &batcher, err);
     if (status == MOE_OK) {
         status = make_control(w, err);
@@ -72,7 +94,10 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
         }
         if (status != MOE_OK) moe_batcher_close(&w->batcher);
     }
-    if (status != MOE_OK) moe_shard_free(&w->shard);
+    if (status != MOE_OK) {
+        moe_shard_free(&w->shard);
+        moe_residency_free(&w->residency);
+    }
     return status;
 }
 
@@ -116,6 +141,7 @@ void moe_worker_free(moe_worker **worker) {
     moe_control_close(&w->control);
     moe_rpc_free(&w->rpc);
     moe_shard_free(&w->shard);
+    moe_residency_free(&w->residency);
     pthread_mutex_destroy(&w->view_mutex);
     moe_free(w);
     *worker = NULL;
@@ -126,7 +152,7 @@ moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
     more |= moe_control_turn(&w->control);
     if (w->control.defect[0]) moe_recheck_condemn(&w->batcher.recheck, w->control.defect);
     moe_rpc_set_known(w->rpc, w->control.epoch, w->control.fence);
-    w->config.transport->computing = w->batcher.busy;
+    w->config.transport->computing = w->batcher.busy || w->batcher.passes.batch;
     int64_t due_ns = moe_control_due_ns(&w->control);
     if (due_ns < deadline_ns) deadline_ns = due_ns;
     moe_status status = moe_rpc_step(w->rpc, more ? 0 : deadline_ns, err);
@@ -146,8 +172,7 @@ void moe_worker_get_view(moe_worker *w, moe_worker_view *out) {
 moe_expert *const *moe_worker_lend_experts(moe_worker *w) { return moe_shard_lend(&w->shard); }
 
 bool moe_worker_has_work(moe_worker *w) {
-    return moe_control_has_work(&w->control) || moe_batcher_polls(&w->batcher) ||
-           (!w->batcher.busy && w->batcher.num_queued > 0);
+    return moe_control_has_work(&w->control) || moe_batcher_polls(&w->batcher) || moe_batcher_can_start(&w->batcher);
 }
 
 static void *run(void *ctx) {

@@ -1,7 +1,7 @@
 /* An expert worker: holds experts, computes Forward calls. A single-threaded loop (`step`) over its own transport; compute runs
  * in the backend and completes through the transport's wake. */
 #pragma once
-#include "common/backend.h"
+#include "expert-worker/residency.h"
 #include "proto/rpc.h"
 
 #define MOE_WORKER_DEFECT_BYTES 384
@@ -21,10 +21,11 @@ typedef struct moe_worker_config {
     bool background_loads;    /* experts are packed in a thread of their own; else in step, as the simulation needs */
     int64_t copy_bytes_per_s; /* of what it copies from other workers; 0: no limit */
     int32_t max_experts;      /* held at once; 0: no limit */
+    moe_tier_options tiers;   /* where the experts' weights live */
     uint64_t known_epoch, known_fence; /* the highest of an earlier life, which its hellos tell; 0: none */
 } moe_worker_config;
 
-/* A worker that holds no experts yet. INVALID_ARGUMENT (limits below 1), RESOURCE_EXHAUSTED. */
+/* A worker that holds no experts yet. INVALID_ARGUMENT (limits below 1, or below what works), RESOURCE_EXHAUSTED. */
 moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe_error *err);
 /* Stops, waits for the running batch and answers it, answers what is queued with UNAVAILABLE; NULLs; idempotent. */
 void moe_worker_free(moe_worker **worker);

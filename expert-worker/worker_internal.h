@@ -12,6 +12,7 @@ struct moe_worker {
     int32_t num_routers;
     _Atomic bool leaving;
     moe_rpc *rpc;
+    moe_residency *residency; /* NULL: every expert that is held is on the device */
     moe_shard shard;
     moe_batcher batcher;
     moe_control control;

@@ -1,0 +1,95 @@
+/* Where the weights of a shard are, when they do not all fit the device: in a slot of the backend, as an image in (pinned) host
+ * memory, or in the checkpoint alone. Experts are wished for, more or less urgently; copies into slots happen beside the
+ * computation, in pieces, the most urgent expert first. The loop's thread only; copies and packing end on other threads and wake
+ * the transport. No memory is allocated for a wish, a copy or an eviction; images get theirs where they are packed. */
+#pragma once
+#include "expert-worker/loader.h"
+
+#define MOE_RESIDENCY_PIECES 4                          /* on their way to the device at once */
+#define MOE_RESIDENCY_PIECE_BYTES ((int64_t)2 << 20)    /* a more urgent expert waits for so much at most, of each */
+#define MOE_RESIDENCY_SPARE_SLOTS 1                     /* above top-k: copies need a slot that no batch uses */
+#define MOE_RESIDENCY_MIN_IMAGES 2                      /* one is packed while another is copied */
+#define MOE_RESIDENCY_HINT_BATCHES 256                  /* computed meanwhile: then a hint whose layer never came is forgotten */
+#define MOE_RESIDENCY_HALF_LIFE_BATCHES 1024            /* of a use's weight in the eviction policies */
+
+typedef struct moe_residency moe_residency;
+
+/* So much memory: bytes, or a part of what a share of experts takes. Both 0: no limit. */
+typedef struct moe_memory_limit {
+    int64_t bytes;
+    double part; /* (0, 1] */
+} moe_memory_limit;
+
+static inline bool moe_memory_limited(moe_memory_limit limit) { return limit.bytes > 0 || limit.part > 0; }
+
+/* What is asked of the tiers. Without a device limit there are none: every held expert is on the device. */
+typedef struct moe_tier_options {
+    moe_memory_limit device, host;
+    double share;         /* part of the model's experts that limits may be a part of; 0: all */
+    const char *eviction; /* a policy's name; borrowed */
+} moe_tier_options;
+
+typedef struct moe_residency_config {
+    const moe_model *model;   /* borrowed, as all here; its experts are all of one shape and stored alike */
+    moe_backend *backend;     /* */
+    moe_transport *transport; /* woken when a copy or a packing has ended */
+    _Atomic uint64_t *ended;  /* counts ended copies, for whoever polls the backend; may be NULL */
+    moe_tier_options tiers;   /* with a device limit */
+    bool threaded;            /* packing happens in a thread of its own */
+} moe_residency_config;
+
+/* All since the start. An expert of a call counts once, however many rows it has. */
+typedef struct moe_residency_counts {
+    uint64_t hits;         /* experts of calls that were in a slot when the call arrived */
+    uint64_t late_hits;    /* that were on their way, or announced */
+    uint64_t misses;       /* that nobody had asked for */
+    uint64_t copied_bytes; /* into slots */
+    uint64_t wasted_bytes; /* of those, for experts that left again unused, or never came whole */
+    uint64_t packed;       /* images made from the checkpoint because a call or hint wanted the expert */
+} moe_residency_counts;
+
+/* INVALID_ARGUMENT: a limit below the least that works (the message says what that is), an unknown policy, experts stored in
+ * different types; RESOURCE_EXHAUSTED. */
+moe_status moe_residency_new(const moe_residency_config *config, moe_residency **out, moe_error *err);
+void moe_residency_free(moe_residency **residency); /* nothing is in use; waits for copies; NULLs; idempotent */
+
+int32_t moe_residency_slots(const moe_residency *residency);
+int32_t moe_residency_resident(const moe_residency *residency); /* experts that are in a slot, whole */
+int64_t moe_residency_image_bytes(const moe_residency *residency);
+int64_t moe_residency_host_bytes(const moe_residency *residency); /* of the images there are */
+moe_residency_counts moe_residency_counted(const moe_residency *residency);
+
+/* ---- what the shard holds ---- */
+
+/* An image to pack a newly loaded expert into; NULL where host memory is used up (the checkpoint is read again then). It goes to
+ * moe_residency_hold, or back. */
+moe_image *moe_residency_take_image(moe_residency *residency);
+void moe_residency_return_image(moe_image *image); /* NULL is ignored */
+/* The shard holds the expert from now on; image: packed, or NULL. It comes into a slot where one is empty. */
+void moe_residency_hold(moe_residency *residency, int32_t layer, int32_t expert, moe_image *image);
+void moe_residency_drop(moe_residency *residency, int32_t layer, int32_t expert); /* no longer; it is not in use */
+
+/* ---- what calls want ---- */
+
+/* `step`, a number that tells forward steps apart, will probably want the expert; layers are wanted in the order of the hints. */
+void moe_residency_hint(moe_residency *residency, uint64_t step, int32_t layer, int32_t expert);
+/* `step` has come to `layer`: what was announced of this layer and those before, and nobody wants any more, stays where it is.
+ * Before moe_residency_expect. */
+void moe_residency_reached(moe_residency *residency, uint64_t step, int32_t layer);
+/* A call that wants the expert was queued: counts it as hit, late hit or miss. */
+void moe_residency_expect(moe_residency *residency, int32_t layer, int32_t expert);
+/* A batch that has begun needs the expert, and then no longer. What is needed is not evicted. */
+void moe_residency_need(moe_residency *residency, int32_t layer, int32_t expert);
+void moe_residency_unneed(moe_residency *residency, int32_t layer, int32_t expert);
+/* The needed expert, for a job; NULL while it is not here. What was acquired stays until it is released. */
+moe_expert *moe_residency_acquire(moe_residency *residency, int32_t layer, int32_t expert);
+void moe_residency_release(moe_residency *residency, int32_t layer, int32_t expert);
+void moe_residency_batch_ended(moe_residency *residency); /* time goes by, for hints and uses */
+
+/* Takes in what ended, starts what can start. */
+void moe_residency_turn(moe_residency *residency);
+/* Whether a turn would find something that ended. Of a polled backend's copies only polling tells. */
+bool moe_residency_has_work(moe_residency *residency);
+bool moe_residency_copying(const moe_residency *residency);
+/* A copy or an image failed for good: what is needed will never come. NULL while all is well. */
+const moe_error *moe_residency_failure(const moe_residency *residency);

@@ -1,0 +1,240 @@
+/* Copies of the residency: which expert's piece is next, which slot and image it takes, what is given up. */
+#include <stdio.h>
+
+#include "expert-worker/residency_internal.h"
+
+void residency_fail(moe_residency *r, const moe_error *why) {
+    if (r->failure.code == MOE_OK) r->failure = *why;
+}
+
+void residency_set_wish(moe_residency *r, residency_entry *e, residency_wish wish) {
+    if (e->wish != WISH_NONE) TAILQ_REMOVE(&r->wishes[e->wish], e, link);
+    e->wish = (uint8_t)wish;
+    if (wish != WISH_NONE) TAILQ_INSERT_TAIL(&r->wishes[wish], e, link);
+}
+
+/* ---- slots ---- */
+
+static void set_empty(moe_residency *r, residency_slot *s) {
+    s->state = SLOT_EMPTY;
+    s->entry = -1;
+    r->num_empty++;
+}
+
+void residency_empty_slot(moe_residency *r, residency_entry *e) {
+    residency_slot *s = &r->slot[e->slot];
+    MOE_ASSERT(s->state == SLOT_READY && s->users == 0);
+    if (!s->used) r->counts.wasted_bytes += (uint64_t)r->size.image_bytes;
+    e->slot = -1;
+    r->num_ready--;
+    set_empty(r, s);
+}
+
+void residency_give_up(moe_residency *r, residency_entry *e) {
+    if (e->slot < 0 || r->slot[e->slot].state != SLOT_FILLING) return;
+    residency_slot *s = &r->slot[e->slot];
+    r->counts.wasted_bytes += (uint64_t)s->submitted_bytes;
+    e->slot = s->entry = -1;
+    if (s->pieces == 0) set_empty(r, s);
+}
+
+static int32_t evictable(void *ctx, int32_t slot) {
+    const moe_residency *r = ctx;
+    const residency_slot *s = &r->slot[slot];
+    return s->state == SLOT_READY && s->users == 0 && r->entries[s->entry].needed == 0 ? s->entry : -1;
+}
+
+static int32_t first_empty(const moe_residency *r) {
+    for (int32_t i = 0; i < r->num_slots && r->num_empty > 0; i++)
+        if (r->slot[i].state == SLOT_EMPTY) return i;
+    return -1;
+}
+
+/* What a batch needs goes before a copy for later that has not been submitted whole. */
+static int32_t take_over(moe_residency *r) {
+    for (int32_t i = 0; i < r->num_slots; i++) {
+        const residency_slot *s = &r->slot[i];
+        if (s->state != SLOT_FILLING || s->entry < 0 || s->pieces > 0) continue;
+        if (r->entries[s->entry].needed > 0) continue;
+        residency_give_up(r, &r->entries[s->entry]);
+        return i;
+    }
+    return -1;
+}
+
+/* An announced expert makes room for what is needed alone. */
+static int32_t slot_for(moe_residency *r, residency_wish wish) {
+    int32_t slot = first_empty(r);
+    if (slot >= 0 || wish == WISH_SPARE) return slot;
+    slot = moe_eviction_victim(r->eviction, r->num_slots, evictable, r);
+    if (slot < 0) return wish == WISH_NEEDED ? take_over(r) : -1;
+    if (wish != WISH_NEEDED && moe_eviction_announced(r->eviction, r->slot[slot].entry)) return -1;
+    residency_empty_slot(r, &r->entries[r->slot[slot].entry]);
+    return slot;
+}
+
+/* ---- images ---- */
+
+static bool image_free(const moe_image *i) { return !i->lent && i->users == 0; }
+
+moe_image *moe_residency_take_image(moe_residency *r) {
+    for (int32_t i = 0; i < r->num_images; i++) {
+        if (!image_free(&r->images[i]) || r->images[i].expert >= 0) continue;
+        r->images[i].lent = true;
+        return &r->images[i];
+    }
+    return NULL;
+}
+
+/* Whether an image may go for an expert that is wanted as `wish`: none that is being copied, and none that is wanted as much. */
+static bool image_replaceable(const moe_residency *r, const moe_image *m, residency_wish wish) {
+    if (!image_free(m)) return false;
+    if (m->expert < 0) return true;
+    const residency_entry *e = &r->entries[m->expert];
+    return e->wish > wish && (e->slot < 0 || residency_ready(r, e));
+}
+
+static moe_image *replace_image(moe_residency *r, residency_wish wish) {
+    moe_image *oldest = NULL;
+    for (int32_t i = 0; i < r->num_images; i++) {
+        moe_image *m = &r->images[i];
+        if (image_replaceable(r, m, wish) && (!oldest || m->last_use < oldest->last_use)) oldest = m;
+    }
+    if (oldest && oldest->expert >= 0) r->entries[oldest->expert].image = NULL;
+    if (oldest) oldest->expert = -1;
+    return oldest;
+}
+
+void moe_residency_return_image(moe_image *image) {
+    if (!image) return;
+    image->lent = false;
+    image->expert = -1;
+    image->last_use = 0;
+}
+
+/* Begins to make the image of an expert that is in the checkpoint alone, one at a time. */
+static void pack(moe_residency *r, const residency_entry *e) {
+    int32_t number = residency_number(r, e), num_experts = r->config.model->config.num_experts;
+    if (!moe_loader_idle(&r->packer)) return;
+    moe_image *image = moe_residency_take_image(r);
+    if (!image) image = replace_image(r, (residency_wish)e->wish);
+    if (!image) return;
+    image->lent = true;
+    r->counts.packed++;
+    const moe_loader_task task = {.layer = number / num_experts, .expert = number % num_experts, .image = image, .known = true};
+    moe_loader_start(&r->packer, &task);
+}
+
+static void take_packed(moe_residency *r) {
+    moe_loader_task task;
+    if (!moe_loader_take(&r->packer, &task)) return;
+    residency_entry *e = residency_at(r, task.layer, task.expert);
+    if (task.status != MOE_OK) residency_fail(r, &task.error);
+    if (task.status != MOE_OK || !e->held || e->image) {
+        moe_residency_return_image(task.image);
+        return;
+    }
+    task.image->lent = false;
+    task.image->expert = residency_number(r, e);
+    task.image->last_use = ++r->use;
+    e->image = task.image;
+}
+
+/* ---- pieces ---- */
+
+/* The wake is inside the lock, so that who sees `done` may free residency and transport. */
+static void on_piece(moe_job *job) {
+    residency_piece *p = job->owner;
+    moe_residency *r = p->residency;
+    pthread_mutex_lock(&r->mutex);
+    if (r->config.ended) atomic_fetch_add(r->config.ended, 1);
+    atomic_store(&p->done, true);
+    r->config.transport->ops->wake(r->config.transport);
+    pthread_mutex_unlock(&r->mutex);
+}
+
+static residency_piece *free_piece(moe_residency *r) {
+    for (int i = 0; i < MOE_RESIDENCY_PIECES; i++)
+        if (!r->pieces[i].busy) return &r->pieces[i];
+    return NULL;
+}
+
+static void submit_piece(moe_residency *r, residency_entry *e, residency_piece *p) {
+    residency_slot *s = &r->slot[e->slot];
+    int64_t left = r->size.image_bytes - s->submitted_bytes;
+    int64_t bytes = left < MOE_RESIDENCY_PIECE_BYTES ? left : MOE_RESIDENCY_PIECE_BYTES;
+    p->fill = (moe_slot_fill){s->expert, e->image->memory, s->submitted_bytes, bytes};
+    p->job = (moe_job){.done = on_piece, .owner = p};
+    p->residency = r;
+    p->slot = s;
+    p->image = e->image;
+    p->busy = true;
+    atomic_store(&p->done, false);
+    p->image->users++;
+    p->image->last_use = ++r->use;
+    s->pieces++;
+    s->submitted_bytes += bytes;
+    r->pieces_out++;
+    if (s->submitted_bytes == r->size.image_bytes) residency_set_wish(r, e, WISH_NONE);
+    r->config.backend->ops->slot_fill_submit(r->config.backend, &p->fill, &p->job);
+}
+
+static void end_piece(moe_residency *r, residency_piece *p) {
+    residency_slot *s = p->slot;
+    moe_error why;
+    p->busy = false;
+    r->pieces_out--;
+    p->image->users--;
+    s->pieces--;
+    r->counts.copied_bytes += (uint64_t)p->fill.bytes;
+    if (p->job.status != MOE_OK) {
+        moe_fail(&why, p->job.status, "copying an expert to the device: %.200s", p->job.message);
+        residency_fail(r, &why);
+    }
+    if (s->pieces > 0) return;
+    if (s->entry < 0) {
+        set_empty(r, s);
+    } else if (s->submitted_bytes == r->size.image_bytes) {
+        s->state = SLOT_READY;
+        r->num_ready++;
+        moe_eviction_loaded(r->eviction, s->entry, r->batches);
+    }
+}
+
+void residency_collect(moe_residency *r) {
+    for (int i = 0; i < MOE_RESIDENCY_PIECES; i++)
+        if (r->pieces[i].busy && atomic_load(&r->pieces[i].done)) end_piece(r, &r->pieces[i]);
+    take_packed(r);
+}
+
+/* Brings the expert a piece further; false where that must wait for an image or a slot. */
+static bool advance(moe_residency *r, residency_entry *e, residency_piece *p) {
+    if (!e->image) {
+        pack(r, e);
+        return false;
+    }
+    if (e->slot < 0) {
+        int32_t slot = slot_for(r, (residency_wish)e->wish);
+        if (slot < 0) return false;
+        residency_slot *s = &r->slot[slot];
+        if (s->state == SLOT_EMPTY) r->num_empty--;
+        *s = (residency_slot){.expert = s->expert, .state = SLOT_FILLING, .entry = residency_number(r, e)};
+        e->slot = slot;
+    }
+    submit_piece(r, e, p);
+    return true;
+}
+
+void residency_copy(moe_residency *r) {
+    for (int level = 0; level < WISH_NONE && r->failure.code == MOE_OK; level++) {
+        residency_entry *e, *following;
+        for (e = TAILQ_FIRST(&r->wishes[level]); e; e = following) {
+            following = TAILQ_NEXT(e, link);
+            while (e->wish == level) {
+                residency_piece *p = free_piece(r);
+                if (!p) return;
+                if (!advance(r, e, p)) break;
+            }
+        }
+    }
+}

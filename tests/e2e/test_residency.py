@@ -1,0 +1,53 @@
+"""A quarter of the experts on the device: the tokens of all of them, under each gating, with the experts in the router's process and
+in workers, with host memory for a part of them; settings that cannot work are refused."""
+import concurrent.futures
+import os
+import subprocess
+
+from harness import BIN, DEMO, Cluster, check, free_port, golden, main
+
+KEYS = {"gate": "greedy", "pre-gate": "pre_gate_greedy", "hint": "greedy"}
+
+
+def expect_golden(cluster, gating):
+    cases = golden()
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+        replies = list(pool.map(lambda c: cluster.complete(c["ids"], len(c[KEYS[gating]])), cases))
+    for case, reply in zip(cases, replies):
+        check(reply == case[KEYS[gating]], f"{gating}: {case['prompt']!r}: got {reply}, expected {case[KEYS[gating]]}")
+    alone = cases[0]
+    check(cluster.complete(alone["ids"], len(alone[KEYS[gating]])) == alone[KEYS[gating]], "the same prompt alone gives other tokens")
+
+
+def shape(gating, workers, *args):
+    def test():
+        with Cluster("--gating", gating, *args, workers=workers) as cluster:
+            expect_golden(cluster, gating)
+    test.__name__ = "_".join(["residency", gating, f"w{workers}", *(a.strip("-") for a in args)])
+    return test
+
+
+QUARTER = ("--device-memory", "25%")
+SHAPES = [shape(gating, workers, *QUARTER) for gating in KEYS for workers in (0, 2)]
+SHAPES += [
+    shape("pre-gate", 2, *QUARTER, "--host-memory", "10%", "--combine", "partial"),
+    shape("gate", 0, "--device-memory", "4%", "--host-memory", "5%", "--eviction", "lru"),
+    shape("hint", 1, "--device-memory", "60%", "--eviction", "lfu-decay", "--micro-batches", "2"),
+]
+
+
+def refused():
+    """At once, with the least that works."""
+    for workers in ("0", "1"):
+        serve = [os.path.join(BIN, "moesaic"), "serve", DEMO, "--workers", workers, "--port", str(free_port())]
+        for args, says in ((("--device-memory", "1%"), "at least"), (("--device-memory", "1KiB"), "--device-memory"),
+                           (("--device-memory", "50%", "--host-memory", "1KiB"), "--host-memory"),
+                           (("--host-memory", "50%"), "--device-memory"), (("--device-memory", "many"), "percentage"),
+                           (("--device-memory", "50%", "--eviction", "belady"), "belady")):
+            shown = subprocess.run([*serve, *args], capture_output=True, text=True, timeout=60)
+            said = shown.stdout + shown.stderr
+            check(shown.returncode != 0, f"{workers} workers, {args}: accepted")
+            check(says in said, f"{workers} workers, {args}: {said}")
+
+
+main(SHAPES + [refused])

@@ -1,0 +1,20 @@
+/* A backend in front of another whose copies into slots end only when the test says so, in its order, and are counted. One thread. */
+#pragma once
+#include "common/backend.h"
+
+#define MOE_SLOW_MAX_FILLS 16
+
+typedef struct moe_slow_backend {
+    moe_backend base; /* what the worker gets */
+    moe_backend_ops ops;
+    moe_backend *real; /* borrowed; threads 0 */
+    const moe_slot_fill *fills[MOE_SLOW_MAX_FILLS]; /* outstanding, in the order of submission */
+    moe_job *jobs[MOE_SLOW_MAX_FILLS];
+    int num_fills;
+    int64_t fills_ended, packed;
+    bool at_once;   /* copies end inside the submission */
+    bool fail_next; /* the next copy ends with INTERNAL */
+} moe_slow_backend;
+
+void moe_slow_init(moe_slow_backend *slow, moe_backend *real);
+void moe_slow_end(moe_slow_backend *slow); /* the copy submitted first of those outstanding; there is one */

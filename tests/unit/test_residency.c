@@ -1,0 +1,483 @@
+/* The tiers of experts on a backend whose copies the test ends one by one: what is copied first, what is given up, what makes room,
+ * what is counted; and batches in passes, bit for bit those of a backend that has all experts. */
+#include "expert-worker/residency.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/alloc.h"
+#include "common/elements.h"
+#include "common/random.h"
+#include "cpu/cpu.h"
+#include "expert-worker/passes.h"
+#include "tests/support/slow_backend.h"
+#include "tests/support/stub_transport.h"
+#include "tests/support/test.h"
+
+/* The fixture: hidden 64, 3 MoE layers of 16 experts, 4 a token. */
+enum { H = 64, LAYERS = 3, EXPERTS = 16, TOP_K = 4 };
+#define STEP UINT64_C(77)
+
+typedef struct rig {
+    moe_model *model;
+    moe_backend *real;
+    moe_slow_backend slow;
+    stub_transport transport;
+    moe_shard shard;
+    moe_residency *residency;
+    int64_t slot_bytes, image_bytes;
+} rig;
+
+static moe_status open_tiers(rig *r, moe_tier_options tiers, moe_error *err) {
+    memset(r, 0, sizeof *r);
+    assert_int_equal(moe_model_open(SOURCE_DIR "/tests/data/checkpoints/qwen3_moe", &r->model, NULL), MOE_OK);
+    assert_int_equal(moe_cpu_ref_open(&(moe_cpu_config){.threads = 0}, &r->real, NULL), MOE_OK);
+    moe_slow_init(&r->slow, r->real);
+    stub_init(&r->transport);
+    moe_expert_size size = r->real->ops->expert_size(r->real, r->model->experts, 0, MOE_FFN_BLOCKS);
+    r->slot_bytes = size.slot_bytes;
+    r->image_bytes = size.image_bytes;
+    assert_true(r->image_bytes < MOE_RESIDENCY_PIECE_BYTES); /* one piece an expert */
+    assert_int_equal(moe_shard_init(&r->shard, r->model, &r->slow.base, NULL), MOE_OK);
+    if (!tiers.eviction) tiers.eviction = "hint-aware";
+    const moe_residency_config config = {
+        .model = r->model, .backend = &r->slow.base, .transport = &r->transport.base, .tiers = tiers, .threaded = false};
+    moe_status status = moe_residency_new(&config, &r->residency, err);
+    r->shard.residency = r->residency;
+    return status;
+}
+
+static void close_tiers(rig *r) {
+    r->slow.at_once = true;
+    while (r->slow.num_fills) moe_slow_end(&r->slow);
+    moe_shard_free(&r->shard);
+    moe_residency_free(&r->residency);
+    moe_residency_free(&r->residency);
+    r->real->ops->close(r->real);
+    stub_close(&r->transport);
+    moe_model_close(&r->model);
+}
+
+/* As control does it with a loaded expert. */
+static void hold(rig *r, int32_t layer, int32_t expert) {
+    moe_image *image = moe_residency_take_image(r->residency);
+    if (image) {
+        if (!image->memory) image->memory = r->real->ops->host_alloc(r->real, (size_t)r->image_bytes);
+        r->real->ops->expert_pack(r->real, moe_model_expert(r->model, layer, expert), 0, MOE_FFN_BLOCKS, image->memory);
+    }
+    moe_shard_adopt(&r->shard, layer, expert, &(moe_held_expert){.digest = 1, .bytes = r->image_bytes});
+    moe_residency_hold(r->residency, layer, expert, image);
+}
+
+static void hold_all(rig *r) {
+    for (int32_t layer = 0; layer < LAYERS; layer++)
+        for (int32_t e = 0; e < EXPERTS; e++) hold(r, layer, e);
+}
+
+/* `slots` slots that are all taken, by experts 0 … slots - 1 of layer 0. */
+static void open_full(rig *r, int32_t slots, int32_t images) {
+    moe_error err;
+    moe_memory_limit host = {.part = (double)images / (LAYERS * EXPERTS)};
+    if (images == 0) host.part = 0;
+    moe_tier_options tiers = {.device = {.part = (double)slots / (LAYERS * EXPERTS)}, .host = host};
+    if (open_tiers(r, tiers, &err) != MOE_OK) fail_msg("%s", err.message);
+    assert_int_equal(moe_residency_slots(r->residency), slots);
+    hold_all(r);
+    r->slow.at_once = true;
+    moe_residency_turn(r->residency);
+    assert_int_equal(moe_residency_resident(r->residency), slots);
+    r->slow.at_once = false;
+}
+
+/* Which expert the nth outstanding copy is of. */
+static int32_t copied(const rig *r, int n) {
+    assert_true(n < r->slow.num_fills);
+    uint8_t *want = malloc((size_t)r->image_bytes);
+    int32_t found = -1;
+    memset(want, 0, (size_t)r->image_bytes);
+    for (int32_t i = 0; i < LAYERS * EXPERTS && found < 0; i++) {
+        r->real->ops->expert_pack(r->real, &r->model->experts[i], 0, MOE_FFN_BLOCKS, want);
+        if (memcmp(want, r->slow.fills[n]->image, (size_t)r->image_bytes) == 0) found = i;
+    }
+    free(want);
+    return found;
+}
+
+static void end_one(rig *r) {
+    moe_slow_end(&r->slow);
+    moe_residency_turn(r->residency);
+}
+
+static bool resident(rig *r, int32_t layer, int32_t expert) {
+    moe_residency_need(r->residency, layer, expert);
+    bool yes = moe_residency_acquire(r->residency, layer, expert) != NULL;
+    if (yes) moe_residency_release(r->residency, layer, expert);
+    moe_residency_unneed(r->residency, layer, expert);
+    return yes;
+}
+
+static void refusals(void **state) {
+    (void)state;
+    rig r;
+    moe_error err;
+    const moe_tier_options small[] = {{.device = {.bytes = 5 * 3 * H * 32 * 2 - 1}},
+                                      {.device = {.part = 0.05}},
+                                      {.device = {.part = 0.5}, .host = {.bytes = 1}},
+                                      {.device = {.part = 0.5}, .eviction = "belady"}};
+    const char *const says[] = {"--device-memory", "at least", "--host-memory", "belady"};
+    for (size_t i = 0; i < sizeof small / sizeof *small; i++) {
+        assert_int_equal(open_tiers(&r, small[i], &err), MOE_INVALID_ARGUMENT);
+        assert_null(r.residency);
+        if (!strstr(err.message, says[i])) fail_msg("%s", err.message);
+        close_tiers(&r);
+    }
+    /* what the message calls the least works, and a byte less does not */
+    assert_int_equal(open_tiers(&r, (moe_tier_options){.device = {.bytes = 1}}, &err), MOE_INVALID_ARGUMENT);
+    const char *at = strstr(err.message, "at least ");
+    assert_non_null(at);
+    int64_t least = strtoll(at + strlen("at least "), NULL, 10);
+    assert_int_equal(least, (TOP_K + 1) * r.slot_bytes);
+    close_tiers(&r);
+    assert_int_equal(open_tiers(&r, (moe_tier_options){.device = {.bytes = least - 1}}, &err), MOE_INVALID_ARGUMENT);
+    close_tiers(&r);
+    assert_int_equal(open_tiers(&r, (moe_tier_options){.device = {.bytes = least}}, &err), MOE_OK);
+    assert_int_equal(moe_residency_slots(r.residency), TOP_K + 1);
+    close_tiers(&r);
+    /* percentages are of the share */
+    assert_int_equal(open_tiers(&r, (moe_tier_options){.device = {.part = 0.25}, .share = 1.0 / 2}, &err), MOE_OK);
+    assert_int_equal(moe_residency_slots(r.residency), LAYERS * EXPERTS / 2 / 4);
+    close_tiers(&r);
+}
+
+static void urgent_first(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 8, 0);
+    for (int32_t e = 0; e < 3; e++) moe_residency_hint(r.residency, STEP, 1, e);
+    moe_residency_expect(r.residency, 2, 5);
+    moe_residency_need(r.residency, 2, 9);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, MOE_RESIDENCY_PIECES);
+    assert_int_equal(copied(&r, 0), 2 * EXPERTS + 9); /* a batch needs it */
+    assert_int_equal(copied(&r, 1), 2 * EXPERTS + 5); /* a call waits for it */
+    assert_int_equal(copied(&r, 2), 1 * EXPERTS + 0); /* hints, in their order */
+    assert_int_equal(copied(&r, 3), 1 * EXPERTS + 1);
+    assert_null(moe_residency_acquire(r.residency, 2, 9)); /* not before it is there whole */
+    end_one(&r);
+    assert_int_equal(r.slow.num_fills, MOE_RESIDENCY_PIECES);
+    assert_int_equal(copied(&r, 3), 1 * EXPERTS + 2);
+    assert_non_null(moe_residency_acquire(r.residency, 2, 9));
+    moe_residency_release(r.residency, 2, 9);
+    moe_residency_unneed(r.residency, 2, 9);
+    moe_residency_counts counts = moe_residency_counted(r.residency);
+    assert_int_equal(counts.misses, 1);
+    close_tiers(&r);
+}
+
+static void hints_that_fail(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 8, 0);
+    for (int32_t e = 0; e < MOE_RESIDENCY_PIECES + 2; e++) moe_residency_hint(r.residency, STEP, 1, e);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, MOE_RESIDENCY_PIECES);
+    /* the layer is reached, and wants expert 1 alone: the two that no copy was begun for are forgotten */
+    moe_residency_reached(r.residency, STEP, 1);
+    moe_residency_expect(r.residency, 1, 1);
+    moe_residency_expect(r.residency, 0, 7); /* resident since the start */
+    moe_residency_turn(r.residency);
+    while (r.slow.num_fills) end_one(&r);
+    assert_int_equal(r.slow.fills_ended, 8 + MOE_RESIDENCY_PIECES);
+    moe_residency_counts counts = moe_residency_counted(r.residency);
+    assert_int_equal(counts.late_hits, 1);
+    assert_int_equal(counts.hits, 1);
+    assert_int_equal(counts.misses, 0);
+    /* what was loaded for nothing counts as waste once it makes room */
+    uint64_t before = counts.wasted_bytes;
+    for (int32_t e = 0; e < 8; e++) {
+        moe_residency_need(r.residency, 2, e);
+        moe_residency_turn(r.residency);
+        while (r.slow.num_fills) end_one(&r);
+        assert_non_null(moe_residency_acquire(r.residency, 2, e));
+        moe_residency_release(r.residency, 2, e);
+        moe_residency_unneed(r.residency, 2, e);
+        moe_residency_batch_ended(r.residency);
+    }
+    assert_true(moe_residency_counted(r.residency).wasted_bytes > before);
+    close_tiers(&r);
+}
+
+/* What a hint announced is not evicted for another hint, but for what a batch needs. */
+static void announced_stays(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 5, 0);
+    for (int32_t e = 0; e < 5; e++) moe_residency_hint(r.residency, STEP, 1, e);
+    moe_residency_turn(r.residency);
+    while (r.slow.num_fills) end_one(&r);
+    for (int32_t e = 0; e < 5; e++) assert_true(resident(&r, 1, e));
+    moe_residency_hint(r.residency, STEP + 1, 2, 3);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, 0);
+    moe_residency_need(r.residency, 0, 0);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, 1);
+    end_one(&r);
+    assert_non_null(moe_residency_acquire(r.residency, 0, 0));
+    moe_residency_release(r.residency, 0, 0);
+    moe_residency_unneed(r.residency, 0, 0);
+    /* once the first step has passed the layer, the second step's expert comes */
+    moe_residency_reached(r.residency, STEP, 1);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, 1);
+    assert_int_equal(copied(&r, 0), 2 * EXPERTS + 3);
+    close_tiers(&r);
+}
+
+static void users_keep_slots(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 5, 0);
+    moe_expert *used[5];
+    for (int32_t e = 0; e < 5; e++) {
+        moe_residency_need(r.residency, 0, e);
+        used[e] = moe_residency_acquire(r.residency, 0, e);
+        assert_non_null(used[e]);
+    }
+    moe_residency_need(r.residency, 1, 1);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, 0); /* every slot is in use */
+    moe_residency_release(r.residency, 0, 3);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, 0); /* still needed */
+    moe_residency_unneed(r.residency, 0, 3);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, 1);
+    assert_ptr_equal(r.slow.fills[0]->slot, used[3]);
+    end_one(&r);
+    assert_ptr_equal(moe_residency_acquire(r.residency, 1, 1), used[3]);
+    moe_residency_release(r.residency, 1, 1);
+    moe_residency_unneed(r.residency, 1, 1);
+    for (int32_t e = 0; e < 5; e++) {
+        if (e == 3) continue;
+        moe_residency_release(r.residency, 0, e);
+        moe_residency_unneed(r.residency, 0, e);
+    }
+    close_tiers(&r);
+}
+
+/* Dropped while its copy is on its way: the slot is not given to anyone before the copy has ended. */
+static void drop_meanwhile(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 5, 0);
+    moe_residency_hint(r.residency, STEP, 1, 0);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, 1);
+    moe_expert *slot = r.slow.fills[0]->slot;
+    moe_shard_drop(&r.shard, 1, 0);
+    for (int32_t e = 1; e < 6; e++) moe_residency_need(r.residency, 1, e);
+    moe_residency_turn(r.residency);
+    for (int i = 1; i < r.slow.num_fills; i++) assert_ptr_not_equal(r.slow.fills[i]->slot, slot);
+    while (r.slow.num_fills) end_one(&r);
+    for (int32_t e = 1; e < 6; e++) assert_non_null(moe_residency_acquire(r.residency, 1, e));
+    for (int32_t e = 1; e < 6; e++) {
+        moe_residency_release(r.residency, 1, e);
+        moe_residency_unneed(r.residency, 1, e);
+    }
+    hold(&r, 1, 0);
+    assert_false(resident(&r, 1, 0));
+    close_tiers(&r);
+}
+
+static void lost_device(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 5, 0);
+    assert_null(moe_residency_failure(r.residency));
+    r.slow.fail_next = true;
+    moe_residency_need(r.residency, 1, 0);
+    moe_residency_turn(r.residency);
+    end_one(&r);
+    assert_non_null(moe_residency_failure(r.residency));
+    assert_non_null(strstr(moe_residency_failure(r.residency)->message, "the link is gone"));
+    moe_residency_unneed(r.residency, 1, 0);
+    close_tiers(&r);
+}
+
+/* ---- batches in passes ---- */
+
+static moe_work *make_work(int32_t rows, moe_combine_mode mode, moe_random *random) {
+    moe_work *w = moe_calloc(1, sizeof *w);
+    int32_t *row_of = calloc((size_t)(rows * TOP_K), sizeof *row_of), *expert_of = calloc((size_t)(rows * TOP_K), sizeof *expert_of);
+    float *weight_of = calloc((size_t)(rows * TOP_K), sizeof *weight_of), *x = moe_alloc_aligned((size_t)rows * H, sizeof *x);
+    int32_t a = 0;
+    for (int32_t i = 0; i < rows * H; i++) x[i] = (float)(2 * moe_random_unit(random) - 1);
+    bool chosen[EXPERTS][16] = {{false}};
+    for (int32_t row = 0; row < rows; row++)
+        for (int32_t j = 0; j < TOP_K; j++) {
+            int32_t e = (int32_t)moe_random_below(random, EXPERTS);
+            while (chosen[e][row]) e = (e + 1) % EXPERTS;
+            chosen[e][row] = true;
+        }
+    for (int32_t e = 0; e < EXPERTS; e++)
+        for (int32_t row = 0; row < rows; row++) {
+            if (!chosen[e][row]) continue;
+            row_of[a] = row;
+            expert_of[a] = e;
+            weight_of[a++] = (float)moe_random_unit(random);
+        }
+    *w = (moe_work){.layer = 1, .rows = rows, .assignments = a, .block_hi = MOE_FFN_BLOCKS, .mode = mode, .x = x, .row_of = row_of,
+                    .expert_of = expert_of, .weight_of = weight_of};
+    return w;
+}
+
+static void free_work(moe_work *w) {
+    free((void *)(uintptr_t)w->row_of);
+    free((void *)(uintptr_t)w->expert_of);
+    free((void *)(uintptr_t)w->weight_of);
+    moe_free(w->x);
+    moe_free(w);
+}
+
+static void ignore_done(moe_job *job) { (void)job; }
+
+static void run(moe_backend *b, const moe_ffn_batch *batch) {
+    moe_job job = {.done = ignore_done};
+    b->ops->ffn_submit(b, batch, &job);
+    assert_int_equal(job.status, MOE_OK);
+}
+
+/* The same batch on a backend where every expert has a handle of its own. */
+static void *computed_at_once(rig *r, moe_batch *batch, size_t bytes) {
+    moe_shard whole;
+    assert_int_equal(moe_shard_init(&whole, r->model, r->real, NULL), MOE_OK);
+    for (int32_t e = 0; e < EXPERTS; e++) {
+        moe_held_expert held = {.bytes = 1};
+        assert_int_equal(r->real->ops->expert_load(r->real, moe_model_expert(r->model, 1, e), 0, MOE_FFN_BLOCKS, &held.handle, NULL), MOE_OK);
+        moe_shard_adopt(&whole, 1, e, &held);
+    }
+    assert_int_equal(moe_batch_assemble(batch, &whole, NULL), MOE_OK);
+    run(r->real, &batch->ffn);
+    void *out = malloc(bytes);
+    assert_non_null(out);
+    memcpy(out, batch->ffn.out, bytes);
+    moe_shard_free(&whole);
+    return out;
+}
+
+static int in_passes(rig *r, moe_batch *batch, uint64_t seed) {
+    moe_passes passes = {.batch = NULL};
+    moe_random random = {seed};
+    int count = 0;
+    assert_int_equal(moe_batch_assemble(batch, &r->shard, NULL), MOE_OK);
+    memset(batch->ffn.out, 0xff, batch->parts[MOE_BATCH_OUT].bytes);
+    assert_int_equal(moe_passes_begin(&passes, batch, &r->shard, NULL), MOE_OK);
+    for (int turns = 0; passes.batch; turns++) {
+        const moe_ffn_batch *ffn;
+        assert_true(turns < 1000);
+        moe_residency_turn(r->residency);
+        assert_int_equal(moe_passes_next(&passes, &ffn, NULL), MOE_OK);
+        if (ffn) {
+            run(&r->slow.base, ffn);
+            count++;
+            moe_passes_ended(&passes);
+            continue;
+        }
+        assert_true(r->slow.num_fills > 0); /* else it would wait for ever */
+        for (int64_t n = 1 + (int64_t)moe_random_below(&random, 3); n > 0 && r->slow.num_fills; n--) moe_slow_end(&r->slow);
+    }
+    return count;
+}
+
+static void passes(void **state) {
+    (void)state;
+    moe_random random = {11};
+    for (int images = 0; images <= MOE_RESIDENCY_MIN_IMAGES; images += MOE_RESIDENCY_MIN_IMAGES) {
+        rig r;
+        int most = 0;
+        open_full(&r, TOP_K + 1, images);
+        for (int trial = 0; trial < 12; trial++) {
+            moe_combine_mode mode = trial % 2 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT;
+            moe_batch batch;
+            assert_int_equal(moe_batch_init(&batch, &r.slow.base, EXPERTS, NULL), MOE_OK);
+            moe_work *w = make_work(1 + trial, mode, &random);
+            moe_batch_add(&batch, w);
+            size_t bytes = (size_t)moe_work_out_rows(w) * H * sizeof(float);
+            void *want = computed_at_once(&r, &batch, bytes);
+            int count = in_passes(&r, &batch, (uint64_t)trial);
+            most = count > most ? count : most;
+            assert_memory_equal(batch.ffn.out, want, bytes);
+            free(want);
+            moe_batch_remove(&batch, w);
+            moe_batch_free(&batch);
+            free_work(w);
+        }
+        assert_true(most >= 3); /* 16 experts through 5 slots */
+        if (images) assert_true(moe_residency_counted(r.residency).packed > 0);
+        close_tiers(&r);
+    }
+}
+
+static void give_up_passes(void **state) {
+    (void)state;
+    rig r;
+    moe_random random = {3};
+    open_full(&r, TOP_K + 1, 0);
+    moe_batch batch;
+    moe_passes p = {.batch = NULL};
+    const moe_ffn_batch *ffn;
+    assert_int_equal(moe_batch_init(&batch, &r.slow.base, EXPERTS, NULL), MOE_OK);
+    moe_work *w = make_work(8, MOE_COMBINE_EXACT, &random);
+    moe_batch_add(&batch, w);
+    assert_int_equal(moe_batch_assemble(&batch, &r.shard, NULL), MOE_OK);
+    assert_int_equal(moe_passes_begin(&p, &batch, &r.shard, NULL), MOE_OK);
+    moe_residency_turn(r.residency);
+    end_one(&r);
+    assert_int_equal(moe_passes_next(&p, &ffn, NULL), MOE_OK);
+    assert_non_null(ffn);
+    moe_passes_give_up(&p);
+    moe_passes_give_up(&p);
+    while (r.slow.num_fills) end_one(&r);
+    for (int32_t e = 0; e < EXPERTS; e++) moe_shard_drop(&r.shard, 1, e); /* nothing needs them any more */
+    moe_batch_remove(&batch, w);
+    moe_batch_free(&batch);
+    free_work(w);
+    close_tiers(&r);
+}
+
+static void out_of_memory(void **state) {
+    (void)state;
+    for (int64_t nth = 1;; nth++) {
+        rig r;
+        moe_error err;
+        memset(&r, 0, sizeof r);
+        assert_int_equal(open_tiers(&r, (moe_tier_options){.device = {.part = 0.5}}, &err), MOE_OK);
+        moe_residency *second;
+        const moe_residency_config config = {.model = r.model,
+                                             .backend = &r.slow.base,
+                                             .transport = &r.transport.base,
+                                             .tiers = {.device = {.part = 0.5}, .eviction = "lru"}};
+        moe_alloc_fail_after(nth);
+        moe_status status = moe_residency_new(&config, &second, &err);
+        moe_alloc_fail_after(0);
+        if (status == MOE_OK) moe_residency_free(&second);
+        close_tiers(&r);
+        if (status == MOE_OK) {
+            assert_true(nth > 5);
+            return;
+        }
+        assert_int_equal(status, MOE_RESOURCE_EXHAUSTED);
+        assert_null(second);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(refusals),        cmocka_unit_test(urgent_first),   cmocka_unit_test(hints_that_fail),
+        cmocka_unit_test(announced_stays), cmocka_unit_test(users_keep_slots), cmocka_unit_test(drop_meanwhile),
+        cmocka_unit_test(lost_device),     cmocka_unit_test(passes),         cmocka_unit_test(give_up_passes),
+        cmocka_unit_test(out_of_memory),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
