@@ -137,6 +137,9 @@ static moe_status report(void *ctx, moe_cluster_status *out, moe_error *err) {
         memcpy(out->operations, s->controller.operations, sizeof out->operations);
         snprintf(out->migration, sizeof out->migration, "%s", s->controller.migration);
         out->moves = s->controller.moves;
+        moe_placement_cost cost = s->map ? moe_placement_unit_cost(s->map) : MOE_COST_DEFAULT;
+        out->expert_ns = (uint64_t)cost.per_expert;
+        out->row_ns = (uint64_t)cost.per_row;
     }
     snapshot_free(s);
     return status;

@@ -14,6 +14,7 @@ int moe_command_status(const moe_options *options);
 int moe_command_eval(const moe_options *options);
 int moe_command_train_pregate(const moe_options *options);
 int moe_command_keygen(const moe_options *options);
+int moe_command_digest(const moe_options *options);
 int moe_command_bench(const moe_options *options);
 int moe_command_placement(const moe_options *options);
 int moe_command_move(const moe_options *options);

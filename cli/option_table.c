@@ -16,6 +16,7 @@ enum {
     EVAL = 1 << MOE_COMMAND_EVAL,
     TRAIN = 1 << MOE_COMMAND_TRAIN_PREGATE,
     KEYGEN = 1 << MOE_COMMAND_KEYGEN,
+    DIGEST = 1 << MOE_COMMAND_DIGEST,
     BENCH = 1 << MOE_COMMAND_BENCH,
     PLACEMENT = 1 << MOE_COMMAND_PLACEMENT,
     MOVE = 1 << MOE_COMMAND_MOVE,
@@ -43,6 +44,7 @@ static const moe_command commands[MOE_COMMAND_COUNT] = {
     {"eval", "MODEL", "Loss and perplexity of a model over texts, by domain, as JSON"},
     {"train-pregate", "MODEL", "Train pre-gates for a model on texts, and show what they are worth"},
     {"keygen", "DIR", "Make the key files that authenticate routers, workers and operators over tcp"},
+    {"digest", "MODEL", "Hash every expert of a checkpoint into a manifest, by which routers refuse workers whose copy differs"},
     {"bench", "MODEL", "Speed of decode and prefill, with experts in process and in workers over ipc and tcp"},
     {"placement", "plan", "Show what the placement policy would move now, and why, without moving it"},
     {"move", NULL, "Move one expert from a worker to another"},
@@ -104,6 +106,9 @@ static const moe_option_row rows[] = {
      "key folder of `moesaic keygen`; authenticates and encrypts tcp endpoints"},
 
     {"served-model-name", TEXT, FRONTS, "Model", NULL, 0, 0, NULL, "NAME", "name in the API; default: the model folder's"},
+    {"expert-digests", TEXT, FRONTS, "Model", NULL, 0, 0, NULL, "FILE",
+     "manifest of `moesaic digest`: workers whose experts differ from it are refused; default: MODEL/expert-digests.json, where it is "
+     "there, else what is first reported counts"},
     {"load-format", CHOICE, MODELS, "Model", "auto", 0, 0, "auto|dummy", NULL,
      "where the weights come from; auto: MODEL's safetensors; dummy: random ones for MODEL's config.json, which alone is needed "
      "(with --skip-tokenizer-init)"},
@@ -180,7 +185,7 @@ static const moe_option_row rows[] = {
      "of activations, keys, values and what is sent; weights stay as stored, sums are float32. auto: float32 on the CPU, "
      "bfloat16 "
      "on a GPU. Routers and workers need the same"},
-    {"threads", INT, MODELS, "Performance", "0", 0, 1024, NULL, "N",
+    {"threads", INT, MODELS | DIGEST, "Performance", "0", 0, 1024, NULL, "N",
      "compute threads of a process; 0: the machine's cores, shared out by serve"},
     {"cores", TEXT, WORKER, "Performance", NULL, 0, 0, NULL, "LIST",
      "cores that this process runs on, such as 0-3,8; default: all. serve binds each worker to its own where cores are few"},
@@ -226,7 +231,8 @@ static const moe_option_row rows[] = {
 
     {"data", TEXT, TEXTS, "Texts", NULL, 0, 0, NULL, "FILE", "texts, one {\"domain\", \"text\"} a line (required)"},
     {"limit", INT, TEXTS, "Texts", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
-    {"output", TEXT, TRAIN, "Texts", NULL, 0, 0, NULL, "FILE", "file to write; -o FILE means the same (required)"},
+    {"output", TEXT, TRAIN | DIGEST, "Texts", NULL, 0, 0, NULL, "FILE",
+     "file to write; train-pregate: required, -o FILE means the same; digest: default MODEL/expert-digests.json"},
     {"valid", TEXT, TRAIN, "Texts", NULL, 0, 0, NULL, "FILE",
      "texts on which the result is measured; default: those of --data that are held out, one of 20"},
     {"epochs", INT, TRAIN, "Texts", "10", 1, 1000, NULL, "N", "passes over the samples at most; fewer where they no longer help"},

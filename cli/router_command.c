@@ -29,6 +29,7 @@ static moe_status read_options(const moe_options *o, char *id, size_t id_size, c
     c->replicas = (int32_t)moe_option_int(o, "replicas");
     c->initial_workers = (int32_t)moe_option_int(o, "initial-workers");
     c->state_dir = moe_option_text(o, "state-dir");
+    c->expert_digests = moe_option_text(o, "expert-digests");
     c->http_host = moe_option_text(o, "host");
     c->http_port = (int32_t)moe_option_int(o, "port");
     c->vllm_metrics = strcmp(moe_option_text(o, "metrics-compat"), "vllm") == 0;

@@ -14,6 +14,7 @@
 #include "common/inproc/inproc.h"
 #include "common/log.h"
 #include "common/memory/memory_store.h"
+#include "common/model/expert_digests.h"
 #include "common/random.h"
 #include "router/http/server.h"
 #include "router/rpc/rpc_front.h"
@@ -39,6 +40,7 @@ struct moe_router_node {
     moe_worker_node *worker;
     moe_transport *engine_transport, *controller_transport, *rpc_transport;
     moe_store *store;
+    uint64_t *expert_digests;   /* NULL: there is no manifest */
     moe_controller *controller; /* NULL for a dense model: there is nothing to place */
     moe_engine *engine;
     moe_inference inference;
@@ -148,6 +150,21 @@ static moe_status open_remote(moe_router_node *n, moe_error *err) {
     return status;
 }
 
+/* The manifest that was named, or the one beside the checkpoint where there is one. */
+static moe_status read_expert_digests(moe_router_node *n, moe_error *err) {
+    const moe_router_node_config *c = &n->config;
+    const moe_model_config *m = &n->model->config;
+    char beside[PATH_MAX];
+    snprintf(beside, sizeof beside, "%s/" MOE_EXPERT_DIGESTS_FILE, c->source.dir);
+    if (!c->expert_digests && (c->embedded || c->source.dummy)) return MOE_OK;
+    const char *path = c->expert_digests ? c->expert_digests : beside;
+    moe_status status =
+        moe_expert_digests_read(path, n->model->digest, m->num_moe_layers, m->num_experts, &n->expert_digests, err);
+    if (status == MOE_NOT_FOUND && !c->expert_digests) return MOE_OK;
+    if (status == MOE_OK) moe_info("expert digests are held against %s", path);
+    return status;
+}
+
 static moe_status open_controller(moe_router_node *n, moe_error *err) {
     const moe_router_node_config *c = &n->config;
     if (n->model->config.num_moe_layers == 0) return MOE_OK;
@@ -171,6 +188,7 @@ static moe_status open_controller(moe_router_node *n, moe_error *err) {
                                     .layout = c->embedded ? MOE_PLACEMENT_BALANCED : c->layout,
                                     .layout_seed = c->layout_seed,
                                     .layout_file = c->layout_file,
+                                    .expert_digests = n->expert_digests,
                                     .state_dir = c->state_dir,
                                     .balance = balance,
                                     .routing_epoch = routing_epoch,
@@ -281,6 +299,7 @@ static moe_status open_all(moe_router_node *n, moe_error *err) {
     if (n->config.embedded || n->model->config.num_moe_layers == 0) moe_uuid_make(n->cluster_uuid);
     if (n->config.cluster_uuid) snprintf(n->cluster_uuid, sizeof n->cluster_uuid, "%s", n->config.cluster_uuid);
     status = n->config.embedded ? open_embedded(n, err) : open_remote(n, err);
+    if (status == MOE_OK) status = read_expert_digests(n, err);
     if (status == MOE_OK) status = open_controller(n, err);
     if (status == MOE_OK && n->controller) status = moe_controller_start(n->controller, err);
     if (status == MOE_OK) status = open_engine(n, err);
@@ -326,6 +345,7 @@ void moe_router_node_close(moe_router_node **node) {
     }
     moe_engine_free(&n->engine);
     moe_controller_free(&n->controller);
+    moe_free(n->expert_digests);
     moe_cluster_reporter_free(&n->reporter);
     moe_worker_node_close(&n->worker);
     close_transport(n->engine_transport);

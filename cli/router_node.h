@@ -33,6 +33,7 @@ typedef struct moe_router_node_config {
     int64_t replica_wait_ns;
     int64_t poll_us; /* how long the engine polls for its workers' messages before it sleeps */
     int32_t replicas, initial_workers;
+    const char *expert_digests; /* manifest; NULL: the one beside the checkpoint, where it is there */
     bool new_cluster; /* as in moe_controller_config */
     moe_balance_config balance;
     moe_placement_kind layout;

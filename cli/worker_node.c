@@ -10,6 +10,7 @@
 #include "common/alloc.h"
 #include "common/log.h"
 #include "common/random.h"
+#include "expert-worker/calibrate.h"
 #include "expert-worker/registry.h"
 #include "expert-worker/worker.h"
 
@@ -68,6 +69,20 @@ bool moe_worker_node_moved(const moe_worker_node *n) {
     return inet_pton(AF_INET, address, &numeric) == 1 && strcmp(address, n->address) != 0;
 }
 
+/* Nothing hangs on it: without a figure routers go by a guess. */
+static moe_calibration calibrate(const moe_worker_node_config *c) {
+    moe_calibration cost = {0};
+    moe_error err;
+    if (c->stepped) return cost; /* the only worker there is */
+    if (moe_calibrate(c->backend, c->model, &cost, &err) != MOE_OK) {
+        moe_warn("worker %s could not measure what experts cost it: %s", c->id, err.message);
+        return (moe_calibration){0};
+    }
+    moe_info("worker %s: a distinct expert costs %.1f us, a row %.2f us", c->id, (double)cost.expert_ns / 1e3,
+             (double)cost.row_ns / 1e3);
+    return cost;
+}
+
 static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe_error *err) {
     char bound[MOE_ENDPOINT_BYTES], endpoint[MOE_ENDPOINT_BYTES], host[64];
     moe_host_name(host, sizeof host);
@@ -94,6 +109,7 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                 .tiers = c->tiers,
                                 .known_epoch = n->remembered.epoch,
                                 .known_fence = n->remembered.fence};
+    moe_calibration cost = calibrate(c);
     status = moe_worker_new(&worker, &n->worker, err);
     if (status == MOE_OK && !c->stepped) status = moe_worker_start(n->worker, err);
     if (status != MOE_OK) return status;
@@ -108,7 +124,9 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                             .incarnation = worker.incarnation,
                                             .model_digest = c->model->digest,
                                             .pid = getpid(),
-                                            .capacity_experts = c->capacity_experts};
+                                            .capacity_experts = c->capacity_experts,
+                                            .expert_ns = cost.expert_ns,
+                                            .row_ns = cost.row_ns};
     status = moe_registration_new(&registration, &n->registration, err);
     if (status == MOE_OK) status = moe_registration_start(n->registration, err);
     if (status == MOE_OK) moe_info("worker %s listens at %s, for routers %s", c->id, bound, endpoint);

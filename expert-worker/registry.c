@@ -41,11 +41,12 @@ moe_status moe_registry_cluster_uuid(moe_store *store, char uuid[MOE_UUID_BYTES]
 }
 
 static bool write_value(const moe_registration_config *c, moe_buf *out) {
-    return moe_json_write(json_pack("{s:s, s:o, s:s, s:s, s:s, s:I, s:I, s:s, s:o}", "id", c->id, "incarnation",
-                                    moe_json_hex(c->incarnation), "endpoint", c->endpoint, "public_key", c->public_key, "host",
-                                    c->host, "pid", (json_int_t)c->pid, "capacity_experts", (json_int_t)c->capacity_experts,
-                                    "profile", c->profile, "model_digest", moe_json_hex(c->model_digest)),
-                          out);
+    return moe_json_write(
+        json_pack("{s:s, s:o, s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:o}", "id", c->id, "incarnation",
+                  moe_json_hex(c->incarnation), "endpoint", c->endpoint, "public_key", c->public_key, "host", c->host, "pid",
+                  (json_int_t)c->pid, "capacity_experts", (json_int_t)c->capacity_experts, "expert_ns", (json_int_t)c->expert_ns,
+                  "row_ns", (json_int_t)c->row_ns, "profile", c->profile, "model_digest", moe_json_hex(c->model_digest)),
+        out);
 }
 
 static bool valid_id(const char *id) {

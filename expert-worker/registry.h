@@ -26,6 +26,7 @@ typedef struct moe_registration_config {
     uint64_t incarnation, model_digest;
     int64_t pid;
     int64_t capacity_experts; /* how many fit; 0: no limit */
+    int64_t expert_ns, row_ns; /* as moe_calibrate measured; 0: it did not */
 } moe_registration_config;
 
 /* Strings are copied. INVALID_ARGUMENT: a bad id. */

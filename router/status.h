@@ -52,6 +52,7 @@ typedef struct moe_cluster_status {
     moe_operation operations[MOE_MAX_OPERATIONS]; /* newest last */
     char migration[160];                          /* moves under way, where this router leads */
     uint64_t moves;                               /* that it has brought to an end as the leader */
+    uint64_t expert_ns, row_ns; /* what placement reckons with for a distinct expert and a row; 8 and 1: not measured */
 } moe_cluster_status;
 
 /* Zeroed arrays of those lengths, replacing what was there. RESOURCE_EXHAUSTED when out of memory. */

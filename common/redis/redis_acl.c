@@ -18,7 +18,7 @@
 static const struct {
     const char *role, *rules;
 } users[] = {
-    {"router", "~moe:* -@all +get +mget +set +del +sadd +srem +smembers +watch +unwatch +multi +exec +role"},
+    {"router", "~moe:* -@all +get +mget +set +del +sadd +srem +smembers +watch +unwatch +multi +exec +role +wait"},
     {"worker", "~moe:*:worker:* ~moe:*:device:* ~moe:*:keys %R~moe:*:meta "
                "-@all +get +set +del +sadd +srem +watch +unwatch +multi +exec +role"},
     {"operator", "%R~moe:* -@all +get +mget +smembers +role"},

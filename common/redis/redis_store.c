@@ -4,15 +4,18 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "common/log.h"
 #include "common/redis/redis_connection.h"
 
 #define MAX_CLUSTER_BYTES 128
 #define INDEX_KEY "keys" /* a set of all our keys, so that list need not scan a Redis that others use too */
+#define META_KEY "meta" /* names the newest map */
 #define MGET_KEYS 64
 
 typedef struct redis_store {
     moe_store base;
     moe_redis_connection connection;
+    bool wait_refused;                  /* ROLE or WAIT failed once: not asked again */
     char prefix[MAX_CLUSTER_BYTES + 8]; /* "moe:{cluster}:"; the braces keep a cluster's keys in one hash slot */
 } redis_store;
 
@@ -164,6 +167,48 @@ static moe_status redis_remove(moe_store *s, const char *key, moe_error *err) {
     return status ? status : commit((redis_store *)s, &write, 1, 0, err);
 }
 
+/* Replicas that are connected to the server. */
+static moe_status count_replicas(redis_store *r, size_t *count, moe_error *err) {
+    redisReply *reply = NULL;
+    queue(r, "ROLE", NULL);
+    moe_status status = moe_redis_send(&r->connection, err);
+    if (!status) status = moe_redis_receive(&r->connection, REDIS_REPLY_ARRAY, false, &reply, err);
+    if (status) return status;
+    bool primary = reply->elements == 3 && reply->element[2]->type == REDIS_REPLY_ARRAY; /* master, offset, replicas */
+    *count = primary ? reply->element[2]->elements : 0;
+    freeReplyObject(reply);
+    return MOE_OK;
+}
+
+static moe_status wait_for_replica(redis_store *r, int64_t *confirmed, moe_error *err) {
+    char limit[24];
+    redisReply *reply = NULL;
+    snprintf(limit, sizeof limit, "%d", MOE_REDIS_WAIT_MS);
+    moe_redis_queue(&r->connection, (moe_redis_argument[]){text("WAIT"), text("1"), text(limit)}, 3);
+    moe_status status = moe_redis_send(&r->connection, err);
+    if (!status) status = moe_redis_receive(&r->connection, REDIS_REPLY_INTEGER, false, &reply, err);
+    if (status) return status;
+    *confirmed = reply->integer;
+    freeReplyObject(reply);
+    return MOE_OK;
+}
+
+/* What was just written is on a replica, too, where there are any. It is written either way, so no failure here is the caller's. */
+static void confirm(redis_store *r) {
+    size_t replicas = 0;
+    int64_t confirmed = 1;
+    moe_error err;
+    if (r->wait_refused) return;
+    moe_status status = count_replicas(r, &replicas, &err);
+    if (!status && replicas) status = wait_for_replica(r, &confirmed, &err);
+    r->wait_refused = status != MOE_OK && status != MOE_UNAVAILABLE;
+    if (status)
+        moe_warn("whether a Redis replica has the newest map is not known: %s", err.message);
+    else if (confirmed == 0)
+        moe_warn("no Redis replica confirmed the newest map within %d ms; should the primary fail now, the leader publishes it again",
+                 MOE_REDIS_WAIT_MS);
+}
+
 static moe_status redis_compare_and_set(moe_store *s, const char *guard, const char *expected, size_t expected_size,
                                         const moe_store_write *writes, int num_writes, moe_error *err) {
     redis_store *r = (redis_store *)s;
@@ -174,7 +219,10 @@ static moe_status redis_compare_and_set(moe_store *s, const char *guard, const c
     if (status) return status;
     bool same = expected ? has_value(reply, expected, expected_size) : reply->type == REDIS_REPLY_NIL;
     freeReplyObject(reply);
-    return same ? commit(r, writes, num_writes, 0, err) : unwatch(r, guard, err);
+    if (!same) return unwatch(r, guard, err);
+    status = commit(r, writes, num_writes, 0, err);
+    if (status == MOE_OK && strcmp(guard, META_KEY) == 0) confirm(r);
+    return status;
 }
 
 /* Takes a key whose lease ran out off the index, unless it was written again meanwhile. */

@@ -44,17 +44,15 @@ static int fittest_replicas(const plan *p, int32_t expert, int32_t *best) {
     return count;
 }
 
-static int64_t cost_of(const plan *p, int32_t expert) {
-    return p->cost.per_expert + p->cost.per_row * p->rows_of_expert[expert];
-}
+static int64_t cost_of(const plan *p, int32_t expert) { return p->cost.per_expert + p->cost.per_row * p->rows_of_expert[expert]; }
 
 static void place(plan *p, int32_t expert, int32_t worker) {
     p->chosen[expert] = worker;
     if (worker >= 0) p->workers[worker].cost += cost_of(p, expert);
 }
 
-/* Sorts experts by rows, most first, equal ones as they come: two passes of a radix sort, which is exact up to 65535 rows and good
- * enough above. `from` and `to` [count] each; the result is in `from`. */
+/* Sorts experts by rows, most first, equal ones as they come: two passes of a radix sort, which is exact up to 65535 rows and
+ * good enough above. `from` and `to` [count] each; the result is in `from`. */
 static void sort_by_rows(const int32_t *rows_of_expert, int32_t *from, int32_t *to, int32_t count) {
     for (int shift = 0; shift <= 8; shift += 8) {
         int32_t starts[257] = {0};
@@ -99,9 +97,9 @@ static void carry_out(plan *p, const relief *s, int32_t last) {
     }
 }
 
-/* Breadth-first, so that each worker and each replica is met once: one of the busiest worker's experts goes to another fit holder,
- * which passes on one of its own, and so on, until one has room. False where no such chain is found. `next` [num_experts] is
- * scratch. */
+/* Breadth-first, so that each worker and each replica is met once: one of the busiest worker's experts goes to another fit
+ * holder, which passes on one of its own, and so on, until one has room. False where no such chain is found. `next` [num_experts]
+ * is scratch. */
 static bool relieve(plan *p, int32_t busiest, int32_t *next) {
     relief s = {.head = 0};
     int64_t limit = p->workers[busiest].cost;

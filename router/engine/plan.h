@@ -28,12 +28,11 @@ typedef struct moe_plan_worker {
 } moe_plan_worker;
 
 /* Chooses a replica for every expert that has rows, so that the busiest worker's cost is low. Of an expert's replicas only the
- * fittest count. Experts with one such replica are placed first; then replicated ones, most rows first, each on the holder with the
- * least cost so far, ties to the nearer, then the less loaded worker, then the lower index. At last experts leave the busiest
- * worker as long as that makes the busiest less busy. The same input gives the same plan; O(experts · replicas), and as much again
- * for each relief.
- * rows_of_expert [num_experts]: rows in this layer; workers [num_workers]; chosen [num_experts]: worker index, MOE_PLAN_NO_WORKER
- * where there are no rows or no usable replica; scratch [2 · num_experts] */
+ * fittest count. Experts with one such replica are placed first; then replicated ones, most rows first, each on the holder with
+ * the least cost so far, ties to the nearer, then the less loaded worker, then the lower index. At last experts leave the busiest
+ * worker as long as that makes the busiest less busy. The same input gives the same plan; O(experts · replicas), and as much
+ * again for each relief. rows_of_expert [num_experts]: rows in this layer; workers [num_workers]; chosen [num_experts]: worker
+ * index, MOE_PLAN_NO_WORKER where there are no rows or no usable replica; scratch [2 · num_experts] */
 void moe_plan_replicas(const moe_placement *placement, int32_t layer, const int32_t *rows_of_expert, moe_placement_cost cost,
                        moe_plan_worker *workers, int32_t *chosen, int32_t *scratch);
 

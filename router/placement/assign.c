@@ -62,6 +62,7 @@ static moe_placement *place_members(const moe_controller *c) {
     moe_placement *plan = moe_placement_new(c->config.num_moe_layers, c->config.num_experts, workers);
     if (!plan) return NULL;
     plan->model_digest = c->config.model_digest;
+    for (int32_t i = 0; c->config.expert_digests && i < total_experts(c); i++) plan->entries[i].digest = c->config.expert_digests[i];
     workers = 0;
     for (int32_t i = 0; i < c->num_members; i++) {
         if (moe_member_available(c, &c->members[i])) plan->workers[workers++] = c->members[i].identity;
@@ -114,7 +115,8 @@ static bool plan_holds(moe_controller *c) {
     return true;
 }
 
-/* The first report of an expert's digest counts; a worker that reports another is refused, and the layout is made again. */
+/* The manifest's digest of an expert counts, or else the first that is reported; a worker that reports another is refused, and the
+ * layout is made again. */
 static void finish_plan(moe_controller *c) {
     moe_error err = {0};
     for (int32_t i = 0; i < c->jobs.count; i++) {

@@ -53,6 +53,8 @@ typedef struct moe_controller_config {
     moe_placement_kind layout;
     uint64_t layout_seed;
     const char *layout_file;                       /* NULL unless layout is FILE */
+    /* [num_moe_layers, num_experts], borrowed: what workers must report. NULL: what is first reported counts. */
+    const uint64_t *expert_digests;
     const char *state_dir;                         /* the newest map is kept there for a start without the store; NULL: nowhere */
     moe_balance_config balance;
     /* The oldest epoch that a step under way routes by; NULL: that of the map given last. On the controller's thread. */

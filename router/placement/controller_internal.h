@@ -216,6 +216,8 @@ static inline int64_t moe_controller_now(const moe_controller *c) { return moe_n
 /* follow.c */
 void moe_controller_follow(moe_controller *c); /* reads meta and adopts a newer map */
 void moe_controller_store_answered(moe_controller *c, moe_status status, const moe_error *err); /* after every store call */
+/* DATA_LOSS: of another model, or of other weights than the manifest names; such a map is left for the leader to publish over. */
+moe_status moe_controller_check_map(const moe_controller *c, const moe_placement *map, moe_error *err);
 /* Takes over the caller's reference; calls on_map. */
 void moe_controller_adopt(moe_controller *c, moe_placement *map, uint64_t digest);
 void moe_controller_serve(moe_controller *c, moe_placement *map);             /* hands a map to on_map; borrows it */

@@ -85,19 +85,30 @@ moe_status moe_controller_set_meta(moe_controller *c, const char *text, size_t s
     return MOE_OK;
 }
 
+moe_status moe_controller_check_map(const moe_controller *c, const moe_placement *p, moe_error *err) {
+    const moe_controller_config *config = &c->config;
+    if (p->model_digest != config->model_digest || p->num_layers != config->num_moe_layers || p->num_experts != config->num_experts)
+        return moe_fail(err, MOE_DATA_LOSS, "its model or shape is another");
+    for (int32_t i = 0; config->expert_digests && i < p->num_layers * p->num_experts; i++) {
+        uint64_t named = p->entries[i].digest;
+        if (named && named != config->expert_digests[i])
+            return moe_fail(err, MOE_DATA_LOSS, "it names layer %d expert %d with digest %016llx, the manifest with %016llx",
+                            i / p->num_experts, i % p->num_experts, (unsigned long long)named,
+                            (unsigned long long)config->expert_digests[i]);
+    }
+    return MOE_OK;
+}
+
 static moe_status parse_map(const moe_controller *c, const moe_buf *text, moe_placement **out, moe_error *err) {
     if (moe_text_digest(moe_buf_text(text), text->size) != c->meta.map_digest) {
         return moe_fail(err, MOE_DATA_LOSS, "it does not have the digest that meta states");
     }
     moe_status status = moe_placement_from_json(moe_buf_text(text), text->size, out, err);
     if (status) return status;
-    const moe_placement *p = *out;
-    if (p->epoch == c->meta.epoch && p->model_digest == c->config.model_digest && p->num_layers == c->config.num_moe_layers &&
-        p->num_experts == c->config.num_experts) {
-        return MOE_OK;
-    }
-    moe_placement_unref(out);
-    return moe_fail(err, MOE_DATA_LOSS, "its epoch, model or shape is another");
+    status = (*out)->epoch == c->meta.epoch ? moe_controller_check_map(c, *out, err)
+                                            : moe_fail(err, MOE_DATA_LOSS, "its epoch is another");
+    if (status) moe_placement_unref(out);
+    return status;
 }
 
 static bool newer(const moe_placement *a, const moe_placement *b) {

@@ -73,9 +73,8 @@ void moe_controller_load_map(moe_controller *c) {
         moe_info("%s is of another cluster and is ignored", path);
     } else if (moe_placement_from_json(text.data + length + 1, text.size - length - 1, &map, &err)) {
         moe_warn("%s is damaged and is ignored: %s", path, err.message);
-    } else if (map->model_digest != c->config.model_digest || map->num_layers != c->config.num_moe_layers ||
-               map->num_experts != c->config.num_experts) {
-        moe_warn("%s is of another model and is ignored", path);
+    } else if (moe_controller_check_map(c, map, &err)) {
+        moe_warn("%s is ignored: %s", path, err.message);
         moe_placement_unref(&map);
     }
     if (map) moe_controller_adopt(c, map, moe_text_digest(text.data + length + 1, text.size - length - 1));

@@ -153,6 +153,8 @@ static void respond_status(moe_rpc_call *call, moe_cluster_status *status, const
     response.n_operations = (size_t)status->num_operations;
     response.migration = status->migration;
     response.moves = status->moves;
+    response.expert_ns = status->expert_ns;
+    response.row_ns = status->row_ns;
     moe_rpc_respond(call, &response.base, NULL, 0);
 }
 

@@ -603,6 +603,52 @@ static void test_redis_sentinel(void **state) {
     unlink(path);
 }
 
+/* A primary with a replica: what was set under `meta` is on both when the call returns; a replica that hangs delays it by the bound and
+ * no more; other writes do not wait. */
+static void test_redis_replica(void **state) {
+    fixture *f = *state;
+    enum { ROUNDS = 50 };
+    int ports[2] = {free_port(), free_port()};
+    char port[16], address[2][64], before[16] = "", value[16];
+    moe_store *stores[2];
+    moe_error err;
+    bool found = false;
+    snprintf(port, sizeof port, "%d", ports[0]);
+    const char *const plain[] = {"--save", "", NULL}, *const follows[] = {"--save", "", "--replicaof", "127.0.0.1", port, NULL};
+    pid_t pids[2] = {start_on_port(f, ports[0], plain), start_on_port(f, ports[1], follows)};
+    for (int i = 0; i < 2; i++) {
+        snprintf(address[i], sizeof address[i], "127.0.0.1:%d", ports[i]);
+        moe_redis_config config = {.address = address[i], .cluster = "c", .timeout_ms = 4 * MOE_REDIS_WAIT_MS};
+        assert_int_equal(moe_redis_open(&config, &stores[i], &err), MOE_OK);
+        wait_until(stores[i], MOE_OK);
+    }
+    assert_int_equal(put(stores[0], "k", "v", 60000), MOE_OK);
+    for (int64_t deadline = moe_now_ns(moe_clock_real()) + MAX_WAIT_NS; !found && moe_now_ns(moe_clock_real()) < deadline; nap())
+        if (get(stores[1], "k", value, &found) != MOE_OK) found = false;
+    assert_true(found);
+    for (int i = 0; i < ROUNDS; i++) {
+        snprintf(value, sizeof value, "%d", i);
+        assert_int_equal(cas1(stores[0], "meta", i ? before : NULL, value), MOE_OK);
+        assert_value(stores[1], "meta", value);
+        memcpy(before, value, sizeof before);
+    }
+    kill(pids[1], SIGSTOP);
+    int64_t began = moe_now_ns(moe_clock_real());
+    assert_int_equal(cas1(stores[0], "meta", before, "hung"), MOE_OK);
+    int64_t took = moe_now_ns(moe_clock_real()) - began;
+    assert_true(took >= MOE_REDIS_WAIT_MS * MOE_NS_PER_MS && took < 4 * MOE_REDIS_WAIT_MS * MOE_NS_PER_MS);
+    assert_value(stores[0], "meta", "hung");
+    began = moe_now_ns(moe_clock_real());
+    assert_int_equal(cas1(stores[0], "other", NULL, "v"), MOE_OK);
+    assert_true(moe_now_ns(moe_clock_real()) - began < MOE_REDIS_WAIT_MS * MOE_NS_PER_MS);
+    for (int i = 0; i < 2; i++) {
+        kill(pids[i], SIGCONT);
+        kill(pids[i], SIGKILL);
+        waitpid(pids[i], NULL, 0);
+        stores[i]->ops->close(stores[i]);
+    }
+}
+
 static void test_redis_wrong_type(void **state) {
     fixture *f = *state;
     char value[64];
@@ -701,6 +747,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_redis_user, setup_redis_password, teardown),
         REDIS(test_redis_roles),
         REDIS(test_redis_sentinel),
+        REDIS(test_redis_replica),
         REDIS(test_redis_wrong_type),
         cmocka_unit_test(test_redis_bad_configuration),
         REDIS(test_redis_hostile_replies),

@@ -3,7 +3,10 @@
  *   4       a safetensors file
  *   5       a safetensors index
  *   6       config.json, which generation_config.json stands in for, too
- *   7       a placement map, as in Redis and in the state folder: what was read is written and read again */
+ *   7       a placement map, as in Redis and in the state folder: what was read is written and read again
+ *   8       a manifest of expert digests
+ *   9       `meta` of the store: what was read is written and read again
+ *   10      the YAML file of --config */
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,11 +14,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "common/alloc.h"
 #include "common/log.h"
 #include "common/model/config.h"
+#include "common/model/expert_digests.h"
 #include "common/model/safetensors.h"
+#include "common/options.h"
 #include "router/http/openai_params.h"
-#include "router/placement/placement.h"
+#include "router/placement/controller_internal.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -28,7 +34,7 @@ static void check(bool holds) {
 static void path_of(const char *name, char path[128]) { snprintf(path, 128, "%s/%s", folder, name); }
 
 static void remove_folder(void) {
-    static const char *const names[] = {"model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json"};
+    static const char *const names[] = {"model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "manifest", "options"};
     char path[128];
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         path_of(names[i], path);
@@ -114,6 +120,54 @@ static void fuzz_map(const uint8_t *data, size_t size) {
     moe_placement_unref(&map);
 }
 
+static void fuzz_manifest(const uint8_t *data, size_t size) {
+    enum { LAYERS = 2, EXPERTS = 2 };
+    char path[128];
+    uint64_t *digests = NULL, sum = 0;
+    moe_error err;
+    path_of("manifest", path);
+    put_file("manifest", data, size);
+    if (moe_expert_digests_read(path, 1, LAYERS, EXPERTS, &digests, &err) == MOE_OK)
+        for (int i = 0; i < LAYERS * EXPERTS; i++) sum += digests[i]; /* all of them can be read */
+    moe_free(digests);
+    check(sum < UINT64_MAX);
+}
+
+static void fuzz_meta(const uint8_t *data, size_t size) {
+    moe_meta meta, again;
+    moe_buf text = {0};
+    moe_error err;
+    if (moe_meta_from_json((const char *)data, size, &meta, &err) != MOE_OK) return;
+    check(meta.epoch <= MOE_MAX_EPOCH && meta.fence <= MOE_MAX_EPOCH && meta.replicas <= MOE_PLACEMENT_MAX_REPLICAS);
+    check(moe_meta_to_json(&meta, &text, &err) == MOE_OK);
+    check(moe_meta_from_json(text.data, text.size, &again, &err) == MOE_OK);
+    check(again.epoch == meta.epoch && again.fence == meta.fence && strcmp(again.uuid, meta.uuid) == 0);
+    moe_buf_free(&text);
+}
+
+static void fuzz_options(const uint8_t *data, size_t size) {
+    static const moe_command commands[] = {{"serve", NULL, ""}};
+    static const moe_option_row rows[] = {
+        {"config", MOE_OPTION_TEXT, 1, "A", NULL, 0, 0, NULL, "FILE", ""},
+        {"count", MOE_OPTION_INT, 1, "A", "3", 1, 9, NULL, "N", ""},
+        {"size", MOE_OPTION_BYTES, 1, "A", "1KiB", 0, 1e9, NULL, "SIZE", ""},
+        {"time", MOE_OPTION_DURATION, 1, "A", "1s", 0, 60, NULL, "TIME", ""},
+        {"flag", MOE_OPTION_BOOL, 1, "A", "true", 0, 0, NULL, NULL, ""},
+        {"mode", MOE_OPTION_CHOICE, 1, "A", "a", 0, 0, "a|b", NULL, ""},
+    };
+    static const moe_option_table table = {"moesaic", commands, 1, rows, sizeof rows / sizeof *rows};
+    char path[128], argument[160];
+    moe_options *options;
+    moe_error err;
+    path_of("options", path);
+    put_file("options", data, size);
+    snprintf(argument, sizeof argument, "--config=%s", path);
+    if (moe_options_parse(&table, 0, 1, (char *const[]){argument}, &options, &err) != MOE_OK) return;
+    check(moe_option_int(options, "count") >= 1 && moe_option_int(options, "count") <= 9);
+    check(moe_option_ns(options, "time") <= 60 * INT64_C(1000000000));
+    moe_options_free(&options);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static bool prepared;
     if (!prepared) {
@@ -123,12 +177,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         prepared = true;
     }
     if (size == 0) return 0;
-    int kind = data[0] % 8;
+    int kind = data[0] % 11;
     data++, size--;
     if (kind < 4) fuzz_body(kind, data, size);
     if (kind == 4) fuzz_checkpoint("model.safetensors", data, size);
     if (kind == 5) fuzz_checkpoint("model.safetensors.index.json", data, size);
     if (kind == 6) fuzz_config(data, size);
     if (kind == 7) fuzz_map(data, size);
+    if (kind == 8) fuzz_manifest(data, size);
+    if (kind == 9) fuzz_meta(data, size);
+    if (kind == 10) fuzz_options(data, size);
     return 0;
 }

@@ -158,6 +158,7 @@ void pc_router_config(pc_cluster *c, int32_t r, moe_controller_config *out) {
                                    .initial_workers = c->initial_workers,
                                    .new_cluster = c->new_cluster,
                                    .layout = MOE_PLACEMENT_BALANCED,
+                                   .expert_digests = c->expert_digests,
                                    .state_dir = c->state_dirs[r],
                                    .balance = c->balance,
                                    .routing_epoch = c->moving ? routing_epoch : NULL,

@@ -67,6 +67,7 @@ struct pc_cluster {
     int32_t replicas, initial_workers;
     bool new_cluster; /* told to routers that start from now on */
     bool moving;      /* experts move: maps may have more replicas than wanted, or fewer after a death; workers serve Stats and Drop */
+    const uint64_t *expert_digests; /* the manifest, likewise; NULL: none */
     moe_balance_config balance; /* told to routers that start from now on */
     bool may_lose_history;
     const char *uuid;

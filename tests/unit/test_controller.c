@@ -263,6 +263,35 @@ static void test_digest_mismatch(void **state) {
     pc_close(&cluster);
 }
 
+/* With a manifest the first worker is refused, too; a map of other weights that is in the store is published over. */
+static void test_manifest(void **state) {
+    (void)state;
+    uint64_t digests[PC_LAYERS * PC_EXPERTS];
+    for (int i = 0; i < PC_LAYERS * PC_EXPERTS; i++) digests[i] = moe_mix64((uint64_t)i + 1);
+    pc_open(&cluster, 1, 1);
+    cluster.expert_digests = digests;
+    cluster.workers[0].digest_salt = 1;
+    pc_router_start(&cluster, 0);
+    pc_worker_start(&cluster, 0);
+    pc_run_ms(&cluster, 4000);
+    assert_int_equal(cluster.routers[0].num_maps, 0);
+    assert_int_equal(pc_state(&cluster, 0, "w0"), MOE_WORKER_REFUSED);
+    pc_worker_start(&cluster, 1);
+    pc_run_until(&cluster, pc_settled, 2000);
+    assert_string_equal(cluster.routers[0].map->workers[0].id, "w1");
+    assert_int_equal(cluster.routers[0].epoch, 1);
+
+    uint64_t bad = digests[7]; /* the operator finds that the map was made with a bad copy of an expert */
+    digests[7] = bad ^ 1;
+    pc_router_crash(&cluster, 0);
+    pc_run_ms(&cluster, 5000);
+    pc_router_start(&cluster, 0);
+    pc_run_ms(&cluster, 5000);
+    assert_int_equal(cluster.routers[0].map == NULL, 1);
+    assert_int_equal(pc_state(&cluster, 0, "w1"), MOE_WORKER_REFUSED);
+    pc_close(&cluster);
+}
+
 static void test_other_model_and_profile(void **state) {
     (void)state;
     pc_open(&cluster, 1, 1);
@@ -774,7 +803,7 @@ int main(void) {
         cmocka_unit_test(test_takeover_by_another_id),
         cmocka_unit_test(test_newcomer_dies),
         cmocka_unit_test(test_two_die_at_once),
-        cmocka_unit_test(test_digest_mismatch),
+        cmocka_unit_test(test_digest_mismatch), cmocka_unit_test(test_manifest),
         cmocka_unit_test(test_other_model_and_profile),
         cmocka_unit_test(test_failing_newcomer),
         cmocka_unit_test(test_lost_fence),
