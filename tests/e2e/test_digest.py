@@ -73,6 +73,8 @@ class Parts:
                    "--listen", "ipc://" + os.path.join(self.folder, name))
 
     def log(self, name):
+        if not os.path.exists(os.path.join(self.folder, name + ".log")):
+            return ""
         with open(os.path.join(self.folder, name + ".log"), encoding="utf-8", errors="replace") as f:
             return f.read()
 
@@ -114,6 +116,7 @@ def damaged_worker_is_refused():
             f.write(bytes([byte ^ 1]))
         manifest_is_right(good)
         parts.start("redis", "redis-server", "--port", "0", "--unixsocket", parts.store[5:], "--save", "", "--dir", folder)
+        parts.wait(lambda: os.path.exists(parts.store[5:]), "Redis")
         parts.start("router", os.path.join(BIN, "moesaic"), "router", good, "--store", parts.store, "--port", str(parts.port),
                     "--replicas", "2", "--initial-workers", "2", "--skip-tokenizer-init")
         parts.worker("w0", bad)
