@@ -232,7 +232,7 @@ static const moe_option_row rows[] = {
     {"data", TEXT, TEXTS, "Texts", NULL, 0, 0, NULL, "FILE", "texts, one {\"domain\", \"text\"} a line (required)"},
     {"limit", INT, TEXTS, "Texts", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
     {"output", TEXT, TRAIN | DIGEST, "Texts", NULL, 0, 0, NULL, "FILE",
-     "file to write; train-pregate: required, -o FILE means the same; digest: default MODEL/expert-digests.json"},
+     "file to write, -o for short; train-pregate: required; digest: default MODEL/expert-digests.json"},
     {"valid", TEXT, TRAIN, "Texts", NULL, 0, 0, NULL, "FILE",
      "texts on which the result is measured; default: those of --data that are held out, one of 20"},
     {"epochs", INT, TRAIN, "Texts", "10", 1, 1000, NULL, "N", "passes over the samples at most; fewer where they no longer help"},
