@@ -142,7 +142,8 @@ static void test_epoch_survives_store_and_router(void **state) {
     uint64_t before = sim->newest_epoch;
     assert_true(before >= 2);
     moe_memory_hub_wipe(sim->memory);
-    sim_restart_router(sim);
+    sim_stop_router(sim, 0, false);
+    sim_start_router(sim, 0);
     assert_true(sim_run_until_healed(sim, 60 * MOE_NS_PER_S));
     assert_true(sim->newest_epoch > before);
     sim_submit_greedy(sim, 2);
@@ -158,7 +159,7 @@ static void test_cancel_ends_a_request_at_once(void **state) {
     sim_submit_greedy(sim, 2);
     for (int32_t i = 0; i < 1000 && sim->requests[0].num_tokens == 0; i++) sim_run(sim, 1); /* a step each */
     assert_in_range(sim->requests[0].num_tokens, 1, SIM_GREEDY_TOKENS - 1);
-    moe_engine_cancel(sim->engine, sim->requests[0].id);
+    moe_engine_cancel(sim->routers[0].engine, sim->requests[0].id);
     sim_run(sim, 50 * MOE_NS_PER_MS);
     assert_int_equal(sim->requests[0].terminal_events, 1);
     assert_int_equal(sim->requests[0].status, MOE_CANCELLED);
@@ -248,7 +249,7 @@ static void test_polled_backend(void **state) {
 /* How the rows of each layer fall on its experts: loads decay with time, shares do not. */
 static void expert_shares(const sim_cluster *sim, double *shares) {
     const moe_model_config *c = &sim->config.model->config;
-    moe_engine_get_loads(sim->engine, shares);
+    moe_engine_get_loads(sim->routers[0].engine, shares);
     for (int32_t l = 0; l < c->num_moe_layers; l++) {
         double sum = 0;
         for (int32_t e = 0; e < c->num_experts; e++) sum += shares[l * c->num_experts + e];
@@ -300,7 +301,7 @@ static void test_local_step_failures(void **state) {
     polled.spoil_local = 5;
     sim_submit_greedy(sim, 3);
     for (int32_t i = 0; i < 1000 && sim->requests[2].num_tokens < 2; i++) sim_run(sim, 1);
-    moe_engine_cancel(sim->engine, sim->requests[2].id);
+    moe_engine_cancel(sim->routers[0].engine, sim->requests[2].id);
     assert_true(sim_run_until_idle(sim, 60 * MOE_NS_PER_S));
     assert_int_equal(sim->requests[0].finish, MOE_FINISH_ERROR);
     assert_int_equal(sim->requests[0].status, MOE_INTERNAL);
@@ -322,10 +323,10 @@ static void test_profiles_are_not_mixed(void **state) {
     assert_int_equal(moe_cpu_open(&(moe_cpu_config){.dtype = MOE_BF16}, &config.worker_backend, &err), MOE_OK);
     sim_cluster *sim = sim_new(&config);
     moe_engine_view *view = calloc(1, sizeof *view);
-    moe_engine_get_view(sim->engine, view);
+    moe_engine_get_view(sim->routers[0].engine, view);
     assert_false(view->ready);
     for (int32_t i = 0; i < view->num_workers; i++) assert_false(view->workers[i].up);
-    if (sim_submit(sim, sim_fx.prompt, SIM_PROMPT_TOKENS, SIM_GREEDY_TOKENS, &refused) >= 0) {
+    if (sim_submit(sim, 0, sim_fx.prompt, SIM_PROMPT_TOKENS, SIM_GREEDY_TOKENS, &refused) >= 0) {
         assert_true(sim_run_until_idle(sim, 30 * MOE_NS_PER_S));
         assert_int_equal(sim->requests[0].finish, MOE_FINISH_ERROR);
         assert_int_equal(sim->requests[0].num_tokens, 0);

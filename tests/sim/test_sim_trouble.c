@@ -114,7 +114,7 @@ static void test_poison_request(void **state) {
 
 static const moe_engine_worker_view *view_of(sim_cluster *sim, int32_t worker) {
     static moe_engine_view view;
-    moe_engine_get_view(sim->engine, &view);
+    moe_engine_get_view(sim->routers[0].engine, &view);
     for (int32_t i = 0; i < view.num_workers; i++)
         if (strcmp(view.workers[i].id, sim->workers[worker].id) == 0) return &view.workers[i];
     return NULL;

@@ -7,8 +7,10 @@
 #include "common/alloc.h"
 
 #define SIM_START_NS (1000 * MOE_NS_PER_S)
-#define SIM_TICK_NS (2 * MOE_NS_PER_MS)  /* the clock jumps to the next delivery, by this much at most */
-#define SIM_STEP_NS (20 * MOE_NS_PER_US) /* and by this at least */
+#define SIM_TICK_NS (2 * MOE_NS_PER_MS)       /* the clock jumps to the next delivery, by this much at most */
+#define SIM_IDLE_TICK_NS (10 * MOE_NS_PER_MS) /* or this, where no request is live */
+#define SIM_LOOK_NS (20 * MOE_NS_PER_MS)      /* between two looks at whether the cluster is healed */
+#define SIM_STEP_NS (20 * MOE_NS_PER_US)      /* and by this at least */
 #define SIM_BOOT_LIMIT_NS (60 * MOE_NS_PER_S)
 
 static void must(moe_status status, const moe_error *err) {
@@ -19,6 +21,15 @@ static void must(moe_status status, const moe_error *err) {
 
 static void stepped(const sim_cluster *s, moe_status status, const moe_error *err) {
     if (!s->config.starved || status != MOE_RESOURCE_EXHAUSTED) must(status, err);
+}
+
+/* ---- history ---- */
+
+typedef enum sim_event { SIM_OUTPUT, SIM_MAP, SIM_WORKER_STARTS, SIM_WORKER_DIES, SIM_ROUTER_STARTS, SIM_ROUTER_ENDS } sim_event;
+
+static void note(sim_cluster *s, sim_event event, uint64_t a, uint64_t b) {
+    const uint64_t words[] = {(uint64_t)s->clock.fake_now_ns, event, a, b};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) s->history = moe_mix64(s->history ^ words[i]);
 }
 
 /* ---- parts ---- */
@@ -55,12 +66,14 @@ static void start_worker(sim_cluster *s, int32_t index) {
                                             .model_digest = s->config.model->digest,
                                             .pid = index + 1};
     must(moe_registration_new(&registration, &w->registration, &err), &err);
+    note(s, SIM_WORKER_STARTS, (uint64_t)index, incarnation);
 }
 
 /* As kill -9: nothing is taken leave of. */
 void sim_kill(sim_cluster *s, int32_t index) {
     sim_worker *w = &s->workers[index];
     if (!w->worker) return;
+    note(s, SIM_WORKER_DIES, (uint64_t)index, 0);
     moe_registration_free(&w->registration);
     moe_worker_free(&w->worker);
     w->transport->ops->close(w->transport);
@@ -71,8 +84,10 @@ void sim_restart(sim_cluster *s, int32_t index) {
     if (!s->workers[index].worker) start_worker(s, index);
 }
 
-static void check_map(sim_cluster *s, const moe_placement *map) {
-    s->epoch_fell = s->epoch_fell || map->epoch < s->newest_epoch;
+static void check_map(sim_router *router, const moe_placement *map) {
+    sim_cluster *s = router->sim;
+    s->epoch_fell = s->epoch_fell || map->epoch < router->epoch;
+    router->epoch = map->epoch > router->epoch ? map->epoch : router->epoch;
     s->newest_epoch = map->epoch > s->newest_epoch ? map->epoch : s->newest_epoch;
     for (int64_t i = 0; i < (int64_t)map->num_layers * map->num_experts; i++) {
         bool ready = false;
@@ -83,30 +98,39 @@ static void check_map(sim_cluster *s, const moe_placement *map) {
 }
 
 static void on_map(void *ctx, moe_placement *map) {
-    sim_cluster *s = ctx;
-    check_map(s, map);
-    moe_engine_set_placement(s->engine, map);
+    sim_router *r = ctx;
+    check_map(r, map);
+    note(r->sim, SIM_MAP, (uint64_t)(r - r->sim->routers), map->epoch);
+    moe_engine_set_placement(r->engine, map);
 }
 
+static uint64_t routing_epoch(void *ctx) { return moe_engine_routing_epoch(((sim_router *)ctx)->engine); }
+
 static moe_expert *const *local_experts(void *ctx) {
-    sim_cluster *s = ctx;
+    const sim_cluster *s = ctx;
     return s->workers[0].worker ? moe_worker_lend_experts(s->workers[0].worker) : NULL;
 }
 
-static void start_router(sim_cluster *s) {
+void sim_start_router(sim_cluster *s, int32_t index) {
     moe_error err;
+    sim_router *r = &s->routers[index];
     const moe_model_config *m = &s->config.model->config;
-    must(moe_inproc_open(s->hub, &s->engine_transport, &err), &err);
-    must(moe_inproc_open(s->hub, &s->controller_transport, &err), &err);
-    must(moe_memory_open(s->memory, &s->store, &err), &err);
+    uint64_t incarnation = moe_random_next(&s->random) | 1;
+    if (r->engine) return;
+    note(s, SIM_ROUTER_STARTS, (uint64_t)index, incarnation);
+    r->sim = s;
+    snprintf(r->id, sizeof r->id, "r%d", index);
+    must(moe_inproc_open(s->hub, &r->engine_transport, &err), &err);
+    must(moe_inproc_open(s->hub, &r->controller_transport, &err), &err);
+    must(moe_memory_open(s->memory, &r->store, &err), &err);
     moe_engine_config engine = {.model = s->config.model,
                                 .backend = s->config.backend,
-                                .transports = &s->engine_transport,
+                                .transports = &r->engine_transport,
                                 .num_transports = 1,
                                 .clock = &s->clock,
                                 .cluster_uuid = s->uuid,
-                                .id = "r0",
-                                .incarnation = 99,
+                                .id = r->id,
+                                .incarnation = incarnation,
                                 .gating = s->config.gating,
                                 .combine = s->config.combine,
                                 .max_num_seqs = 16,
@@ -120,17 +144,20 @@ static void start_router(sim_cluster *s) {
                                 .suspect_after_ns = 300 * MOE_NS_PER_MS,
                                 .local_experts = s->config.local ? local_experts : NULL,
                                 .local_worker = s};
-    must(moe_engine_new(&engine, &s->engine, &err), &err);
-    moe_controller_config controller = {.store = s->store,
-                                        .transport = s->controller_transport,
+    must(moe_engine_new(&engine, &r->engine, &err), &err);
+    moe_controller_config controller = {.store = r->store,
+                                        .transport = r->controller_transport,
                                         .clock = &s->clock,
                                         .cluster_uuid = s->uuid,
-                                        .id = "r0",
+                                        .id = r->id,
                                         .endpoint = "",
                                         .host = "sim",
-                                        .incarnation = 99,
+                                        .incarnation = incarnation,
                                         .model_digest = s->config.model->digest,
                                         .pid = 1,
+                                        .new_cluster = s->config.new_cluster && s->newest_epoch == 0,
+                                        .balance = s->config.balance,
+                                        .routing_epoch = routing_epoch,
                                         .num_moe_layers = m->num_moe_layers,
                                         .num_experts = m->num_experts,
                                         .replicas = s->config.replicas,
@@ -139,29 +166,33 @@ static void start_router(sim_cluster *s) {
                                         .layout_seed = s->config.seed,
                                         .state_dir = s->config.state_dir,
                                         .on_map = on_map,
-                                        .ctx = s};
-    must(moe_controller_new(&controller, &s->controller, &err), &err);
+                                        .ctx = r};
+    must(moe_controller_new(&controller, &r->controller, &err), &err);
 }
 
-static void stop_router(sim_cluster *s) {
-    moe_engine_free(&s->engine);
-    moe_controller_free(&s->controller);
-    s->engine_transport->ops->close(s->engine_transport);
-    s->controller_transport->ops->close(s->controller_transport);
-    s->store->ops->close(s->store);
-}
-
-void sim_restart_router(sim_cluster *s) {
-    stop_router(s);
-    start_router(s);
+void sim_stop_router(sim_cluster *s, int32_t index, bool resigns) {
+    sim_router *r = &s->routers[index];
+    if (!r->engine) return;
+    note(s, SIM_ROUTER_ENDS, (uint64_t)index, resigns);
+    for (int32_t i = 0; i < s->num_requests; i++)
+        if (s->requests[i].router == index && s->requests[i].terminal_events == 0) s->requests[i].abandoned = true;
+    if (resigns) moe_controller_resign(r->controller);
+    moe_engine_free(&r->engine);
+    moe_controller_free(&r->controller);
+    r->engine_transport->ops->close(r->engine_transport);
+    r->controller_transport->ops->close(r->controller_transport);
+    r->store->ops->close(r->store);
 }
 
 /* ---- time ---- */
 
 static void step_all(sim_cluster *s) {
     moe_error err;
-    stepped(s, moe_engine_step(s->engine, 0, &err), &err);
-    stepped(s, moe_controller_step(s->controller, 0, &err), &err);
+    for (int32_t i = 0; i < SIM_MAX_ROUTERS; i++) {
+        if (!s->routers[i].engine) continue;
+        stepped(s, moe_engine_step(s->routers[i].engine, 0, &err), &err);
+        stepped(s, moe_controller_step(s->routers[i].controller, 0, &err), &err);
+    }
     for (int32_t i = 0; i < s->config.workers; i++) {
         sim_worker *w = &s->workers[i];
         if (!w->worker) continue;
@@ -169,7 +200,7 @@ static void step_all(sim_cluster *s) {
         if (moe_registration_next_ns(w->registration) <= s->clock.fake_now_ns) moe_registration_step(w->registration, &err);
     }
     int64_t now = s->clock.fake_now_ns, due = moe_inproc_next_due_ns(s->hub);
-    int64_t next = due < now + SIM_TICK_NS ? due : now + SIM_TICK_NS;
+    int64_t tick = s->num_live ? SIM_TICK_NS : SIM_IDLE_TICK_NS, next = due < now + tick ? due : now + tick;
     s->clock.fake_now_ns = next > now + SIM_STEP_NS ? next : now + SIM_STEP_NS;
 }
 
@@ -177,35 +208,39 @@ void sim_run(sim_cluster *s, int64_t ns) {
     for (int64_t until = s->clock.fake_now_ns + ns; s->clock.fake_now_ns < until;) step_all(s);
 }
 
-static bool run_until(sim_cluster *s, bool (*condition)(sim_cluster *), int64_t limit_ns) {
-    for (int64_t until = s->clock.fake_now_ns + limit_ns; s->clock.fake_now_ns < until;) {
-        if (condition(s)) return true;
-        step_all(s);
-    }
-    return condition(s);
+bool sim_run_until_idle(sim_cluster *s, int64_t limit_ns) {
+    for (int64_t until = s->clock.fake_now_ns + limit_ns; s->num_live && s->clock.fake_now_ns < until;) step_all(s);
+    return s->num_live == 0;
 }
 
-static bool idle(sim_cluster *s) {
-    for (int32_t i = 0; i < s->num_requests; i++)
-        if (s->requests[i].terminal_events == 0) return false;
-    return true;
-}
-
-static bool healed(sim_cluster *s) {
-    moe_engine_view *view = moe_calloc(1, sizeof *view);
-    moe_controller_view *control = moe_calloc(1, sizeof *control);
-    moe_engine_get_view(s->engine, view);
-    moe_controller_get_view(s->controller, control);
+static bool healed_at(const sim_cluster *s, const sim_router *r, moe_engine_view *view, moe_controller_view *control) {
+    moe_engine_get_view(r->engine, view);
+    moe_controller_get_view(r->controller, control);
     bool all = view->ready && view->epoch == control->epoch && view->epoch > 0;
     for (int32_t l = 0; l < control->num_layers; l++) all = all && control->min_replicas[l] >= s->config.replicas;
     for (int32_t i = 0; i < view->num_workers; i++) all = all && view->workers[i].up;
+    return all;
+}
+
+static bool healed(const sim_cluster *s) {
+    moe_engine_view *view = moe_calloc(1, sizeof *view);
+    moe_controller_view *control = moe_calloc(1, sizeof *control);
+    bool all = view && control;
+    for (int32_t i = 0; i < SIM_MAX_ROUTERS; i++)
+        if (s->routers[i].engine) all = all && healed_at(s, &s->routers[i], view, control);
     moe_free(view);
     moe_free(control);
     return all;
 }
 
-bool sim_run_until_idle(sim_cluster *s, int64_t limit_ns) { return run_until(s, idle, limit_ns); }
-bool sim_run_until_healed(sim_cluster *s, int64_t limit_ns) { return run_until(s, healed, limit_ns); }
+bool sim_run_until_healed(sim_cluster *s, int64_t limit_ns) {
+    int64_t until = s->clock.fake_now_ns + limit_ns;
+    while (!healed(s)) {
+        if (s->clock.fake_now_ns >= until) return false;
+        sim_run(s, SIM_LOOK_NS);
+    }
+    return true;
+}
 
 /* ---- the cluster ---- */
 
@@ -219,7 +254,7 @@ sim_cluster *sim_new(const sim_config *config) {
     snprintf(s->uuid, sizeof s->uuid, "00000000-0000-4000-8000-%012llx", (unsigned long long)config->seed & 0xffffffffffffULL);
     must(moe_inproc_hub_new(&s->clock, config->seed, &s->hub, &err), &err);
     must(moe_memory_hub_new(&s->clock, &s->memory, &err), &err);
-    start_router(s);
+    for (int32_t i = 0; i < (config->routers ? config->routers : 1); i++) sim_start_router(s, i);
     for (int32_t i = 0; i < config->workers; i++) {
         snprintf(s->workers[i].id, sizeof s->workers[i].id, "w%d", i);
         snprintf(s->workers[i].endpoint, sizeof s->workers[i].endpoint, "inproc:w%d", i);
@@ -237,7 +272,7 @@ sim_cluster *sim_new(const sim_config *config) {
 void sim_free(sim_cluster **sim) {
     sim_cluster *s = *sim;
     *sim = NULL;
-    stop_router(s);
+    for (int32_t i = 0; i < SIM_MAX_ROUTERS; i++) sim_stop_router(s, i, false);
     for (int32_t i = 0; i < s->config.workers; i++) sim_kill(s, i);
     moe_memory_hub_free(&s->memory);
     moe_inproc_hub_free(&s->hub);
@@ -246,16 +281,18 @@ void sim_free(sim_cluster **sim) {
 
 static void on_output(void *ctx, const moe_output *output) {
     sim_request *r = ctx;
+    note(r->sim, SIM_OUTPUT, (uint64_t)(r - r->sim->requests), (uint64_t)output->finish);
     for (int32_t i = 0; i < output->num_tokens && r->num_tokens < SIM_MAX_TOKENS; i++)
         r->tokens[r->num_tokens++] = output->token_ids[i];
     if (output->finish == MOE_FINISH_NONE) return;
-    r->terminal_events++;
+    if (r->terminal_events++ == 0) r->sim->num_live--;
     r->finish = output->finish;
     r->status = output->status;
     snprintf(r->message, sizeof r->message, "%s", output->message ? output->message : "");
 }
 
-int32_t sim_submit(sim_cluster *s, const int32_t *prompt, int32_t prompt_tokens, int32_t max_tokens, moe_status *refused) {
+int32_t sim_submit(sim_cluster *s, int32_t router, const int32_t *prompt, int32_t prompt_tokens, int32_t max_tokens,
+                   moe_status *refused) {
     if (s->num_requests == SIM_MAX_REQUESTS) abort();
     sim_request *r = &s->requests[s->num_requests];
     moe_request request = {.id = "sim",
@@ -268,6 +305,11 @@ int32_t sim_submit(sim_cluster *s, const int32_t *prompt, int32_t prompt_tokens,
                                         .logprobs = -1,
                                         .prompt_logprobs = -1}};
     moe_error err;
-    *refused = moe_engine_submit(s->engine, &request, on_output, r, &r->id, &err);
-    return *refused == MOE_OK ? s->num_requests++ : -1;
+    r->sim = s;
+    r->router = router;
+    r->max_tokens = max_tokens;
+    *refused = moe_engine_submit(s->routers[router].engine, &request, on_output, r, &r->id, &err);
+    if (*refused != MOE_OK) return -1;
+    s->num_live++;
+    return s->num_requests++;
 }

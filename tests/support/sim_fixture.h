@@ -2,7 +2,8 @@
  *   O1 the tokens of a request are those of the fault-free run, which are transformers' (expected.json): sim_check
  *   O2 every accepted request gets exactly one terminal event: sim_check
  *   O3 memory, descriptors and threads return to what they were: sim_free and the sanitizer builds
- *   O4 the epoch never falls, every published map has a READY replica of each expert: on_map of sim_cluster.c, told by sim_check */
+ *   O4 the epoch never falls, every published map has a READY replica of each expert: on_map of sim_cluster.c, told by sim_check
+ */
 #pragma once
 #include "tests/support/sim_cluster.h"
 
@@ -24,11 +25,11 @@ int sim_fixture_close(void **state);
 /* 3 workers, 2 replicas, 2 micro-batches. */
 sim_config sim_fixture_config(uint64_t seed);
 
-/* Submits the fixture's prompt so many times. */
+/* Submits the fixture's prompt so many times, to router 0. */
 void sim_submit_greedy(sim_cluster *sim, int32_t count);
 
-/* O1, O2 and O4 over the requests from `first` on, all of which have ended. Those that failed did so for want of replicas. Returns
- * how many got all their tokens. */
+/* O1, O2 and O4 over the requests from `first` on, all of which have ended. Those that failed did so for want of replicas, or
+ * because their router went away. Returns how many got all their tokens. */
 int32_t sim_check(const sim_cluster *sim, int32_t first);
 /* And none failed. */
 void sim_check_all_right(const sim_cluster *sim, int32_t first);

@@ -29,7 +29,7 @@ static bool request(sim_cluster *sim) {
     moe_status refused;
     sim->num_requests = 0;
     memset(&sim->requests[0], 0, sizeof sim->requests[0]);
-    if (sim_submit(sim, sim_fx.prompt, SIM_PROMPT_TOKENS, TOKENS, &refused) < 0) {
+    if (sim_submit(sim, 0, sim_fx.prompt, SIM_PROMPT_TOKENS, TOKENS, &refused) < 0) {
         assert_int_equal(refused, MOE_RESOURCE_EXHAUSTED);
         return false;
     }
@@ -126,7 +126,8 @@ static void test_cut_snapshot(void **state) {
     char *whole = moe_test_read_file(path, &size);
     for (size_t length = 0; length <= size; length = length == size ? size + 1 : length + 37 < size ? length + 37 : size) {
         moe_test_write_file(&dir, "placement.json", whole, length);
-        sim_restart_router(sim);
+        sim_stop_router(sim, 0, false);
+        sim_start_router(sim, 0);
         assert_true(sim_run_until_healed(sim, LIMIT_NS));
         assert_true(request(sim));
         assert_false(sim->map_incomplete || sim->epoch_fell);
