@@ -543,12 +543,12 @@ static void run_operation(moe_controller *c, moe_operation *op) {
         run_planned(c, op);
 }
 
-/* Workers of the map that left and have nothing in it are forgotten. */
+/* Workers of the map that left and have nothing in it are forgotten; a successor under the same id is a newcomer then. */
 static bool tidy(moe_controller *c) {
     for (int32_t w = 0; w < c->map->num_workers; w++) {
         const moe_member *m = moe_controller_member(c, c->map->workers[w].id);
         bool empty = true;
-        if (m && m->registered) continue;
+        if (moe_member_alive(m, c->map->workers[w].incarnation)) continue;
         for (int64_t i = 0; empty && i < (int64_t)c->map->num_layers * c->map->num_experts; i++)
             empty = !moe_placement_has(&c->map->entries[i], w);
         moe_placement *next = empty ? moe_placement_copy(c->map) : NULL;
@@ -582,6 +582,7 @@ static bool recover_draining(moe_controller *c) {
 void moe_controller_migrate(moe_controller *c) {
     int64_t now = moe_controller_now(c);
     if (!c->migration_known && !resume(c)) return;
+    moe_controller_forget_operations(c);
     moe_controller_cancel_drains(c);
     moe_controller_drop_leftovers(c);
     if (c->migration.phase != MOE_MIGRATION_NONE) {

@@ -18,11 +18,13 @@ static void on_operation(void *ctx, const char *key, const char *value, size_t s
     moe_error err;
     bool ok = moe_operation_from_json(value, size, &op, &err) == MOE_OK && strcmp(op.id, key + strlen("op:")) == 0 &&
               op.layer < c->config.num_moe_layers && op.expert < c->config.num_experts;
-    if (!ok || c->num_operations == MOE_MAX_OPERATIONS) return;
-    int32_t at = c->num_operations;
+    int32_t count = c->num_operations < MOE_MAX_OPERATIONS ? c->num_operations : MOE_MAX_OPERATIONS - 1;
+    if (!ok || (count < c->num_operations && !before(&op, &c->operations[count]))) return; /* too many: the oldest come first */
+    int32_t at = count;
     while (at > 0 && before(&op, &c->operations[at - 1])) at--;
-    memmove(&c->operations[at + 1], &c->operations[at], (size_t)(c->num_operations++ - at) * sizeof op);
+    memmove(&c->operations[at + 1], &c->operations[at], (size_t)(count - at) * sizeof op);
     c->operations[at] = op;
+    c->num_operations = count + 1;
 }
 
 void moe_controller_list_operations(moe_controller *c) {

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 
-from harness import BIN, Cluster, check, free_port, golden
+from harness import BIN, DEMO, Cluster, check, free_port, golden
 
 STOP_TIMEOUT_S = 60
 
@@ -48,15 +48,16 @@ def start_worker(cluster, name, *args):
 
 
 class Router(Process):
-    """A further router of the cluster, with an HTTP API of its own; the harness's methods work on it."""
+    """A further router of the cluster, with an HTTP API of its own; the harness's methods work on it. `store`: instead of the cluster's."""
     request, get, post, complete, status = Cluster.request, Cluster.get, Cluster.post, Cluster.complete, Cluster.status
 
-    def __init__(self, cluster, name, *args, port=None):
-        with open(os.path.join(cluster.run_dir, "cluster.json"), encoding="utf-8") as f:
-            file = json.load(f)
+    def __init__(self, cluster, name, *args, port=None, store=None):
         self.port = port or free_port()
-        super().__init__(cluster, name, "router", file["model"], "--store", file["redis"], "--listen",
-                         f"ipc://{cluster.run_dir}/{name}.sock", "--port", str(self.port), "--threads", "1", *args)
+        if not store:
+            with open(os.path.join(cluster.run_dir, "cluster.json"), encoding="utf-8") as f:
+                store = json.load(f)["redis"]
+        super().__init__(cluster, name, "router", DEMO, "--store", store, "--listen", f"ipc://{cluster.run_dir}/{name}.sock",
+                         "--port", str(self.port), "--threads", "1", *args)
 
     def ready(self):
         try:

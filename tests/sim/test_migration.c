@@ -149,6 +149,21 @@ static void test_drain_and_rebalance(void **state) {
     pc_close(&cluster);
 }
 
+/* Finished operations are forgotten, so that there is always room for the next. */
+static void test_many_operations(void **state) {
+    (void)state;
+    char id[MOE_OPERATION_ID_BYTES];
+    open_cluster(1, ROUTERS, 2, false);
+    for (int i = 0; i < 3 * MOE_MAX_OPERATIONS; i++) {
+        moe_operation op = {.kind = MOE_OP_REBALANCE};
+        snprintf(op.id, sizeof op.id, "rebalance-%d", i);
+        submit(i % ROUTERS, &op, id);
+        assert_int_equal(await(id)->state, MOE_OP_DONE);
+    }
+    assert_true(pc_view(&cluster, 0)->num_operations <= MOE_MAX_OPERATIONS);
+    pc_close(&cluster);
+}
+
 static bool drain_is_stuck(pc_cluster *c) {
     const moe_operation *drain = find_operation(pc_leader(c), "stuck");
     return drain && strstr(drain->error, "no other worker has room");
@@ -207,6 +222,22 @@ static void test_join_and_leave(void **state) {
     pc_run_ms(&cluster, 20000);
     assert_true(pc_tidy(&cluster));
     assert_int_equal(cluster.routers[0].map->num_workers, 2); /* they are forgotten */
+    pc_close(&cluster);
+}
+
+static bool w1_empty(pc_cluster *c) { return pc_tidy(c) && total_at("w1") == 0 && !c->workers[1].held[0]; }
+static bool w1_filled(pc_cluster *c) { return pc_tidy(c) && total_at("w1") >= TOTAL / 3; }
+
+/* A rolling restart: a worker that handed everything over comes back under its id before anybody noticed that it was gone. */
+static void test_restart_after_leaving(void **state) {
+    (void)state;
+    open_cluster(2, ROUTERS, 3, true);
+    cluster.workers[1].leaving = true;
+    pc_run_until(&cluster, w1_empty, 20000);
+    pc_worker_crash(&cluster, 1);
+    cluster.workers[1].leaving = false;
+    pc_worker_start(&cluster, 1);
+    pc_run_until(&cluster, w1_filled, 20000);
     pc_close(&cluster);
 }
 
@@ -402,7 +433,9 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_move_and_replicate), cmocka_unit_test(test_bad_operations_are_refused),
         cmocka_unit_test(test_drain_and_rebalance), cmocka_unit_test(test_undrain),
+        cmocka_unit_test(test_many_operations),
         cmocka_unit_test(test_join_and_leave),      cmocka_unit_test(test_leaver_that_gives_up),
+        cmocka_unit_test(test_restart_after_leaving),
         cmocka_unit_test(test_death_heals),         cmocka_unit_test(test_slow_router),
         cmocka_unit_test(test_hot_expert),          cmocka_unit_test(test_crash_matrix),
     };
