@@ -239,11 +239,15 @@ moe_status moe_engine_step(moe_engine *e, int64_t deadline_ns, moe_error *err) {
     int64_t until_ns = poll_jobs(e) ? 0 : sleep_until(e, deadline_ns);
     for (int32_t i = 0; i < e->config.num_transports && status == MOE_OK; i++)
         status = moe_rpc_step(e->channels[i].rpc, i == 0 ? until_ns : 0, err);
-    inbox_take(e);
     workers_forgive(e, engine_now(e));
-    while (advance_all(e)) continue;
+    /* Steps may end inside their submission, one after another: requests come and go between them all the same. */
+    bool moved;
+    do {
+        inbox_take(e);
+        moved = advance_all(e);
+        view_refresh(e, engine_now(e));
+    } while (moved);
     if (e->config.step_local_worker) e->local_work = e->config.step_local_worker(e->config.local_worker);
-    view_refresh(e, engine_now(e));
     return status;
 }
 
