@@ -27,6 +27,7 @@ static moe_status no_memory(moe_error *err) { return moe_fail(err, MOE_RESOURCE_
 
 static moe_http_call call_of(const moe_chat_client *c, const char *path) {
     return (moe_http_call){.url = c->config.url,
+                           .ca_file = c->config.ca_file,
                            .path = path,
                            .key = c->config.key,
                            .silence_ns = c->config.silence_ns,

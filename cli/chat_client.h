@@ -7,6 +7,7 @@
 
 typedef struct moe_chat_client_config { /* texts borrowed for the client's life */
     const char *url;
+    const char *ca_file; /* https: as of moe_tls_client */
     const char *key;    /* API key; NULL: none */
     const char *system; /* system message; NULL: none */
     bool has_temperature, has_seed;

@@ -138,6 +138,7 @@ int moe_command_chat(const moe_options *options) {
     s.interrupts = s.terminal ? open_interrupts() : -1;
     moe_error err;
     moe_chat_client_config config = {.url = moe_option_text(options, "url"),
+                                     .ca_file = moe_option_text(options, "ssl-ca-certs"),
                                      .system = moe_option_text(options, "system"),
                                      .has_temperature = moe_option_given(options, "temperature"),
                                      .has_seed = moe_option_given(options, "seed"),

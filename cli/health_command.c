@@ -28,8 +28,16 @@ static const char *reachable(const char *host) {
 static moe_status get(const moe_options *o, const char *path, const char *key, moe_buf *body, moe_error *err) {
     char url[512], text[MOE_ERROR_MESSAGE_BYTES / 2];
     int http_status = 0;
-    snprintf(url, sizeof url, "http://%.400s:%d", reachable(moe_option_text(o, "host")), (int)moe_option_int(o, "port"));
-    moe_http_call call = {.url = url, .path = path, .key = key, .silence_ns = HEALTH_TIMEOUT_NS, .cancel_fd = -1};
+    const char *certificate = moe_option_text(o, "ssl-certfile");
+    snprintf(url, sizeof url, "http%s://%.400s:%d", certificate ? "s" : "", reachable(moe_option_text(o, "host")),
+             (int)moe_option_int(o, "port"));
+    moe_http_call call = {.url = url,
+                          .ca_file = certificate,
+                          .any_host = true, /* by the very certificate, which names the service, not this machine's loopback */
+                          .path = path,
+                          .key = key,
+                          .silence_ns = HEALTH_TIMEOUT_NS,
+                          .cancel_fd = -1};
     moe_status status = moe_http_run(&call, &http_status, body, err);
     if (status != MOE_OK || http_status == 200) return status;
     moe_http_error_text(moe_buf_text(body), text, sizeof text);

@@ -13,15 +13,22 @@
 #include <unistd.h>
 
 #include "common/clock.h"
+#include "common/tls.h"
 
 #define MAX_HOST_BYTES 256
 #define READ_BYTES 16384
 
 typedef struct target {
+    bool tls;
     char host[MAX_HOST_BYTES], port[8];
     const char *prefix; /* path of the URL, without a trailing slash */
     int prefix_bytes;
 } target;
+
+typedef struct connection {
+    int fd;
+    moe_tls_session *session; /* NULL: plain */
+} connection;
 
 /* How the end of a body is known. */
 typedef enum framing { UNTIL_CLOSE, BY_LENGTH, CHUNKED } framing;
@@ -38,12 +45,14 @@ typedef struct answer {
 /* ---- URL ---- */
 
 static moe_status bad_url(const char *url, moe_error *err) {
-    return moe_fail(err, MOE_INVALID_ARGUMENT, "'%s' is not a URL of the form http://host:port (TLS is not built in)", url);
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "'%s' is not a URL of the form http://host:port or https://host:port", url);
 }
 
 static moe_status parse_url(const char *url, target *out, moe_error *err) {
-    const char *at = url + strlen("http://");
-    if (strncasecmp(url, "http://", strlen("http://")) != 0) return bad_url(url, err);
+    static const char *const schemes[] = {"http://", "https://"};
+    out->tls = strncasecmp(url, schemes[1], strlen(schemes[1])) == 0;
+    const char *scheme = schemes[out->tls], *at = url + strlen(scheme);
+    if (strncasecmp(url, scheme, strlen(scheme)) != 0) return bad_url(url, err);
     bool bracketed = *at == '['; /* an IPv6 address */
     at += bracketed;
     size_t host = strcspn(at, bracketed ? "]" : ":/");
@@ -53,7 +62,7 @@ static moe_status parse_url(const char *url, target *out, moe_error *err) {
     at += host + bracketed;
     size_t digits = *at == ':' ? strspn(at + 1, "0123456789") : 0;
     if (digits >= sizeof out->port - 1) return bad_url(url, err);
-    memcpy(out->port, "80", sizeof "80");
+    snprintf(out->port, sizeof out->port, "%d", out->tls ? 443 : 80);
     if (digits > 0) {
         memcpy(out->port, at + 1, digits);
         out->port[digits] = '\0';
@@ -120,30 +129,46 @@ static moe_status connect_to(const moe_http_call *call, const target *to, int *f
     return status;
 }
 
-static moe_status send_all(const moe_http_call *call, int fd, const moe_buf *text, moe_error *err) {
+/* send and recv of either kind: bytes, 0 at the end, or -1: with *wait the events to wait for, else with *err. */
+static ssize_t plain_outcome(const moe_http_call *call, ssize_t done, short events, short *wait, moe_error *err) {
+    *wait = done < 0 && (errno == EAGAIN || errno == EINTR) ? events : 0;
+    if (done < 0 && !*wait) moe_fail(err, MOE_UNAVAILABLE, "%s: %s", call->url, strerror(errno));
+    return done;
+}
+
+static ssize_t send_some(const moe_http_call *call, const connection *c, const char *data, size_t size, short *wait, moe_error *err) {
+    if (c->session) return moe_tls_send(c->session, data, size, wait, err);
+    return plain_outcome(call, send(c->fd, data, size, MSG_NOSIGNAL), POLLOUT, wait, err);
+}
+
+static ssize_t receive_some(const moe_http_call *call, const connection *c, char *data, size_t size, short *wait, moe_error *err) {
+    if (c->session) return moe_tls_recv(c->session, data, size, wait, err);
+    return plain_outcome(call, recv(c->fd, data, size, 0), POLLIN, wait, err);
+}
+
+static moe_status send_all(const moe_http_call *call, const connection *c, const moe_buf *text, moe_error *err) {
     for (size_t at = 0; at < text->size;) {
-        ssize_t sent = send(fd, text->data + at, text->size - at, MSG_NOSIGNAL);
-        if (sent > 0) {
-            at += (size_t)sent;
-        } else if (errno == EAGAIN || errno == EINTR) {
-            moe_status status = await(call, fd, POLLOUT, err);
-            if (status != MOE_OK) return status;
-        } else {
-            return moe_fail(err, MOE_UNAVAILABLE, "%s: %s", call->url, strerror(errno));
-        }
+        short wait;
+        ssize_t sent = send_some(call, c, text->data + at, text->size - at, &wait, err);
+        if (sent < 0 && !wait) return err->code;
+        if (sent == 0) return moe_fail(err, MOE_UNAVAILABLE, "%s closed the connection", call->url);
+        if (sent > 0) at += (size_t)sent;
+        moe_status status = wait ? await(call, c->fd, wait, err) : MOE_OK;
+        if (status != MOE_OK) return status;
     }
     return MOE_OK;
 }
 
 /* Appends what has come to `pending`; *closed at the end of the connection. */
-static moe_status receive(const moe_http_call *call, int fd, moe_buf *pending, bool *closed, moe_error *err) {
+static moe_status receive(const moe_http_call *call, const connection *c, moe_buf *pending, bool *closed, moe_error *err) {
     char block[READ_BYTES];
     for (;;) {
-        moe_status status = await(call, fd, POLLIN, err);
+        short wait;
+        ssize_t got = receive_some(call, c, block, sizeof block, &wait, err);
+        if (got < 0 && !wait) return err->code;
+        moe_status status = wait ? await(call, c->fd, wait, err) : MOE_OK;
         if (status != MOE_OK) return status;
-        ssize_t got = recv(fd, block, sizeof block, 0);
-        if (got < 0 && (errno == EAGAIN || errno == EINTR)) continue;
-        if (got < 0) return moe_fail(err, MOE_UNAVAILABLE, "%s: %s", call->url, strerror(errno));
+        if (wait) continue;
         *closed = got == 0;
         moe_buf_append(pending, block, (size_t)got);
         return pending->failed ? moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory") : MOE_OK;
@@ -259,11 +284,11 @@ static moe_status read_body(const moe_http_call *call, answer *a, moe_buf *body,
     return status;
 }
 
-static moe_status read_answer(const moe_http_call *call, int fd, int *http_status, moe_buf *body, moe_error *err) {
+static moe_status read_answer(const moe_http_call *call, const connection *c, int *http_status, moe_buf *body, moe_error *err) {
     answer a = {0};
     moe_status status = MOE_OK;
     for (bool closed = false; !a.ended && status == MOE_OK;) {
-        status = receive(call, fd, &a.pending, &closed, err);
+        status = receive(call, c, &a.pending, &closed, err);
         if (status == MOE_OK && a.status == 0) status = read_head(call, &a, err);
         *http_status = a.status;
         if (status == MOE_OK && a.status != 0) status = read_body(call, &a, body, err);
@@ -287,19 +312,29 @@ static void write_request(const moe_http_call *call, const target *to, moe_buf *
     if (call->body) moe_buf_append_text(out, call->body);
 }
 
+static moe_status open_connection(const moe_http_call *call, const target *to, connection *c, moe_error *err) {
+    moe_tls *tls = NULL;
+    moe_status status = to->tls ? moe_tls_client(call->ca_file, &tls, err) : MOE_OK;
+    if (status == MOE_OK) status = connect_to(call, to, &c->fd, err);
+    if (status == MOE_OK && tls) status = moe_tls_connect(tls, c->fd, call->any_host ? NULL : to->host, &c->session, err);
+    moe_tls_free(&tls);
+    return status;
+}
+
 moe_status moe_http_run(const moe_http_call *call, int *http_status, moe_buf *body, moe_error *err) {
     target to;
-    int fd = -1;
+    connection c = {.fd = -1};
     moe_buf request = {0};
     *http_status = 0;
     moe_status status = parse_url(call->url, &to, err);
     if (status != MOE_OK) return status;
     write_request(call, &to, &request);
     if (request.failed) status = moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
-    if (status == MOE_OK) status = connect_to(call, &to, &fd, err);
-    if (status == MOE_OK) status = send_all(call, fd, &request, err);
-    if (status == MOE_OK) status = read_answer(call, fd, http_status, body, err);
-    if (fd >= 0) close(fd);
+    if (status == MOE_OK) status = open_connection(call, &to, &c, err);
+    if (status == MOE_OK) status = send_all(call, &c, &request, err);
+    if (status == MOE_OK) status = read_answer(call, &c, http_status, body, err);
+    moe_tls_session_free(&c.session);
+    if (c.fd >= 0) close(c.fd);
     moe_buf_free(&request);
     return status;
 }

@@ -1,4 +1,4 @@
-/* The HTTP client of `moesaic status` and `moesaic chat`: one request a connection, blocking, bounded. http:// only. */
+/* The HTTP client of `moesaic status` and `moesaic chat`: one request a connection, blocking, bounded. */
 #pragma once
 #include "common/buf.h"
 #include "common/status.h"
@@ -7,7 +7,9 @@
 #define MOE_HTTP_CLIENT_MAX_BODY_BYTES ((size_t)64 << 20) /* of an answer that is collected */
 
 typedef struct moe_http_call {
-    const char *url;    /* "http://host[:port]", a path behind it is put before `path` */
+    const char *url;    /* "http[s]://host[:port]", a path behind it is put before `path` */
+    const char *ca_file; /* https: as of moe_tls_client */
+    bool any_host;      /* https: a trusted certificate is enough, whichever host it names */
     const char *path;   /* "/v1/models" */
     const char *key;    /* sent as a Bearer token; NULL: none */
     const char *body;   /* JSON to POST; NULL: GET */
@@ -20,7 +22,8 @@ typedef struct moe_http_call {
 } moe_http_call;
 
 /* *http_status is set once an answer began. `body` receives what on_data does not. UNAVAILABLE: nobody there, or the connection
- * broke; DEADLINE_EXCEEDED; CANCELLED; INVALID_ARGUMENT: the URL; DATA_LOSS: not HTTP, or too long. Any thread. */
+ * broke; DEADLINE_EXCEEDED; CANCELLED; INVALID_ARGUMENT: the URL; DATA_LOSS: not HTTP, or too long; UNAUTHENTICATED: the server's
+ * certificate; errors of moe_tls_client. Any thread. */
 moe_status moe_http_run(const moe_http_call *call, int *http_status, moe_buf *body, moe_error *err);
 
 /* The text of an OpenAI error body, or the whole body where it is none; into out (cut to fit). */

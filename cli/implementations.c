@@ -48,6 +48,13 @@ moe_status moe_backend_tune(const moe_backend_config *config, const moe_model_co
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--tune: needs --backend cuda and --tune-file FILE");
     return moe_cuda_tune_experts(&cuda, model->hidden, model->expert_intermediate, model->num_experts, err);
 }
+
+static moe_status cuda_devices(moe_device_name names[MOE_MAX_DEVICES], int32_t *count, moe_error *err) {
+    moe_status status = moe_cuda_device_count(count, err);
+    if (*count > MOE_MAX_DEVICES) *count = MOE_MAX_DEVICES;
+    for (int32_t i = 0; i < *count && status == MOE_OK; i++) status = moe_cuda_device_name(i, names[i], sizeof names[i], err);
+    return status;
+}
 #else
 #define NO_CUDA                                                                                         \
     "--backend cuda: this build has no CUDA backend (it needs the CUDA toolkit when it is configured; " \
@@ -64,7 +71,20 @@ moe_status moe_backend_tune(const moe_backend_config *config, const moe_model_co
     (void)model;
     return moe_fail(err, MOE_UNIMPLEMENTED, NO_CUDA);
 }
+
+static moe_status cuda_devices(moe_device_name names[MOE_MAX_DEVICES], int32_t *count, moe_error *err) {
+    (void)names;
+    *count = 0;
+    return moe_fail(err, MOE_UNIMPLEMENTED, NO_CUDA);
+}
 #endif
+
+moe_status moe_backend_devices(const char *backend, moe_device_name names[MOE_MAX_DEVICES], int32_t *count, moe_error *err) {
+    *count = 0;
+    if (strcmp(backend, "cuda") != 0)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--devices auto: GPUs are for --backend cuda, not %s", backend);
+    return cuda_devices(names, count, err);
+}
 
 moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err) {
     moe_cpu_config cpu = {.threads = config->threads, .dtype = config->dtype, .isa = NULL};

@@ -1,5 +1,7 @@
 /* The one place that names implementations: which backend, transport and store stand behind the interfaces. */
 #pragma once
+#include "cli/device_lease.h"
+#include "cli/device_list.h"
 #include "common/backend.h"
 #include "common/clock.h"
 #include "common/store.h"
@@ -27,6 +29,10 @@ typedef struct moe_backend_config {
 
 /* Another name is INVALID_ARGUMENT, naming those built in; a dtype or device that the backend lacks is the backend's error. */
 moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err);
+
+/* The GPUs that this process sees, for --devices auto; *count at most MOE_MAX_DEVICES. INVALID_ARGUMENT: another backend than cuda;
+ * UNIMPLEMENTED: not built; UNAVAILABLE: no driver, or no GPU. */
+moe_status moe_backend_devices(const char *backend, moe_device_name names[MOE_MAX_DEVICES], int32_t *count, moe_error *err);
 
 /* Measures which kernels suit a model's experts on config->device and puts it into config->tune_file. Blocks for seconds.
  * INVALID_ARGUMENT: another backend than cuda, or no file; UNIMPLEMENTED: not built; else the backend's error. */

@@ -56,17 +56,21 @@ static moe_dtype dtype_option(const moe_options *o) {
     return strcmp(wanted, moe_dtype_name(MOE_BF16)) == 0 ? MOE_BF16 : MOE_F32;
 }
 
+moe_backend_config moe_backend_option_on(const moe_options *o, int32_t device) {
+    return (moe_backend_config){.name = moe_option_text(o, "backend"),
+                                .threads = moe_threads_option(o),
+                                .device = device,
+                                .dtype = dtype_option(o),
+                                .deterministic = moe_option_bool(o, "deterministic"),
+                                .tune_file = moe_option_text(o, "tune-file")};
+}
+
 moe_status moe_backend_option(const moe_options *o, int32_t index, moe_backend_config *out, int32_t *num_devices,
                               moe_error *err) {
     moe_device_list devices;
     moe_status status = moe_device_list_parse(moe_option_text(o, "devices"), &devices, err);
     if (status != MOE_OK) return status;
-    *out = (moe_backend_config){.name = moe_option_text(o, "backend"),
-                                .threads = moe_threads_option(o),
-                                .device = devices.ids[index % devices.count],
-                                .dtype = dtype_option(o),
-                                .deterministic = moe_option_bool(o, "deterministic"),
-                                .tune_file = moe_option_text(o, "tune-file")};
+    *out = moe_backend_option_on(o, devices.ids[index % devices.count]);
     if (num_devices) *num_devices = devices.count;
     return MOE_OK;
 }

@@ -17,6 +17,9 @@ moe_model_source moe_model_option(const moe_options *options, const char *dir);
 moe_status moe_backend_option(const moe_options *options, int32_t index, moe_backend_config *out, int32_t *num_devices,
                               moe_error *err);
 
+/* The same for a device that was found otherwise. */
+moe_backend_config moe_backend_option_on(const moe_options *options, int32_t device);
+
 /* --router-device, else the first of --devices. INVALID_ARGUMENT. */
 moe_status moe_router_device_option(const moe_options *options, int32_t *out, moe_error *err);
 

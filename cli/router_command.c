@@ -32,6 +32,10 @@ static moe_status read_options(const moe_options *o, char *id, size_t id_size, c
     c->expert_digests = moe_option_text(o, "expert-digests");
     c->http_host = moe_option_text(o, "host");
     c->http_port = (int32_t)moe_option_int(o, "port");
+    c->ssl_certfile = moe_option_text(o, "ssl-certfile");
+    c->ssl_keyfile = moe_option_text(o, "ssl-keyfile");
+    if (c->ssl_keyfile && !c->ssl_certfile)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--ssl-keyfile %s: --ssl-certfile is missing", c->ssl_keyfile);
     c->vllm_metrics = strcmp(moe_option_text(o, "metrics-compat"), "vllm") == 0;
     c->rpc_listen = moe_option_text(o, "listen");
     c->run_dir = getenv("MOESAIC_SERVE_RUN_DIR"); /* told by `serve` to its own router, as is the uuid */

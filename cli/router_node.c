@@ -284,6 +284,8 @@ static moe_status open_fronts(moe_router_node *n, moe_error *err) {
         moe_http_config http = {.host = c->http_host,
                                 .port = c->http_port,
                                 .api_key = c->api_key,
+                                .ssl_certfile = c->ssl_certfile,
+                                .ssl_keyfile = c->ssl_keyfile,
                                 .vllm_metrics = c->vllm_metrics,
                                 .inference = &n->inference,
                                 .cluster = view};

@@ -43,6 +43,7 @@ typedef struct moe_router_node_config {
     const char *http_host; /* NULL: no HTTP front */
     int32_t http_port;
     const char *api_key;
+    const char *ssl_certfile, *ssl_keyfile; /* as of moe_http_config */
     bool vllm_metrics;
     const char *rpc_listen; /* endpoint; NULL: no RPC front */
 

@@ -51,8 +51,8 @@ static moe_status prepare(supervisor *s, moe_error *err) {
                                        .listen = moe_option_text(o, "listen"),
                                        .keys = moe_option_text(o, "keys")};
     moe_status status = moe_local_cluster_prepare(&config, &s->cluster, err);
-    snprintf(s->cluster.file.url, sizeof s->cluster.file.url, "http://%s:%s", moe_option_text(o, "host"),
-             moe_option_text(o, "port"));
+    snprintf(s->cluster.file.url, sizeof s->cluster.file.url, "http%s://%s:%s",
+             moe_option_text(o, "ssl-certfile") ? "s" : "", moe_option_text(o, "host"), moe_option_text(o, "port"));
     return status;
 }
 

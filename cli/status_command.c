@@ -14,6 +14,7 @@
 static moe_status fetch(const moe_options *options, json_t **status, moe_error *err) {
     char key[MOE_SECRET_BYTES];
     moe_http_call call = {.url = moe_option_text(options, "url"),
+                          .ca_file = moe_option_text(options, "ssl-ca-certs"),
                           .path = "/cluster/status",
                           .silence_ns = SILENCE_NS,
                           .cancel_fd = -1};

@@ -6,7 +6,9 @@
 #include "cli/cluster_file.h"
 #include "cli/commands.h"
 #include "cli/cores.h"
+#include "cli/device_lease.h"
 #include "cli/device_list.h"
+#include "cli/metrics_server.h"
 #include "cli/node_options.h"
 #include "cli/signals.h"
 #include "cli/worker_node.h"
@@ -95,6 +97,9 @@ typedef struct worker_process {
     moe_model *model;
     moe_backend *reference; /* cpu-ref, for known-answer batches */
     char uuid[MOE_UUID_BYTES]; /* "" until the cluster was found */
+    moe_metrics_server *metrics; /* NULL without --metrics-port */
+    moe_device_lease lease;      /* of --devices auto */
+    moe_store *lease_store;
     int32_t num_workers;
     device_worker workers[MOE_MAX_DEVICES];
 } worker_process;
@@ -152,10 +157,39 @@ static moe_status open_worker(worker_process *p, device_worker *w, moe_error *er
     return moe_worker_node_open(&config, &w->node, err);
 }
 
+/* --devices auto: waits until one of this machine's GPUs is free; another worker may be about to end. */
+static moe_status lease_device(worker_process *p, moe_error *err) {
+    moe_device_name names[MOE_MAX_DEVICES];
+    int32_t count;
+    bool told = false;
+    moe_status status = moe_backend_devices(moe_option_text(p->options, "backend"), names, &count, err);
+    if (status == MOE_OK) status = moe_store_open(&p->settings.store, &p->lease_store, err);
+    if (status != MOE_OK) return status;
+    for (;;) {
+        status = moe_device_lease_take(p->lease_store, moe_clock_real(), names, count, p->settings.id, &p->lease, err);
+        if (status == MOE_OK) moe_info("GPU %d (%s) of %d is this worker's", p->lease.device, names[p->lease.device], count);
+        if (status != MOE_RESOURCE_EXHAUSTED && status != MOE_UNAVAILABLE) return status;
+        if (!told) moe_info("waiting for a GPU: %s", err->message);
+        told = true;
+        if (moe_signals_wait(MOE_NS_PER_S)) return moe_fail(err, MOE_CANCELLED, "stopped before a GPU was free");
+    }
+}
+
+static moe_status open_leased_worker(worker_process *p, moe_error *err) {
+    moe_status status = lease_device(p, err);
+    if (status != MOE_OK) return status;
+    device_worker *w = &p->workers[p->num_workers++];
+    moe_backend_config config = moe_backend_option_on(p->options, p->lease.device);
+    status = name_worker(&p->settings, w, config.device, true, err);
+    if (status == MOE_OK) status = moe_backend_open(&config, &w->backend, err);
+    return status == MOE_OK ? open_worker(p, w, err) : status;
+}
+
 /* One worker for each of --devices; the CPU backends have one device. */
 static moe_status open_workers(worker_process *p, moe_error *err) {
     moe_backend_config config;
     int32_t count = 1;
+    if (strcmp(moe_option_text(p->options, "devices"), "auto") == 0) return open_leased_worker(p, err);
     moe_status status = moe_backend_option(p->options, 0, &config, &count, err);
     if (status == MOE_OK && count > 1 && strcmp(config.name, "cuda") != 0)
         status = moe_fail(err, MOE_INVALID_ARGUMENT, "--devices %s: several are for --backend cuda",
@@ -170,6 +204,14 @@ static moe_status open_workers(worker_process *p, moe_error *err) {
         if (status == MOE_OK) status = moe_backend_open(&config, &w->backend, err);
         if (status == MOE_OK) status = open_worker(p, w, err);
     }
+    return status;
+}
+
+static moe_status open_metrics(worker_process *p, moe_error *err) {
+    const char *host = moe_option_text(p->options, "metrics-host");
+    if (!moe_option_given(p->options, "metrics-port")) return MOE_OK;
+    moe_status status = moe_metrics_server_start(host, (int)moe_option_int(p->options, "metrics-port"), &p->metrics, err);
+    if (status == MOE_OK) moe_info("metrics at http://%s:%d/metrics", host, moe_metrics_server_port(p->metrics));
     return status;
 }
 
@@ -193,7 +235,7 @@ static int32_t experts_held(const worker_process *p) {
 
 /* Serves on until the experts are elsewhere, no router is left, none of them was taken over for the time of --hand-over-timeout,
  * or a second signal comes. What is left then is loaded from the checkpoint by others. */
-static void hand_over(const worker_process *p) {
+static void hand_over(worker_process *p) {
     int64_t limit = moe_option_ns(p->options, "hand-over-timeout"), now = moe_now_ns(moe_clock_real()), until = now + limit,
             report_ns = now + HAND_OVER_REPORT_NS;
     int32_t least = experts_held(p);
@@ -202,6 +244,7 @@ static void hand_over(const worker_process *p) {
         if (p->workers[i].node) moe_worker_node_leave(p->workers[i].node);
     while (!all_left(p) && !moe_signals_wait(LEAVE_POLL_NS)) {
         int32_t held = experts_held(p);
+        moe_device_lease_keep(&p->lease);
         now = moe_now_ns(moe_clock_real());
         if (held < least) until = now + limit;
         if (held < least) least = held;
@@ -242,11 +285,13 @@ int moe_command_worker(const moe_options *o) {
     if (status == MOE_OK) status = moe_model_source_open(&source, &p.model, &err);
     const moe_backend_config plain = {.name = "cpu-ref", .dtype = MOE_F32};
     if (status == MOE_OK) status = moe_backend_open(&plain, &p.reference, &err);
+    if (status == MOE_OK) status = open_metrics(&p, &err);
     if (status == MOE_OK) status = open_workers(&p, &err);
     bool defective = false;
     for (int watch = 1; status == MOE_OK && !defective && !moe_signals_wait(WATCH_NS); watch++) {
         for (int32_t i = 0; i < p.num_workers; i++) moe_worker_node_remember(p.workers[i].node);
         defective = quarantine_defective(&p);
+        moe_device_lease_keep(&p.lease);
         if (watch % WATCHES_A_MOVE == 0 && moved(&p))
             status = moe_fail(&err, MOE_UNAVAILABLE, "this host has another address now; start the worker again");
     }
@@ -255,6 +300,9 @@ int moe_command_worker(const moe_options *o) {
         moe_worker_node_close(&p.workers[i].node);
         if (p.workers[i].backend) p.workers[i].backend->ops->close(p.workers[i].backend);
     }
+    moe_device_lease_release(&p.lease); /* once its memory is free */
+    if (p.lease_store) p.lease_store->ops->close(p.lease_store);
+    moe_metrics_server_stop(&p.metrics);
     if (p.reference) p.reference->ops->close(p.reference);
     moe_model_close(&p.model);
     if (defective) return MOE_EXIT_DEFECTIVE;

@@ -82,11 +82,20 @@ static void render_values(moe_buf *out, const metric_row *row, moe_metric metric
     moe_buf_printf(out, "%s%s%s%s %lld\n", row->name, open, row->labels, close, (long long)moe_metric_value(metric));
 }
 
+static void render_row(moe_buf *out, moe_metric metric) {
+    const metric_row *row = &rows[metric];
+    if (metric == 0 || strcmp(row->name, row[-1].name) != 0) render_heading(out, row);
+    render_values(out, row, metric);
+}
+
 void moe_metrics_render(moe_buf *out) {
-    for (int i = 0; i < MOE_METRIC_COUNT; i++) {
-        if (i == 0 || strcmp(rows[i].name, rows[i - 1].name) != 0) render_heading(out, &rows[i]);
-        render_values(out, &rows[i], (moe_metric)i);
-    }
+    for (int i = 0; i < MOE_METRIC_COUNT; i++) render_row(out, (moe_metric)i);
+}
+
+void moe_metrics_render_worker(moe_buf *out) {
+    render_row(out, MOE_METRIC_BAD_MESSAGES);
+    render_row(out, MOE_METRIC_REPLIES_DROPPED);
+    for (int i = MOE_METRIC_WORKER_ROWS; i < MOE_METRIC_COUNT; i++) render_row(out, (moe_metric)i);
 }
 
 void moe_metrics_render_vllm(const char *model, moe_buf *out) {

@@ -1,7 +1,8 @@
 /* The process's metrics: lock-free counters, gauges and histograms, rendered in Prometheus's text format.
  *
  * A metric is one row of MOE_METRICS: identifier, kind, name, labels (fixed text or ""), help. Rows that share a name
- * stand together and differ in their labels. No label ever holds an expert or a request. */
+ * stand together and differ in their labels; those of expert workers come last, from WORKER_ROWS on. No label ever holds an expert
+ * or a request. */
 #pragma once
 #include <stdint.h>
 
@@ -63,6 +64,11 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(WORKER_BATCH_EXPERTS, HISTOGRAM_COUNT, "moesaic_worker_batch_experts", "", "Distinct experts of one batch")                \
     X(WORKER_QUEUE, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"queue\"", "Time of one Forward call in a worker, by stage")  \
     X(WORKER_COMPUTE, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"compute\"", "")                                            \
+    X(WORKER_COPY, HISTOGRAM_S, "moesaic_worker_seconds", "stage=\"copy\"", "")                                                  \
+    X(WORKER_QUEUED, GAUGE, "moesaic_worker_queued_calls", "", "Forward calls queued in a worker")                               \
+    X(WORKER_EXPERTS, GAUGE, "moesaic_worker_experts", "", "Expert replicas held")                                               \
+    X(WORKER_WEIGHT_BYTES, GAUGE, "moesaic_worker_weight_bytes", "", "Bytes of the weights held")                                \
+    X(WORKER_ROUTERS, GAUGE, "moesaic_worker_routers", "", "Routers connected to a worker")                                      \
     X(WORKER_EXPIRED, COUNTER, "moesaic_worker_expired_total", "", "Calls dropped because their deadline had passed")             \
     X(WORKER_DEFECTS, COUNTER, "moesaic_worker_defects_total", "", "Times this worker found itself defective")
 
@@ -95,6 +101,9 @@ int64_t moe_metric_sum(moe_metric metric);                   /* of a histogram's
 
 /* Appends all metrics in Prometheus's text exposition format 0.0.4. */
 void moe_metrics_render(moe_buf *out);
+
+/* Appends those of a process that is an expert worker alone, in the same format: a router's would all be 0 there. */
+void moe_metrics_render_worker(moe_buf *out);
 
 /* Appends those that vLLM has too, once more under vLLM's names (--metrics-compat=vllm), so that its dashboards work. */
 void moe_metrics_render_vllm(const char *model, moe_buf *out);

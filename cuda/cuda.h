@@ -18,6 +18,9 @@ moe_status moe_cuda_open(const moe_cuda_config *config, moe_backend **out, moe_e
 /* How many GPUs this process can see. UNAVAILABLE as above, never 0. */
 moe_status moe_cuda_device_count(int32_t *out, moe_error *err);
 
+/* The name by which every process on every machine knows this GPU: "GPU-" and its UUID, as nvidia-smi shows it. UNAVAILABLE. */
+moe_status moe_cuda_device_name(int32_t device, char *out, size_t size, moe_error *err);
+
 /* Measures on config->device which kernels are best for `num_experts` experts of this shape, at how many rows, and puts that into the
  * file config->tune_file, in place of what it says of this shape. Blocks for seconds. Errors as of moe_cuda_open for the device;
  * INVALID_ARGUMENT: a shape for which there is nothing to choose, or a file that is no such table; RESOURCE_EXHAUSTED. */

@@ -32,6 +32,18 @@ moe_status moe_cuda_device_count(int32_t *out, moe_error *err) {
                     code == cudaSuccess ? "count 0" : cudaGetErrorString(code));
 }
 
+moe_status moe_cuda_device_name(int32_t device, char *out, size_t size, moe_error *err) {
+    struct cudaDeviceProp p;
+    cudaError_t code = cudaGetDeviceProperties(&p, device);
+    if (code != cudaSuccess) return moe_fail(err, MOE_UNAVAILABLE, "GPU %d: its UUID: %s", device, cudaGetErrorString(code));
+    int used = snprintf(out, size, "GPU-");
+    for (size_t i = 0; i < sizeof p.uuid.bytes; i++) { /* 8-4-4-4-12 digits */
+        const char *dash = i == 4 || i == 6 || i == 8 || i == 10 ? "-" : "";
+        used += snprintf(out + used, size - (size_t)used, "%s%02x", dash, (unsigned char)p.uuid.bytes[i]);
+    }
+    return MOE_OK;
+}
+
 moe_status moe_cuda_device_open(int32_t index, moe_cuda_device *out, moe_error *err) {
     struct cudaDeviceProp p;
     const char *path = getenv("MOESAIC_CUDA_ARCH");

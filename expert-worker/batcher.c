@@ -255,7 +255,10 @@ static void end_running(moe_batcher *b) {
     }
     if (b->passes.batch && !moe_passes_ended(&b->passes)) return;
     moe_work *w;
-    TAILQ_FOREACH(w, &batch->works, link) moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, b->batch_compute_ns);
+    TAILQ_FOREACH(w, &batch->works, link) {
+        moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, b->batch_compute_ns);
+        moe_metric_observe_ns(MOE_METRIC_WORKER_COPY, b->batch_copy_ns);
+    }
     b->stall_ns += (uint64_t)b->batch_stall_ns;
     status = moe_batch_deliver(batch, b->config.shard, &err);
     answer_batch(b, batch, status, status == MOE_OK ? "" : err.message, status == MOE_OK);

@@ -6,6 +6,7 @@
 
 #include "common/alloc.h"
 #include "common/log.h"
+#include "common/metrics.h"
 #include "expert-worker/worker_internal.h"
 
 #define MAX_WAIT_NS (100 * MOE_NS_PER_MS)   /* of the worker's own thread; wake ends it earlier */
@@ -101,8 +102,17 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
     return status;
 }
 
+/* By differences, since a process may have several workers. */
+static void publish_metrics(const moe_worker_view *before, const moe_worker_view *now) {
+    moe_metric_add(MOE_METRIC_WORKER_EXPERTS, now->experts - before->experts);
+    moe_metric_add(MOE_METRIC_WORKER_WEIGHT_BYTES, now->weight_bytes - before->weight_bytes);
+    moe_metric_add(MOE_METRIC_WORKER_QUEUED, now->queued_calls - before->queued_calls);
+    moe_metric_add(MOE_METRIC_WORKER_ROUTERS, now->routers - before->routers);
+}
+
 static void publish_view(moe_worker *w) {
     pthread_mutex_lock(&w->view_mutex);
+    moe_worker_view before = w->view;
     w->view = (moe_worker_view){.experts = w->shard.num_held,
                                 .routers = w->num_routers,
                                 .weight_bytes = w->shard.bytes,
@@ -111,6 +121,7 @@ static void publish_view(moe_worker *w) {
                                 .epoch = w->control.epoch,
                                 .fence = w->control.fence};
     snprintf(w->view.defect, sizeof w->view.defect, "%s", moe_batcher_defect(&w->batcher));
+    publish_metrics(&before, &w->view);
     pthread_mutex_unlock(&w->view_mutex);
 }
 
@@ -142,6 +153,7 @@ void moe_worker_free(moe_worker **worker) {
     moe_rpc_free(&w->rpc);
     moe_shard_free(&w->shard);
     moe_residency_free(&w->residency);
+    publish_metrics(&w->view, &(moe_worker_view){0});
     pthread_mutex_destroy(&w->view_mutex);
     moe_free(w);
     *worker = NULL;

@@ -1,7 +1,9 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <event2/bufferevent.h>
+#include <event2/bufferevent_ssl.h>
 #include <netdb.h>
+#include <netinet/tcp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -80,6 +82,9 @@ static moe_status listen_at(moe_http_server *server, const char *host, int port,
         server->listener = NULL;
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "HTTP: out of memory");
     }
+    /* Connections inherit it: tokens are sent as they come, not when the client has acknowledged those before. */
+    int on = 1;
+    setsockopt(evconnlistener_get_fd(server->listener), IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     struct sockaddr_storage bound;
     socklen_t size = sizeof bound;
     if (getsockname(evconnlistener_get_fd(server->listener), (struct sockaddr *)&bound, &size) != 0)
@@ -89,10 +94,22 @@ static moe_status listen_at(moe_http_server *server, const char *host, int port,
     return MOE_OK;
 }
 
+/* NULL: out of memory. evhttp then takes a plain one, to which a client's handshake is a bad request. */
+static struct bufferevent *make_tls_bufferevent(struct event_base *base, moe_tls *tls) {
+    moe_tls_session *session = moe_tls_session_new(tls);
+    struct bufferevent *bev =
+        session ? bufferevent_openssl_socket_new(base, -1, session, BUFFEREVENT_SSL_ACCEPTING, BEV_OPT_CLOSE_ON_FREE) : NULL;
+    if (bev)
+        bufferevent_openssl_set_allow_dirty_shutdown(bev, 1); /* clients often just close */
+    else
+        moe_tls_session_free(&session);
+    return bev;
+}
+
 /* As evhttp would make it, but a request without end (a chunk's size line, say) stops being read at the limit. */
 static struct bufferevent *make_bufferevent(struct event_base *base, void *arg) {
-    (void)arg;
-    struct bufferevent *bev = bufferevent_socket_new(base, -1, 0);
+    moe_http_server *server = arg;
+    struct bufferevent *bev = server->tls ? make_tls_bufferevent(base, server->tls) : bufferevent_socket_new(base, -1, 0);
     if (bev) bufferevent_setwatermark(bev, EV_READ, 0, MOE_HTTP_MAX_READ_BYTES + MOE_HTTP_MAX_HEADER_BYTES);
     return bev;
 }
@@ -117,7 +134,7 @@ static moe_status make_loop(moe_http_server *server, moe_error *err) {
     if (!server->wake_event || !server->accept_again || event_add(server->wake_event, NULL) != 0)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "HTTP: cannot make an event");
     set_limits(server->http);
-    evhttp_set_bevcb(server->http, make_bufferevent, NULL);
+    evhttp_set_bevcb(server->http, make_bufferevent, server);
     evhttp_set_gencb(server->http, on_request, server);
     return MOE_OK;
 }
@@ -144,7 +161,9 @@ static moe_status start(moe_http_server *server, const moe_http_config *config, 
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "HTTP: out of memory");
     moe_generation_queue_config queue = {
         .inference = config->inference, .on_output = moe_http_on_output, .wake = wake, .wake_ctx = server};
-    moe_status status = make_loop(server, err);
+    const char *key = config->ssl_keyfile ? config->ssl_keyfile : config->ssl_certfile;
+    moe_status status = config->ssl_certfile ? moe_tls_server(config->ssl_certfile, key, &server->tls, err) : MOE_OK;
+    if (status == MOE_OK) status = make_loop(server, err);
     if (status == MOE_OK) status = moe_generation_queue_new(&queue, &server->queue, err);
     if (status == MOE_OK) status = listen_at(server, config->host, config->port, err);
     if (status == MOE_OK) status = start_thread(server, err);
@@ -178,6 +197,7 @@ void moe_http_server_stop(moe_http_server **server) {
     if (s->accept_again) event_free(s->accept_again);
     if (s->base) event_base_free(s->base);
     if (s->wake_fd >= 0) close(s->wake_fd);
+    moe_tls_free(&s->tls);
     moe_free(s->api_key);
     moe_free(s);
 }

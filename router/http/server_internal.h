@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "common/tls.h"
 #include "router/generation.h"
 #include "router/http/exchange.h"
 #include "router/http/server.h"
@@ -14,6 +15,7 @@ struct moe_http_server {
     const moe_inference *inference;
     const moe_cluster_view *cluster; /* may be NULL */
     char *api_key;                   /* owned; NULL: open */
+    moe_tls *tls;                    /* owned; NULL: plain HTTP */
     bool vllm_metrics;
     int port;
     int64_t started_s; /* wall clock, for `created` of models */

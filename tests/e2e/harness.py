@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,11 @@ def check(condition, what):
 
 
 class Cluster:
-    """`moesaic serve` as a context manager. Everything it starts is stopped at exit; its log is shown when a test fails."""
+    """`moesaic serve` as a context manager. Everything it starts is stopped at exit; its log is shown when a test fails. With
+    `ca_file` the API is asked over TLS and must have a certificate that this file trusts."""
 
-    def __init__(self, *args, model=DEMO, workers=2, env=None):
+    def __init__(self, *args, model=DEMO, workers=2, env=None, ca_file=None):
+        self.tls = ssl.create_default_context(cafile=ca_file) if ca_file else None
         self.port = free_port()
         self.dir = tempfile.mkdtemp(prefix="moesaic-e2e-")
         self.log_path = os.path.join(self.dir, "serve.log")
@@ -95,8 +98,13 @@ class Cluster:
             time.sleep(0.02)
         raise AssertionError(f"no {what} within {timeout_s} s")
 
+    def connect(self, timeout_s=120):
+        if self.tls:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout_s, context=self.tls)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+
     def request(self, method, path, body=None, headers=None, timeout_s=120):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        connection = self.connect(timeout_s)
         try:
             data = json.dumps(body).encode() if body is not None else None
             connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
@@ -146,7 +154,7 @@ class Cluster:
 
     def stream_events(self, prompt_ids, max_tokens, on_event=None, **more):
         """The data of every SSE event of a streamed completion, parsed where it is JSON. `on_event` gets the seconds since the last."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = self.connect()
         events = []
         try:
             body = {"prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0, "stream": True, "return_token_ids": True, **more}

@@ -174,7 +174,7 @@ static void test_request(void **state) {
 
 static void test_bad_targets(void **state) {
     (void)state;
-    static const char *const urls[] = {"https://localhost:1", "localhost:1", "http://",     "http://:80",
+    static const char *const urls[] = {"ftp://localhost:1", "localhost:1", "http://",     "https://:443",
                                        "http://h:123456789",  "http://h:1x", "http://[::1", ""};
     moe_http_call call = {.path = "/", .silence_ns = MOE_NS_PER_S, .cancel_fd = -1};
     moe_buf body = {0};
