@@ -5,6 +5,7 @@
 #include <jansson.h>
 #include <netdb.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -314,6 +315,7 @@ static void write_request(const moe_http_call *call, const target *to, moe_buf *
 
 static moe_status open_connection(const moe_http_call *call, const target *to, connection *c, moe_error *err) {
     moe_tls *tls = NULL;
+    if (to->tls) signal(SIGPIPE, SIG_IGN); /* OpenSSL's writes raise it where the server has gone */
     moe_status status = to->tls ? moe_tls_client(call->ca_file, &tls, err) : MOE_OK;
     if (status == MOE_OK) status = connect_to(call, to, &c->fd, err);
     if (status == MOE_OK && tls) status = moe_tls_connect(tls, c->fd, call->any_host ? NULL : to->host, &c->session, err);

@@ -8,7 +8,7 @@ packages=(
   libzmq3-dev libprotobuf-c-dev libhiredis-dev libevent-dev libjansson-dev libpcre2-dev libutf8proc-dev libyaml-dev libssl-dev
   redis-server curl ca-certificates
 )
-[ "${1:-}" = --tests ] && packages+=(clang libclang-rt-14-dev libcmocka-dev python3 python3-jinja2 npm git)
+[ "${1:-}" = --tests ] && packages+=(clang libclang-rt-14-dev libcmocka-dev openssl python3 python3-jinja2 python3-yaml npm git)
 
 missing=()
 for p in "${packages[@]}"; do

@@ -36,8 +36,13 @@ wait_for() { # WHAT COMMAND...
     sleep 0.5
   done
 }
-healthy() { # CONTAINER
-  case $(docker inspect -f '{{if .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' "$1") in
+# Routers and workers are asked directly, which is quicker than Docker's next check.
+healthy() { # SERVICE CONTAINER
+  case $1 in
+    router) docker exec "$2" moesaic health router; return ;;
+    expert-worker) docker exec "$2" moesaic health worker; return ;;
+  esac
+  case $(docker inspect -f '{{if .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' "$2") in
     healthy|running) return 0 ;;
   esac
   return 1
@@ -46,15 +51,15 @@ replace() { # SERVICE CONTAINER
   local service=$1 old=$2 count before new
   before=$(containers "$service" | sort)
   count=$(wc -w <<<"$before")
-  wait_for "cluster with all replicas" settled
+  wait_for "cluster with all its replicas" settled
   docker stop -t 900 "$old" >/dev/null
   docker rm "$old" >/dev/null
-  "${compose[@]}" up -d --no-deps --no-recreate --scale "$service=$count" "$service" >/dev/null 2>&1
+  said=$("${compose[@]}" up -d --no-deps --no-recreate --scale "$service=$count" "$service" 2>&1) ||
+    { echo "rolling.sh: $service: no successor could be started: $said" >&2; exit 1; }
   new=$(comm -13 <(echo "$before") <(containers "$service" | sort))
   [ "$(wc -w <<<"$new")" -eq 1 ] || { echo "rolling.sh: $service: one new container was expected, there are: $new" >&2; exit 1; }
-  wait_for "healthy $service" healthy "$new"
-  if [ "$service" = router ]; then wait_for "ready router" docker exec "$new" moesaic health router; fi
-  wait_for "cluster with all replicas" settled
+  wait_for "healthy $service" healthy "$service" "$new"
+  wait_for "cluster with all its replicas" settled
   echo "rolling.sh: $service ${old:0:12} -> ${new:0:12} ($SECONDS s)"
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The test command: installs what is missing, builds, runs every test. The last line is "N passed, N failed".
 #   tests/run.sh [--full] [--only WORD]
-#   --full       the long forms of the tests that have one (figures for docs/performance.md), and the deploy stage
+#   --full       the long forms of the tests that have one (figures for docs/performance.md)
 #   --only WORD  only the stages whose name has WORD: lint, release, e2e, deploy, asan-ubsan, tsan
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -76,7 +76,7 @@ if wanted e2e; then
   stage "e2e: real processes, real Redis"
   for test in tests/e2e/test_*.py; do [ -e "$test" ] && run_one "e2e-$(basename "$test" .py)" /usr/bin/python3 "$test"; done
 fi
-if [ "$MOESAIC_TEST_FULL" = 1 ] || [[ deploy == "$only" ]]; then
+if wanted deploy; then
   stage "deploy: images and a compose cluster on a real Docker engine"
   run_one deploy tests/deploy/run.sh
 fi

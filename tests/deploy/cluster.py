@@ -1,10 +1,12 @@
 """deploy/compose.yaml on a Docker engine: tokens equal the goldens while containers are added, killed, paused, cut off, restarted and
 replaced under load; what should be closed is closed; `down` leaves nothing. Called by run.sh, which makes engine and images."""
+import concurrent.futures
 import http.client
 import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ PORT = free_port()
 READY_S, HEAL_S = 60, 40
 CLIENTS = 3
 ENV = dict(os.environ, MODEL_DIR=os.path.join(ROOT, "models", "demo"), SECRETS_DIR=os.path.join(DIR, "secrets"),
-           MOESAIC_PUBLISH=f"127.0.0.1:{PORT}", MOESAIC_SHUTDOWN_TIMEOUT="5s", MOESAIC_SERVED_MODEL_NAME="demo",
+           MOESAIC_PUBLISH=f"127.0.0.1:{PORT}", MOESAIC_SHUTDOWN_TIMEOUT="5s", MOESAIC_HAND_OVER_TIMEOUT="20s", MOESAIC_SERVED_MODEL_NAME="demo",
            MOESAIC_HEAL_AFTER="2s", MOESAIC_REBALANCE_INTERVAL="1s", MOESAIC_ROUTER_THREADS="1", MOESAIC_WORKER_THREADS="1",
            REDIS_IMAGE="moesaic-test-redis", HAPROXY_IMAGE="moesaic-test-haproxy", ROUTER_IMAGE="moesaic-router",
            WORKER_IMAGE="moesaic-worker", CLI_IMAGE="moesaic")
@@ -66,8 +68,11 @@ def api_key():
         return f.readline().strip()
 
 
-def request(method, path, body=None, key=None, timeout_s=120):
-    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=timeout_s)
+def request(method, path, body=None, key=None, timeout_s=120, tls=None):
+    if tls:
+        connection = http.client.HTTPSConnection("127.0.0.1", PORT, timeout=timeout_s, context=tls)
+    else:
+        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=timeout_s)
     try:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {api_key() if key is None else key}"}
         connection.request(method, path, json.dumps(body) if body is not None else None, headers)
@@ -77,8 +82,8 @@ def request(method, path, body=None, key=None, timeout_s=120):
         connection.close()
 
 
-def status():
-    code, text = request("GET", "/cluster/status", timeout_s=5)
+def status(**more):
+    code, text = request("GET", "/cluster/status", timeout_s=5, **more)
     check(code == 200, f"/cluster/status: {code} {text[:300]}")
     return json.loads(text)
 
@@ -95,17 +100,17 @@ def wait_for(condition, what, timeout_s):
     raise AssertionError(f"no {what} within {timeout_s} s; last: {last}")
 
 
-def whole(workers=None):
+def whole(workers=None, **more):
     """Every expert has its replicas, and that many workers are in the cluster."""
-    now = status()
+    now = status(**more)
     up = [w for w in now["workers"] if w["state"] in ("up", "joining")]
     return now["ready"] and now["redis"]["up"] and all(layer["min_replicas"] >= now["replicas"] for layer in now["layers"]) and \
         (workers is None or len(up) == workers)
 
 
-def complete(case):
+def complete(case, **more):
     code, text = request("POST", "/v1/completions", {"prompt": case["ids"], "max_tokens": len(case["greedy"]), "temperature": 0,
-                                                     "return_token_ids": True})
+                                                     "return_token_ids": True}, **more)
     check(code == 200, f"HTTP {code}: {text[:300]}")
     tokens = json.loads(text)["choices"][0]["token_ids"]
     check(tokens == case["greedy"], f"{case['prompt']!r}: other tokens: {tokens}")
@@ -217,12 +222,15 @@ def probe(network, host, port):
 
 
 def networks_are_closed():
-    targets = [("redis", 6379), ("expert-worker", 7000)]
-    for service, port in targets:
+    probes = []
+    for service, port in (("redis", 6379), ("expert-worker", 7000), ("expert-worker", 9100)):
         ip = address(containers(service)[0], "cluster")
-        check(probe(f"{PROJECT}_cluster", ip, port), f"{service} is not reachable where it should be: the probe proves nothing")
-        for network in (f"{PROJECT}_public", f"{PROJECT}_api", "bridge"):
-            check(not probe(network, ip, port), f"{service} can be reached from {network}")
+        probes += [(f"{PROJECT}_{n}", service, ip, port, n == "cluster") for n in ("cluster", "public", "api")]
+        probes.append(("bridge", service, ip, port, False))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        reached = list(pool.map(lambda p: probe(p[0], p[2], p[3]), probes))
+    for (network, service, _, port, wanted), got in zip(probes, reached):
+        check(got == wanted, f"{service}:{port} is {'reached' if got else 'not reached'} from {network}")
 
 
 def keys_are_needed():
@@ -306,18 +314,59 @@ def redis_restart():
 
 
 def rolling():
-    before = {c for s in ("redis", "router", "expert-worker") for c in containers(s)}
+    services = ("redis", "router", "expert-worker")
+    before = {c for s in services for c in containers(s)}
     with Load("deploy/rolling.sh over redis, expert-worker, router"):
         began = time.monotonic()
         told = run(os.path.join(DEPLOY, "rolling.sh"), "--compose", " ".join(COMPOSE), timeout=240)
         figure(f"rolling.sh replaced {told.stdout.count('->')} containers in {time.monotonic() - began:.0f} s")
-    after = {c for s in ("redis", "router", "expert-worker") for c in containers(s)}
+    after = {c for s in services for c in containers(s)}
     check(len(after) == len(before) and not after & before, f"not all were replaced: {before & after}")
+
+
+def scale_up_and_down_under_load():
+    """Up by one and down by three at once: those that leave hand their experts over first."""
+    with Load("--scale expert-worker=5, then 2"):
+        compose("up", "-d", "--no-recreate", "--scale", "expert-worker=5")
+        wait_for(lambda: whole(5), "5 workers", HEAL_S)
+        began = time.monotonic()
+        compose("up", "-d", "--no-recreate", "--scale", "expert-worker=2", timeout=180)
+        figure(f"three workers handed over and ended within {time.monotonic() - began:.1f} s")
+        wait_for(lambda: whole(2), "all replicas on 2 workers", HEAL_S)
+
+
+def tls():
+    """compose.tls.yaml: the same API over TLS, verified, and nothing else at the port."""
+    crt, key = os.path.join(ENV["SECRETS_DIR"], "tls.crt"), os.path.join(ENV["SECRETS_DIR"], "tls.key")
+    run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=moesaic",
+        "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", crt)
+    run(os.path.join(DEPLOY, "secrets.sh"), ENV["SECRETS_DIR"])
+    context = ssl.create_default_context(cafile=crt)
+    plain = list(COMPOSE)
+    COMPOSE.extend(["-f", os.path.join(DEPLOY, "compose.tls.yaml")])
+    try:
+        compose("up", "-d", timeout=180)
+        wait_for(lambda: request("GET", "/readiness", tls=context)[0] == 200 and whole(2, tls=context), "ready cluster over TLS", READY_S)
+        for case in golden()[:3]:
+            complete(case, tls=context)
+        for router in containers("router"):
+            docker("exec", router, "moesaic", "health", "router")
+        try:
+            check(request("GET", "/health")[0] == 400, "plain HTTP is answered")
+        except (OSError, http.client.HTTPException):
+            pass
+        try:
+            request("GET", "/health", tls=ssl.create_default_context())
+            check(False, "an unknown certificate is trusted")
+        except ssl.SSLCertVerificationError:
+            pass
+    finally:
+        COMPOSE[:] = plain
 
 
 def force_recreate_recovers():
     told = status()
-    compose("up", "-d", "--force-recreate", timeout=180)
+    compose("up", "-d", "--force-recreate", "-t", "5", timeout=180)
     took = wait_for(lambda: request("GET", "/readiness")[0] == 200 and whole(2), "recovery", READY_S)
     figure(f"ready {took:.1f} s after up --force-recreate returned")
     now = status()
@@ -337,7 +386,7 @@ def down_leaves_nothing():
 
 
 TESTS = [up_serves_the_golden_tokens, every_option_has_a_variable, health_checks_by_role, containers_are_hardened, networks_are_closed, keys_are_needed,
-         rolling, scale_up_under_load, kill_and_start, pause, cut_off, redis_restart, force_recreate_recovers,
+         scale_up_under_load, rolling, kill_and_start, pause, cut_off, redis_restart, scale_up_and_down_under_load, force_recreate_recovers, tls,
          down_leaves_nothing]
 
 

@@ -1,12 +1,20 @@
-"""deploy/kubernetes through `kubectl kustomize`: both overlays build, and what refers to something else in them finds it."""
+"""What can be said of deploy/'s files without running them: both Kubernetes overlays build (`kubectl kustomize`), what refers to something
+else in them finds it, and every object fits Kubernetes' schema; compose files fit the Compose Specification's schema, which is what
+Docker Compose 2 reads; systemd takes the units."""
+import glob
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import yaml
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 KUBECTL = os.environ.get("KUBECTL", "kubectl")
+DEPLOY = os.path.join(ROOT, "deploy")
+SCHEMAS = os.path.join(ROOT, "tests", "deploy", "schemas")
+BUILT = os.path.join(ROOT, "build", "deploy-schemas")
 MADE_BY_HAND = {"moesaic-keys", "moesaic-secrets"}  # secrets
 failed = 0
 
@@ -51,6 +59,8 @@ def check_overlay(overlay):
     built = subprocess.run([KUBECTL, "kustomize", os.path.join(ROOT, "deploy", "kubernetes", "overlays", overlay)], capture_output=True,
                            text=True, timeout=60)
     check(built.returncode == 0, f"{overlay}: {built.stderr}")
+    with open(os.path.join(BUILT, overlay + ".yaml"), "w", encoding="utf-8") as f:
+        f.write(built.stdout)
     items = [i for i in yaml.safe_load_all(built.stdout) if i]
     names = {(i["kind"], i["metadata"]["name"]) for i in items}
     check(len(items) == len(names) >= 16, f"{overlay}: {sorted(names)}")
@@ -75,6 +85,36 @@ def check_overlay(overlay):
     print(f"{overlay}: {len(items)} objects")
 
 
+def check_schemas():
+    """npm's packages of schemas, as locked in tests/deploy/schemas."""
+    for name in ("package.json", "package-lock.json", ".npmrc", "check.mjs"):
+        shutil.copy(os.path.join(SCHEMAS, name), BUILT)
+    subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"], cwd=BUILT, check=True)
+    for kind, files in (("compose", sorted(glob.glob(os.path.join(DEPLOY, "compose*.yaml")))),
+                        ("kubernetes", sorted(glob.glob(os.path.join(BUILT, "*.yaml"))))):
+        told = subprocess.run(["node", "check.mjs", kind, *files], cwd=BUILT, capture_output=True, text=True, timeout=60)
+        print(told.stdout, end="")
+        check(told.returncode == 0 and f"{len(files)} files" in told.stdout, f"schemas: {kind}: {told.stdout}{told.stderr}")
+
+
+def check_units():
+    if not shutil.which("systemd-analyze"):
+        print("systemd units: not checked, there is no systemd-analyze")
+        return
+    with tempfile.TemporaryDirectory() as folder:  # with a program that exists, which the units of a host that runs them have
+        for unit in glob.glob(os.path.join(DEPLOY, "systemd", "*.service")):
+            with open(unit, encoding="utf-8") as f, open(os.path.join(folder, os.path.basename(unit)), "w", encoding="utf-8") as out:
+                out.write(f.read().replace("/usr/local/bin/moesaic", "/bin/true"))
+        units = sorted(glob.glob(os.path.join(folder, "*.service")))
+        told = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, timeout=60)
+        faults = [line for line in told.stderr.splitlines() if "moesaic" in line]
+        check(told.returncode == 0 and not faults, f"systemd units: {told.returncode} {told.stderr}")
+        print(f"systemd: {len(units)} units")
+
+
+os.makedirs(BUILT, exist_ok=True)
 for each in ("demo", "cuda"):
     check_overlay(each)
+check_schemas()
+check_units()
 sys.exit(1 if failed else 0)
