@@ -168,18 +168,6 @@ def up_serves_the_golden_tokens():
     check(code == 200 and json.loads(text)["choices"][0]["token_ids"] == golden()[0]["greedy"], f"chat: {code} {text[:300]}")
 
 
-def every_option_has_a_variable():
-    """compose.yaml passes on each option of routers and workers, but those that make no sense in a container."""
-    given_otherwise = {"router": {"id", "api-key", "config"}, "expert-worker": {"id", "advertise", "cluster", "config"}}
-    table = docker("run", "--rm", "--network", "none", "moesaic", "--options-markdown").splitlines()
-    rows = [line.replace("\\|", "/").split("|") for line in table if line.startswith("| `--")]
-    for service, command in (("router", "router"), ("expert-worker", "worker")):
-        environment = {e.split("=")[0] for e in inspect(containers(service)[0])["Config"]["Env"]}
-        options = {row[1].split("`")[1].split()[0][2:] for row in rows if command in row[4].strip().split(", ")}
-        lacking = {o for o in options - given_otherwise[service] if "MOESAIC_" + o.upper().replace("-", "_") not in environment}
-        check(len(options) > 15 and not lacking, f"{service}: no variable for {sorted(lacking)}")
-
-
 def health_checks_by_role():
     for service in ("redis", "router", "expert-worker"):
         for container in containers(service):
@@ -260,7 +248,7 @@ def scale_up_under_load():
         time.sleep(3)
         holding = sum(w["experts"] > 0 for w in status()["workers"])
         figure(f"4 workers known {took:.1f} s after --scale (compose itself included); {holding} hold experts 3 s later")
-        check(took < 20, f"joining took {took:.1f} s")
+        check(took < 10, f"joining took {took:.1f} s")
 
 
 def busy_worker():
@@ -385,7 +373,7 @@ def down_leaves_nothing():
         check(s.connect_ex(("127.0.0.1", PORT)) != 0, "the port is still open")
 
 
-TESTS = [up_serves_the_golden_tokens, every_option_has_a_variable, health_checks_by_role, containers_are_hardened, networks_are_closed, keys_are_needed,
+TESTS = [up_serves_the_golden_tokens, health_checks_by_role, containers_are_hardened, networks_are_closed, keys_are_needed,
          scale_up_under_load, rolling, kill_and_start, pause, cut_off, redis_restart, scale_up_and_down_under_load, force_recreate_recovers, tls,
          down_leaves_nothing]
 

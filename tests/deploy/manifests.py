@@ -1,6 +1,6 @@
 """What can be said of deploy/'s files without running them: both Kubernetes overlays build (`kubectl kustomize`), what refers to something
 else in them finds it, and every object fits Kubernetes' schema; compose files fit the Compose Specification's schema, which is what
-Docker Compose 2 reads; systemd takes the units."""
+Docker Compose 2 reads, and pass on every option; systemd takes the units."""
 import glob
 import os
 import shutil
@@ -15,6 +15,8 @@ KUBECTL = os.environ.get("KUBECTL", "kubectl")
 DEPLOY = os.path.join(ROOT, "deploy")
 SCHEMAS = os.path.join(ROOT, "tests", "deploy", "schemas")
 BUILT = os.path.join(ROOT, "build", "deploy-schemas")
+# Options that make no sense in a container, or are given by file.
+NOT_PASSED_ON = {"router": {"id", "api-key", "config"}, "worker": {"id", "advertise", "cluster", "config"}}
 MADE_BY_HAND = {"moesaic-keys", "moesaic-secrets"}  # secrets
 failed = 0
 
@@ -85,6 +87,19 @@ def check_overlay(overlay):
     print(f"{overlay}: {len(items)} objects")
 
 
+def check_options():
+    """compose.yaml has a variable for each option of routers and workers in README.md's table, which a test keeps true."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        rows = [line.replace("\\|", "/").split("|") for line in f if line.startswith("| `--")]
+    with open(os.path.join(DEPLOY, "compose.yaml"), encoding="utf-8") as f:
+        services = yaml.safe_load(f)["services"]
+    for service, command in (("router", "router"), ("expert-worker", "worker")):
+        options = {row[1].split("`")[1].split()[0][2:] for row in rows if command in row[4].strip().split(", ")} - NOT_PASSED_ON[command]
+        lacking = {o for o in options if "MOESAIC_" + o.upper().replace("-", "_") not in services[service]["environment"]}
+        check(len(options) > 15 and not lacking, f"compose.yaml: {service}: no variable for {sorted(lacking)}")
+        print(f"compose.yaml: {service}: {len(options)} options have a variable")
+
+
 def check_schemas():
     """npm's packages of schemas, as locked in tests/deploy/schemas."""
     for name in ("package.json", "package-lock.json", ".npmrc", "check.mjs"):
@@ -115,6 +130,7 @@ def check_units():
 os.makedirs(BUILT, exist_ok=True)
 for each in ("demo", "cuda"):
     check_overlay(each)
+check_options()
 check_schemas()
 check_units()
 sys.exit(1 if failed else 0)
