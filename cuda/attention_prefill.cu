@@ -183,7 +183,7 @@ static __global__ void __launch_bounds__(WARPS * 32, 2) prefill_kernel(const moe
     wait_for_predecessor();
     if (item >= *a.num_tiles) return;
     const tile t = read_tile(a, item, blockIdx.x);
-    const int32_t *table = a.rows.tables + a.rows.table_at[t.first_row];
+    const int32_t *table = a.rows.tables + t.table_at;
     int32_t positions[2][2];
     for (int i = 0; i < 4; i++)
         positions[i / 2][i % 2] = t.first_position + min((warp * 32 + i * 8 + lane / 4) / t.group, t.rows - 1);

@@ -90,9 +90,11 @@ typedef struct moe_cuda_piece {
     int32_t unused;        /* 32 bytes */
 } moe_cuda_piece;
 
-/* Rows of one sequence that stand together, at most moe_cuda_prefill_rows. */
+/* Rows of one sequence that stand together at consecutive positions, at most moe_cuda_prefill_rows. 16-byte aligned. */
 typedef struct moe_cuda_tile {
     int32_t first_row, rows;
+    int32_t first_position;
+    int32_t table_at; /* as moe_cuda_row_inputs */
 } moe_cuda_tile;
 
 /* y[r, h, :] = softmax(q[r, h] · K^T / sqrt(d)) V over the keys at positions ≤ the row's (and in its window). Pieces and tiles
@@ -110,7 +112,7 @@ typedef struct moe_cuda_attention {
     int32_t max_pieces;
     float *partial;             /* decode: [max_pieces, heads, d + 4] */
     int32_t *arrivals;          /* decode: [rows, kv heads, 1 + MOE_CUDA_MAX_PIECES / MOE_CUDA_MERGE], zero before and after */
-    const moe_cuda_tile *tiles; /* prefill */
+    const moe_cuda_tile *tiles; /* prefill; best with the most keys first */
     const int32_t *num_tiles;
     int32_t max_tiles;
 } moe_cuda_attention;

@@ -40,6 +40,13 @@ __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarr
 // Orders ordinary and cp.async writes to shared memory that this thread has seen before what the asynchronous units read.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- turns ----
+
+// Two warpgroups that do something in turn, `warpgroup` 0 or 1: each waits for its turn at a hardware barrier of its own, at which the
+// other arrives when it gives the turn away. As many turns are taken as given.
+__device__ __forceinline__ void take_turn(int warpgroup) { asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory"); }
+__device__ __forceinline__ void give_turn(int warpgroup) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - warpgroup) : "memory"); }
+
 // ---- copies ----
 
 // A tensor map that host or device wrote to device memory, before its use.
@@ -111,6 +118,9 @@ __device__ void wgmma(float *d, uint64_t a, uint64_t b, int accumulate);
 #define MOE_REGS_64 MOE_REGS_32 \
     ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47" \
     ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define MOE_REGS_96 MOE_REGS_64 \
+    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
+    ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define MOE_WGMMA(N, REGS, A, B, ACCUMULATE, ...)                                                                       \
     template <>                                                                                                           \
     __device__ __forceinline__ void wgmma<N>(float *d, uint64_t a, uint64_t b, int accumulate) {                        \
@@ -124,6 +134,7 @@ __device__ void wgmma(float *d, uint64_t a, uint64_t b, int accumulate);
 MOE_WGMMA(32, MOE_REGS_16, "%16", "%17", "%18", MOE_ACC_16(0))
 MOE_WGMMA(64, MOE_REGS_32, "%32", "%33", "%34", MOE_ACC_32(0))
 MOE_WGMMA(128, MOE_REGS_64, "%64", "%65", "%66", MOE_ACC_32(0), MOE_ACC_32(32))
+MOE_WGMMA(192, MOE_REGS_96, "%96", "%97", "%98", MOE_ACC_32(0), MOE_ACC_32(32), MOE_ACC_32(64))
 
 #undef MOE_WGMMA
 

@@ -86,8 +86,7 @@ void moe_cuda_step_plan(const moe_segment *g, int32_t vocab, const moe_cuda_step
     }
     cut(g, shape, out);
     if (shape->padded && g->num_rows <= MOE_CUDA_GRAPH_ROWS) out->launch_rows = bucket(g->num_rows);
-    *ints = HEADER_INTS + 3 * (size_t)four(out->launch_rows) + 2 * (size_t)four(out->launch_rows) + 8 * (size_t)out->num_pieces +
-            blocks;
+    *ints = HEADER_INTS + (3 + 4) * (size_t)four(out->launch_rows) + 8 * (size_t)out->num_pieces + blocks;
 }
 
 static void fill_pieces(const moe_segment *g, const moe_cuda_step_shape *shape, const moe_cuda_step *step, span s,
@@ -108,18 +107,18 @@ static void fill_pieces(const moe_segment *g, const moe_cuda_step_shape *shape, 
     }
 }
 
-static int by_first_row(const void *a, const void *b) {
+static int by_keys(const void *a, const void *b) {
     const moe_cuda_tile *x = a, *y = b;
-    return (x->first_row < y->first_row) - (x->first_row > y->first_row);
+    return x->first_position != y->first_position ? y->first_position - x->first_position : y->first_row - x->first_row;
 }
 
 void moe_cuda_step_fill(const moe_segment *g, const moe_cuda_step_shape *shape, const int32_t *identity, int32_t *host,
                         const int32_t *device, moe_cuda_step *step) {
-    int32_t stride = four(step->launch_rows), at = HEADER_INTS, tables_at = at + 5 * stride + 8 * step->num_pieces;
+    int32_t stride = four(step->launch_rows), at = HEADER_INTS, tables_at = at + 7 * stride + 8 * step->num_pieces;
     int32_t *table_at = host + at + 2 * stride;
     const int32_t header[HEADER_INTS] = {g->num_rows, step->num_pieces, step->num_tiles, 0, 0, g->num_rows, 0, 0};
     moe_cuda_tile *tile = (moe_cuda_tile *)(void *)(host + at + 3 * stride), *first_tile = tile;
-    moe_cuda_piece *piece = (moe_cuda_piece *)(void *)(host + at + 5 * stride);
+    moe_cuda_piece *piece = (moe_cuda_piece *)(void *)(host + at + 7 * stride);
     int32_t tile_rows = step->num_tiles > 0 ? moe_cuda_prefill_rows(&shape->attention) : 1;
     memcpy(host, header, sizeof header);
     memcpy(host + at, g->token_ids, (size_t)g->num_rows * sizeof(int32_t));
@@ -134,12 +133,15 @@ void moe_cuda_step_fill(const moe_segment *g, const moe_cuda_step_shape *shape, 
         for (int32_t row = s.first; row < s.end; row++) table_at[row] = tables_at;
         if (!by_tiles(shape, s)) fill_pieces(g, shape, step, s, tables_at, &piece);
         for (int32_t row = s.first; row < s.end && by_tiles(shape, s); row += tile_rows)
-            *tile++ = (moe_cuda_tile){.first_row = row, .rows = s.end - row < tile_rows ? s.end - row : tile_rows};
+            *tile++ = (moe_cuda_tile){.first_row = row,
+                                      .rows = s.end - row < tile_rows ? s.end - row : tile_rows,
+                                      .first_position = g->positions[row],
+                                      .table_at = tables_at};
         tables_at += blocks;
         if (s.end == g->num_rows) break;
     }
-    /* the last tiles of a prompt have the most keys: they begin first */
-    qsort(first_tile, (size_t)(tile - first_tile), sizeof *tile, by_first_row);
+    /* those with the most keys begin first */
+    qsort(first_tile, (size_t)(tile - first_tile), sizeof *tile, by_keys);
     step->rows = (moe_cuda_row_inputs){.num_rows = device,
                                        .token_ids = device + at,
                                        .positions = device + at + stride,
@@ -151,5 +153,5 @@ void moe_cuda_step_fill(const moe_segment *g, const moe_cuda_step_shape *shape, 
     step->num_tiles_at = device + 2;
     step->whole = device + 4;
     step->tiles = (const moe_cuda_tile *)(const void *)(device + at + 3 * stride);
-    step->pieces = (const moe_cuda_piece *)(const void *)(device + at + 5 * stride);
+    step->pieces = (const moe_cuda_piece *)(const void *)(device + at + 7 * stride);
 }

@@ -217,7 +217,7 @@ static void bench_attention(bool decode, int32_t sequences, int32_t context) {
         }
     }
     for (int32_t first = decode ? -1 : (num_rows - 1) / tile * tile; first >= 0; first -= tile)
-        tiles[count++] = (moe_cuda_tile){.first_row = first, .rows = num_rows - first < tile ? num_rows - first : tile};
+        tiles[count++] = (moe_cuda_tile){first, num_rows - first < tile ? num_rows - first : tile, first, 0};
     attention_case c = {.decode = decode, .pool_elements = (int64_t)sequences * pages * KV_HEADS * 16 * HEAD_DIM};
     int64_t bytes = (int64_t)sequences * context * KV_HEADS * HEAD_DIM * 4, copies = decode ? ROTATE_BYTES / bytes + 1 : 3;
     if (copies > MAX_COPIES) copies = MAX_COPIES;

@@ -248,7 +248,7 @@ static int32_t make_tiles(const layout *l, int32_t most, moe_cuda_tile *tiles) {
     for (int32_t row = 0; row < l->num_rows;) {
         int32_t rows = 1;
         while (rows < most && row + rows < l->num_rows && l->span_of[row + rows] == l->span_of[row]) rows++;
-        tiles[count++] = (moe_cuda_tile){.first_row = row, .rows = rows};
+        tiles[count++] = (moe_cuda_tile){row, rows, l->positions[row], l->table_at[row]};
         row += rows;
     }
     return count;
