@@ -157,10 +157,9 @@ typedef struct moe_cuda_gate {
     const int32_t *num_rows;
     int32_t max_rows, num_experts, top_k; /* top_k ≤ MOE_CUDA_GATE_TOP_K, experts ≤ 1024 */
     bool norm_topk;
-    const float *logits;  /* [rows, E] */
-    int32_t *experts;     /* [rows, top_k]; -1 of padding */
-    float *weights;       /* [rows, top_k] */
-    int32_t *expert_rows; /* [E], counts are added; or NULL */
+    const float *logits; /* [rows, E] */
+    int32_t *experts;    /* [rows, top_k]; -1 of padding */
+    float *weights;      /* [rows, top_k] */
 } moe_cuda_gate;
 cudaError_t moe_cuda_gate_topk(const moe_cuda_queue *q, const moe_cuda_gate *a);
 
@@ -170,6 +169,7 @@ typedef struct moe_cuda_route_few {
     moe_cuda_gate gate;
     int32_t *expert_first;          /* [E + 1] */
     int32_t *sorted_rows, *slot_of; /* [rows · top_k] */
+    int32_t *expert_rows;           /* [E], counts are added; or NULL */
 } moe_cuda_route_few;
 bool moe_cuda_route_few_takes(const moe_cuda_gate *gate);
 cudaError_t moe_cuda_route_few_rows(const moe_cuda_queue *q, const moe_cuda_route_few *a);

@@ -56,9 +56,10 @@ static __device__ __forceinline__ float block_sum(float x) {
     return sum;
 }
 
-/* VALUES: fours of elements a thread. */
-template <int VALUES>
-static __global__ void __launch_bounds__(MAX_THREADS) combine_norm_kernel(const moe_cuda_combine_norm a) {
+/* VALUES: fours of elements a thread. EXPERTS: whether there are outputs of experts; without them a block takes so few registers
+ * that rows enough are in flight. */
+template <int VALUES, bool EXPERTS>
+static __global__ void __launch_bounds__(MAX_THREADS, VALUES <= 2 ? 2 : 1) combine_norm_kernel(const moe_cuda_combine_norm a) {
     int64_t row = blockIdx.x, from;
     float4 x[VALUES];
     float squares = 0;
@@ -67,7 +68,7 @@ static __global__ void __launch_bounds__(MAX_THREADS) combine_norm_kernel(const 
     if (a.num_rows && row >= *a.num_rows) return;
     from = a.row_of ? a.row_of[row] : row;
     int32_t count = !a.outputs ? 0 : a.counts ? a.counts[row] : a.top_k;
-    bool adds = !a.row_of && (a.outputs || a.shared || a.bias);
+    bool adds = !a.row_of && (EXPERTS || a.bias);
     float shared_scale = a.shared && a.shared_logit ? 1.0f / (1.0f + expf(-a.shared_logit[row])) : 1.0f;
 #pragma unroll
     for (int v = 0; v < VALUES; v++) {
@@ -78,7 +79,7 @@ static __global__ void __launch_bounds__(MAX_THREADS) combine_norm_kernel(const 
         x[v] = *hidden;
         if (adds) {
             if (a.bias) add_four(x[v], 1.0f, *(const float4 *)(a.bias + i));
-            if (a.outputs || a.shared) add_four(x[v], 1.0f, expert_sum(a, row, count, shared_scale, i));
+            if (EXPERTS) add_four(x[v], 1.0f, expert_sum(a, row, count, shared_scale, i));
             *hidden = x[v];
         }
         squares = fmaf(x[v].x, x[v].x, fmaf(x[v].y, x[v].y, fmaf(x[v].z, x[v].z, fmaf(x[v].w, x[v].w, squares))));
@@ -96,12 +97,17 @@ static __global__ void __launch_bounds__(MAX_THREADS) combine_norm_kernel(const 
     }
 }
 
-extern "C" cudaError_t moe_cuda_combine_norm_rows(const moe_cuda_queue *q, const moe_cuda_combine_norm *a) {
+template <bool EXPERTS>
+static cudaError_t start(const moe_cuda_queue *q, const moe_cuda_combine_norm *a) {
     int threads = a->width / 4 < MAX_THREADS ? (a->width / 4 + 31) / 32 * 32 : MAX_THREADS, fours = a->width / 4;
     dim3 grid((unsigned)a->max_rows);
     if (a->width % 4 != 0 || fours > 8 * threads) return cudaErrorInvalidValue;
-    if (fours <= threads) return launch(q, combine_norm_kernel<1>, grid, threads, 0, *a);
-    if (fours <= 2 * threads) return launch(q, combine_norm_kernel<2>, grid, threads, 0, *a);
-    if (fours <= 4 * threads) return launch(q, combine_norm_kernel<4>, grid, threads, 0, *a);
-    return launch(q, combine_norm_kernel<8>, grid, threads, 0, *a);
+    if (fours <= threads) return launch(q, combine_norm_kernel<1, EXPERTS>, grid, threads, 0, *a);
+    if (fours <= 2 * threads) return launch(q, combine_norm_kernel<2, EXPERTS>, grid, threads, 0, *a);
+    if (fours <= 4 * threads) return launch(q, combine_norm_kernel<4, EXPERTS>, grid, threads, 0, *a);
+    return launch(q, combine_norm_kernel<8, EXPERTS>, grid, threads, 0, *a);
+}
+
+extern "C" cudaError_t moe_cuda_combine_norm_rows(const moe_cuda_queue *q, const moe_cuda_combine_norm *a) {
+    return a->outputs || a->shared ? start<true>(q, a) : start<false>(q, a);
 }

@@ -86,6 +86,7 @@ typedef struct moe_cuda_permute {
     int32_t *slot_of;      /* [A] */
     float *sorted_weights; /* [A], or NULL */
     int32_t *scratch;      /* moe_cuda_permute_scratch_bytes */
+    int32_t *expert_rows;  /* [E], counts are added; or NULL */
 } moe_cuda_permute;
 
 size_t moe_cuda_permute_scratch_bytes(int32_t rows, int32_t top_k, int32_t num_experts);

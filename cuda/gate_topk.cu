@@ -75,7 +75,6 @@ static __device__ __forceinline__ int32_t route_row(const moe_cuda_gate &a, int6
     if (lane >= a.top_k) return mine;
     a.experts[row * a.top_k + rank] = mine;
     a.weights[row * a.top_k + rank] = a.norm_topk ? weight / sum : weight;
-    if (a.expert_rows) atomicAdd(&a.expert_rows[mine], 1);
     return mine;
 }
 
@@ -113,7 +112,10 @@ static __global__ void __launch_bounds__(FEW_THREADS) route_few_kernel(const moe
     __syncthreads();
     for (int w = 0; w < warp; w++) sum += warp_sums[w];
     first[expert] = sum - rows;
-    if (expert < a.gate.num_experts) a.expert_first[expert + 1] = sum;
+    if (expert < a.gate.num_experts) {
+        a.expert_first[expert + 1] = sum;
+        if (a.expert_rows) a.expert_rows[expert] += rows;
+    }
     if (expert == 0) a.expert_first[0] = 0;
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += FEW_THREADS) {

@@ -254,8 +254,7 @@ void moe_cuda_pass_shared(moe_cuda_pass *p, const moe_cuda_layer *layer) {
     p->pending.shared_logit = p->rows->shared_logits;
 }
 
-bool moe_cuda_pass_route(moe_cuda_pass *p, const moe_cuda_matrix *gate, int which, int32_t *expert_rows,
-                         const moe_cuda_route_few *sorted) {
+bool moe_cuda_pass_route(moe_cuda_pass *p, const moe_cuda_matrix *gate, int which, const moe_cuda_route_few *sorted) {
     const moe_model_config *c = p->config;
     const moe_rows *r = p->rows;
     MOE_ASSERT(gate->data);
@@ -266,7 +265,6 @@ bool moe_cuda_pass_route(moe_cuda_pass *p, const moe_cuda_matrix *gate, int whic
     args.logits = r->router;
     args.experts = r->routes[which].experts;
     args.weights = r->routes[which].weights;
-    args.expert_rows = expert_rows;
     if (sorted && moe_cuda_route_few_takes(&args)) {
         moe_cuda_route_few both = *sorted;
         both.gate = args;

@@ -40,10 +40,9 @@ void moe_cuda_pass_attention(moe_cuda_pass *p, int32_t layer);
 void moe_cuda_pass_network(moe_cuda_pass *p, const moe_cuda_base_network *network);
 /* The shared expert and its gate, pending; nothing where the layer has none. */
 void moe_cuda_pass_shared(moe_cuda_pass *p, const moe_cuda_layer *layer);
-/* Top-k of gate · normed into rows->routes[which]. expert_rows: [E] device counters that grow, or NULL. `sorted`, where not NULL,
- * has the places for the assignments sorted by expert: true when they were filled too. */
-bool moe_cuda_pass_route(moe_cuda_pass *p, const moe_cuda_matrix *gate, int which, int32_t *expert_rows,
-                         const moe_cuda_route_few *sorted);
+/* Top-k of gate · normed into rows->routes[which]. `sorted`, where not NULL, has the places for the assignments sorted by expert:
+ * true when they were filled, and counted, too. */
+bool moe_cuda_pass_route(moe_cuda_pass *p, const moe_cuda_matrix *gate, int which, const moe_cuda_route_few *sorted);
 
 /* Room for `bytes` of results in pinned staging memory, before anything is enqueued. */
 void moe_cuda_pass_reserve_out(moe_cuda_pass *p, size_t bytes);

@@ -98,17 +98,17 @@ static void lay_out(const local_pass *l, void *memory, scratch *out) {
 }
 
 /* outputs = what the chosen experts of a MoE layer make of `normed`, by slot; pending. */
-static void run_experts(local_pass *l, int32_t moe_layer, const moe_route *route, bool sorted) {
+static void run_experts(local_pass *l, int32_t moe_layer, const moe_route *route, const moe_cuda_route_few *places, bool sorted) {
     moe_cuda_pass *p = &l->pass;
     const moe_model_config *c = p->config;
-    const scratch *at = &l->scratch;
     const void *const *tables = l->local->tables + (size_t)moe_layer * 3 * (size_t)c->num_experts;
     moe_cuda_permute permute = {
         .rows = p->rows->step.launch_rows, .top_k = c->top_k, .num_experts = c->num_experts, .ids = route->experts};
-    permute.expert_first = at->expert_first;
-    permute.sorted_rows = at->sorted_rows;
-    permute.slot_of = at->slot_of;
-    permute.scratch = at->permute;
+    permute.expert_first = places->expert_first;
+    permute.sorted_rows = places->sorted_rows;
+    permute.slot_of = places->slot_of;
+    permute.expert_rows = places->expert_rows;
+    permute.scratch = l->scratch.permute;
     if (!sorted) moe_cuda_pass_did(p, moe_cuda_permute_run(&permute, p->queue.stream), "sorting rows by expert");
     moe_cuda_groups groups = {.device = &p->cuda->expert_device,
                               .tune = &p->cuda->tune,
@@ -117,14 +117,14 @@ static void run_experts(local_pass *l, int32_t moe_layer, const moe_route *route
                               .block_hi = MOE_FFN_BLOCKS,
                               .num_groups = c->num_experts,
                               .num_assignments = p->rows->step.launch_rows * c->top_k,
-                              .expert_first = at->expert_first,
-                              .sorted_rows = at->sorted_rows,
-                              .slot_of = at->slot_of,
+                              .expert_first = places->expert_first,
+                              .sorted_rows = places->sorted_rows,
+                              .slot_of = places->slot_of,
                               .gate_up = tables,
                               .down = tables + c->num_experts,
                               .maps = tables + 2 * c->num_experts,
                               .x = p->rows->normed,
-                              .inner = at->inner,
+                              .inner = l->scratch.inner,
                               .y = p->rows->outputs};
     moe_cuda_pass_did(p, moe_cuda_groups_run(&groups, p->queue.stream), "experts");
     p->pending.outputs = p->rows->outputs;
@@ -139,14 +139,13 @@ static void moe_layer(local_pass *l, const moe_cuda_layer *layer, int32_t index)
     moe_cuda_pass *p = &l->pass;
     const moe_model_config *c = p->config;
     bool last = index + 1 == c->num_moe_layers;
-    int32_t *counters = l->step->expert_rows ? l->scratch.expert_rows + (size_t)index * (size_t)c->num_experts : NULL;
-    const moe_cuda_route_few places = {
+    moe_cuda_route_few places = {
         .expert_first = l->scratch.expert_first, .sorted_rows = l->scratch.sorted_rows, .slot_of = l->scratch.slot_of};
     bool sorted = false;
-    if (!l->step->pre_gate || index == 0) sorted = moe_cuda_pass_route(p, &layer->gate, index % 2, counters, &places);
-    if (l->step->pre_gate && !last)
-        moe_cuda_pass_route(p, &layer->pre_gate, (index + 1) % 2, counters ? counters + c->num_experts : NULL, NULL);
-    run_experts(l, index, &p->rows->routes[index % 2], sorted);
+    if (l->step->expert_rows) places.expert_rows = l->scratch.expert_rows + (size_t)index * (size_t)c->num_experts;
+    if (!l->step->pre_gate || index == 0) sorted = moe_cuda_pass_route(p, &layer->gate, index % 2, &places);
+    if (l->step->pre_gate && !last) moe_cuda_pass_route(p, &layer->pre_gate, (index + 1) % 2, NULL);
+    run_experts(l, index, &p->rows->routes[index % 2], &places, sorted);
     moe_cuda_pass_shared(p, layer);
 }
 

@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kChunk) place_kernel(const moe_cuda_permute p,
     if (expert < num_experts) {
         base[expert] = first + before;
         if (blockIdx.x == 0) p.expert_first[expert] = first;
+        if (blockIdx.x == 0 && p.expert_rows) p.expert_rows[expert] += all;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) p.expert_first[num_experts] = total;
     __syncthreads();

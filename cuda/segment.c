@@ -129,8 +129,8 @@ static moe_status record_layers(void *ctx, moe_error *err) {
         moe_cuda_pass_attention(p, i);
         moe_cuda_pass_norm(p, layer->post_norm);
         if (p->config->layer_is_moe[i]) {
-            if (segment_of(s)->want_gate) moe_cuda_pass_route(p, &layer->gate, 0, NULL, NULL);
-            if (has_next(s)) moe_cuda_pass_route(p, next_gate(s, layer), 1, NULL, NULL);
+            if (segment_of(s)->want_gate) moe_cuda_pass_route(p, &layer->gate, 0, NULL);
+            if (has_next(s)) moe_cuda_pass_route(p, next_gate(s, layer), 1, NULL);
             continue;
         }
         moe_cuda_pass_network(p, &layer->dense);

@@ -183,6 +183,8 @@ static void check_permute(int32_t rows, int32_t top_k, int32_t experts) {
     moe_random random = {(uint64_t)(rows * 31 + experts)};
     int32_t *ids = calloc((size_t)a, 4), *first = calloc((size_t)experts + 1, 4), *row = calloc((size_t)a, 4), *slot = calloc((size_t)a, 4);
     float *weights = calloc((size_t)a, 4), *sorted = calloc((size_t)a, 4);
+    int32_t *counted = calloc((size_t)experts, 4);
+    for (int32_t e = 0; e < experts; e++) counted[e] = e;
     for (int32_t i = 0; i < a; i++) {
         ids[i] = (int32_t)moe_random_below(&random, (uint64_t)experts + 1) - (i % 5 == 0); /* some outside [0, experts) */
         weights[i] = (float)i;
@@ -190,8 +192,10 @@ static void check_permute(int32_t rows, int32_t top_k, int32_t experts) {
     moe_cuda_permute args = {rows, top_k, experts, to_device(&p, ids, (size_t)a * 4), to_device(&p, weights, (size_t)a * 4),
                              device_memory(&p, ((size_t)experts + 1) * 4), device_memory(&p, (size_t)a * 4),
                              device_memory(&p, (size_t)a * 4), device_memory(&p, (size_t)a * 4),
-                             device_memory(&p, moe_cuda_permute_scratch_bytes(rows, top_k, experts))};
+                             device_memory(&p, moe_cuda_permute_scratch_bytes(rows, top_k, experts)),
+                             to_device(&p, counted, (size_t)experts * 4)};
     CHECK(moe_cuda_permute_run(&args, NULL));
+    CHECK(cudaMemcpy(counted, args.expert_rows, (size_t)experts * 4, cudaMemcpyDeviceToHost));
     CHECK(cudaMemcpy(first, args.expert_first, ((size_t)experts + 1) * 4, cudaMemcpyDeviceToHost));
     CHECK(cudaMemcpy(row, args.sorted_rows, (size_t)a * 4, cudaMemcpyDeviceToHost));
     CHECK(cudaMemcpy(slot, args.slot_of, (size_t)a * 4, cudaMemcpyDeviceToHost));
@@ -207,8 +211,9 @@ static void check_permute(int32_t rows, int32_t top_k, int32_t experts) {
         }
     }
     assert_int_equal(first[experts], placed);
+    for (int32_t e = 0; e < experts; e++) assert_int_equal(counted[e], e + first[e + 1] - first[e]); /* added to the e before */
     for (int i = 0; i < p.num_allocations; i++) CHECK(cudaFree(p.allocations[i]));
-    free(ids), free(first), free(row), free(slot), free(weights), free(sorted);
+    free(ids), free(first), free(row), free(slot), free(weights), free(sorted), free(counted);
 }
 
 static void test_permute(void **state) {
