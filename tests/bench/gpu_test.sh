@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The GPU tests, and compute-sanitizer on the op table and a small run of segments and expert batches. Run by gpu.sh test, in the
-# repository root, with everything built in $1 (build/release). Prints a summary; exit 1 if anything failed. Under 9 minutes.
+# The GPU tests, and compute-sanitizer on the op table, a small run of segments and expert batches, the kernels' own tests and whole
+# steps. Run by gpu.sh test, in the repository root, with everything built in $1 (build/release). Prints a summary; exit 1 if anything
+# failed. Under 9 minutes.
 set -uo pipefail
 build=${1:-build/release}
-failed=()
+failures=$(mktemp)
+trap 'rm -f "$failures"' EXIT
 note() { printf '%s\n' "$*"; }
 
 # run NAME SECONDS CMD...: one line with its verdict; its end where it failed
@@ -16,7 +18,7 @@ run() {
   else
     note "FAILED  $name (exit $?, $((SECONDS - start)) s)"
     grep -vE '^\[ (RUN|      OK)' "$log" | tail -n 25
-    failed+=("$name")
+    echo "$name" >>"$failures"
   fi
   rm -f "$log"
 }
@@ -34,14 +36,23 @@ done
 # The cluster on the GPU: greedy tokens equal transformers' in every shape of cluster.
 MOESAIC_BACKEND=cuda MOESAIC_DTYPE=float32 MOESAIC_BIN=$PWD/$build/bin run "e2e/test_golden.py, float32" 170 python3 tests/e2e/test_golden.py
 
+# Two GPUs, where they are.
+MOESAIC_BACKEND=cuda MOESAIC_DTYPE=float32 MOESAIC_BIN=$PWD/$build/bin run "e2e/test_devices.py, float32" 60 python3 tests/e2e/test_devices.py
+
 # The sanitizers see the CUDA tests alone, without those that cannot run under them (each says why).
+sanitize() { # TOOL NAME FILTER
+  MOESAIC_TEST_SANITIZER=$1 MOESAIC_TEST_FILTER=$3 run "$1, $2" 150 \
+    compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 99 "$build/tests/$2"
+}
 for tool in memcheck racecheck synccheck; do
-  for name in test_backend_ops test_cuda_backend; do
-    MOESAIC_TEST_SANITIZER=$tool MOESAIC_TEST_FILTER='cuda*' run "$tool, $name" 150 compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 99 "$build/tests/$name"
-  done
+  for name in test_backend_ops test_cuda_backend; do sanitize $tool $name 'cuda*'; done
 done
-if ((${#failed[@]})); then
-  note "GPU tests: ${#failed[@]} failed: ${failed[*]}"
+for tool in memcheck racecheck synccheck; do # at a time: these look at nobody's free memory
+  for name in test_cuda_attention test_cuda_ffn test_cuda_local; do sanitize $tool $name test_bfloat16; done &
+done
+wait
+if [ -s "$failures" ]; then
+  note "GPU tests: $(wc -l <"$failures") failed: $(paste -sd , "$failures")"
   exit 1
 fi
 note "GPU tests: all passed"

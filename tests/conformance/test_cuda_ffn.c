@@ -253,7 +253,8 @@ static void shapes(moe_cuda_expert_device device) {
     check_tiles(device, 8, 64, 64, 5, 1);
     check_tiles(device, 4, 320, 128, 1500, 2); /* hidden is no multiple of a tile; groups of more than one tile */
     check_tiles(device, 64, 512, 256, 300, 8);
-    check_tiles(device, 2, 128, 192, 9000, 1); /* more than one band of token tiles */
+    check_tiles(device, 2, 128, 192, 9000, 1);  /* more than one band of token tiles */
+    check_tiles(device, 4, 1024, 448, 4000, 2); /* several of the widest tiles for each multiprocessor */
 }
 
 static void test_shapes(void **state) {
