@@ -73,7 +73,7 @@ bool moe_worker_node_moved(const moe_worker_node *n) {
 static moe_calibration calibrate(const moe_worker_node_config *c) {
     moe_calibration cost = {0};
     moe_error err;
-    if (c->stepped) return cost; /* the only worker there is */
+    if (c->stepped || c->model->config.num_moe_layers == 0) return cost; /* the only worker there is, or one without work */
     if (moe_calibrate(c->backend, c->model, &cost, &err) != MOE_OK) {
         moe_warn("worker %s could not measure what experts cost it: %s", c->id, err.message);
         return (moe_calibration){0};

@@ -72,9 +72,9 @@ static bool parse_worker(const char *id, const char *text, size_t size, moe_memb
               moe_json_get_text(root, "profile", out->profile, sizeof out->profile) &&
               moe_json_get_count(root, "pid", INT64_MAX, &out->pid) &&
               moe_json_get_count(root, "capacity_experts", INT64_MAX, &out->capacity_experts) &&
-              moe_json_get_count(root, "expert_ns", MOE_COST_MAX_NS, &out->identity.cost.per_expert) &&
-              moe_json_get_count(root, "row_ns", MOE_COST_MAX_NS, &out->identity.cost.per_row) &&
               moe_json_get_hex(root, "model_digest", &out->model_digest);
+    moe_json_get_count(root, "expert_ns", MOE_COST_MAX_NS, &out->identity.cost.per_expert); /* not told by older workers */
+    moe_json_get_count(root, "row_ns", MOE_COST_MAX_NS, &out->identity.cost.per_row);
     json_decref(root);
     return ok;
 }

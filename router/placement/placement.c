@@ -179,8 +179,9 @@ static bool parse_integer(const json_t *json, int64_t lo, int64_t hi, int64_t *o
     return true;
 }
 
-/* [ns per expert, ns per row] */
+/* [ns per expert, ns per row]; absent in maps of older versions. */
 static bool parse_cost(const json_t *json, moe_placement_cost *out) {
+    if (!json) return true;
     return json_array_size(json) == 2 && parse_integer(json_array_get(json, 0), 0, MOE_COST_MAX_NS, &out->per_expert) &&
            parse_integer(json_array_get(json, 1), 0, MOE_COST_MAX_NS, &out->per_row);
 }
