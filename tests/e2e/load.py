@@ -70,10 +70,10 @@ class NotBegun(Exception):
     """A router refused before the first byte of an answer."""
 
 
-def ask(port, case, stream, timeout_s=120):
-    """Greedy token ids from one router."""
+def ask(port, case, tokens, stream, timeout_s=120):
+    """The first `tokens` greedy token ids from one router."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
-    body = {"prompt": case["ids"], "max_tokens": len(case["greedy"]), "temperature": 0, "return_token_ids": True, "stream": stream}
+    body = {"prompt": case["ids"], "max_tokens": tokens, "temperature": 0, "return_token_ids": True, "stream": stream}
     try:
         try:
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
@@ -95,20 +95,21 @@ def ask(port, case, stream, timeout_s=120):
 
 class Load:
     """Golden prompts, every other one streamed, one after another from each of `clients` threads against the routers at `ports` in turn.
-    Every answer must be the golden one. `latencies` are in seconds; `clear` begins them anew."""
+    Every answer must be the golden one, of at most `max_tokens`. `latencies` are in seconds; `clear` begins them anew."""
 
-    def __init__(self, ports, clients=3):
-        self.ports, self.stopped, self.lock = list(ports), threading.Event(), threading.Lock()
+    def __init__(self, ports, clients=3, max_tokens=1000):
+        self.ports, self.max_tokens, self.stopped, self.lock = list(ports), max_tokens, threading.Event(), threading.Lock()
         self.errors, self.latencies, self.finished, self.passed_on = [], [], 0, 0
         self.threads = [threading.Thread(target=self.run, args=(i,), daemon=True) for i in range(clients)]
 
     def request(self, i):
         cases = golden_cases()
         case, refusals = cases[i % len(cases)], []
+        expected = case["greedy"][:self.max_tokens]
         for k in range(len(self.ports)):
             try:
-                got = ask(self.ports[(i + k) % len(self.ports)], case, i % 2 == 0)
-                check(got == case["greedy"], f"{case['prompt']!r}: got {got}, expected {case['greedy']}")
+                got = ask(self.ports[(i + k) % len(self.ports)], case, len(expected), i % 2 == 0)
+                check(got == expected, f"{case['prompt']!r}: got {got}, expected {expected}")
                 self.passed_on += k > 0
                 return
             except NotBegun as refusal:
