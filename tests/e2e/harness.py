@@ -35,7 +35,85 @@ def check(condition, what):
         raise AssertionError(what)
 
 
-class Cluster:
+class Api:
+    """A router's HTTP API at `port`."""
+    tls = None  # an ssl.SSLContext: https
+
+    def connect(self, timeout_s=120):
+        if self.tls:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout_s, context=self.tls)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+
+    def request(self, method, path, body=None, headers=None, timeout_s=120):
+        connection = self.connect(timeout_s)
+        try:
+            data = json.dumps(body).encode() if body is not None else None
+            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+            response = connection.getresponse()
+            text = response.read()
+            return response.status, dict(response.getheaders()), text
+        finally:
+            connection.close()
+
+    def get(self, path):
+        status, _, text = self.request("GET", path)
+        return status, text
+
+    def post(self, path, body):
+        status, headers, text = self.request("POST", path, body)
+        return status, headers, json.loads(text)
+
+    def status(self):
+        code, text = self.get("/cluster/status")
+        check(code == 200, f"/cluster/status answered {code}")
+        return json.loads(text)
+
+    def metric(self, name):
+        """The sum of a metric over its labels."""
+        total = 0.0
+        for line in self.get("/metrics")[1].decode().splitlines():
+            if line.startswith(name) and line[len(name)] in " {":
+                total += float(line.rsplit(" ", 1)[1])
+        return total
+
+    def complete(self, prompt_ids, max_tokens, **more):
+        """Greedy token ids of a completion; raises with the status for anything but 200."""
+        status, _, reply = self.post("/v1/completions", {"prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0,
+                                                        "return_token_ids": True, **more})
+        check(status == 200, f"HTTP {status}: {reply}")
+        return reply["choices"][0]["token_ids"]
+
+    def stream_events(self, prompt_ids, max_tokens, on_event=None, **more):
+        """The data of every SSE event of a streamed completion, parsed where it is JSON. `on_event` gets the seconds since the last."""
+        connection = self.connect()
+        events = []
+        try:
+            body = {"prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0, "stream": True, "return_token_ids": True, **more}
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            check(response.status == 200, f"HTTP {response.status}: {response.read() if response.status != 200 else ''}")
+            last = time.monotonic()
+            for line in response:
+                if not line.startswith(b"data: "):
+                    continue
+                now = time.monotonic()
+                if on_event:
+                    on_event(now - last)
+                last = now
+                data = line[6:].strip().decode()
+                events.append(json.loads(data) if data.startswith("{") else data)
+            return events
+        finally:
+            connection.close()
+
+    def stream_tokens(self, prompt_ids, max_tokens, on_event=None):
+        """Greedy token ids of a streamed completion that must end well."""
+        events = self.stream_events(prompt_ids, max_tokens, on_event)
+        check(events and events[-1] == "[DONE]", f"the stream ended with {events[-1:]}")
+        return [t for e in events[:-1] for c in e["choices"] for t in c.get("token_ids") or []]
+
+
+class Cluster(Api):
     """`moesaic serve` as a context manager. Everything it starts is stopped at exit; its log is shown when a test fails. With
     `ca_file` the API is asked over TLS and must have a certificate that this file trusts."""
 
@@ -98,50 +176,6 @@ class Cluster:
             time.sleep(0.02)
         raise AssertionError(f"no {what} within {timeout_s} s")
 
-    def connect(self, timeout_s=120):
-        if self.tls:
-            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=timeout_s, context=self.tls)
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
-
-    def request(self, method, path, body=None, headers=None, timeout_s=120):
-        connection = self.connect(timeout_s)
-        try:
-            data = json.dumps(body).encode() if body is not None else None
-            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
-            response = connection.getresponse()
-            text = response.read()
-            return response.status, dict(response.getheaders()), text
-        finally:
-            connection.close()
-
-    def get(self, path):
-        status, _, text = self.request("GET", path)
-        return status, text
-
-    def post(self, path, body):
-        status, headers, text = self.request("POST", path, body)
-        return status, headers, json.loads(text)
-
-    def status(self):
-        code, text = self.get("/cluster/status")
-        check(code == 200, f"/cluster/status answered {code}")
-        return json.loads(text)
-
-    def metric(self, name):
-        """The sum of a metric over its labels."""
-        total = 0.0
-        for line in self.get("/metrics")[1].decode().splitlines():
-            if line.startswith(name) and line[len(name)] in " {":
-                total += float(line.rsplit(" ", 1)[1])
-        return total
-
-    def complete(self, prompt_ids, max_tokens, **more):
-        """Greedy token ids of a completion; raises with the status for anything but 200."""
-        status, _, reply = self.post("/v1/completions", {"prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0,
-                                                        "return_token_ids": True, **more})
-        check(status == 200, f"HTTP {status}: {reply}")
-        return reply["choices"][0]["token_ids"]
-
     def rpc_generate(self, prompt_ids, max_tokens, keys="-"):
         """Greedy token ids from InferenceService/Generate over ZeroMQ."""
         with open(os.path.join(self.run_dir, "cluster.json"), encoding="utf-8") as f:
@@ -151,35 +185,6 @@ class Cluster:
         check(run.returncode == 0, f"Generate failed with {run.returncode}: {run.stderr}")
         ids, _reason = run.stdout.split()
         return [int(i) for i in ids.split(",")]
-
-    def stream_events(self, prompt_ids, max_tokens, on_event=None, **more):
-        """The data of every SSE event of a streamed completion, parsed where it is JSON. `on_event` gets the seconds since the last."""
-        connection = self.connect()
-        events = []
-        try:
-            body = {"prompt": prompt_ids, "max_tokens": max_tokens, "temperature": 0, "stream": True, "return_token_ids": True, **more}
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            check(response.status == 200, f"HTTP {response.status}: {response.read() if response.status != 200 else ''}")
-            last = time.monotonic()
-            for line in response:
-                if not line.startswith(b"data: "):
-                    continue
-                now = time.monotonic()
-                if on_event:
-                    on_event(now - last)
-                last = now
-                data = line[6:].strip().decode()
-                events.append(json.loads(data) if data.startswith("{") else data)
-            return events
-        finally:
-            connection.close()
-
-    def stream_tokens(self, prompt_ids, max_tokens, on_event=None):
-        """Greedy token ids of a streamed completion that must end well."""
-        events = self.stream_events(prompt_ids, max_tokens, on_event)
-        check(events and events[-1] == "[DONE]", f"the stream ended with {events[-1:]}")
-        return [t for e in events[:-1] for c in e["choices"] for t in c.get("token_ids") or []]
 
 
 def main(tests):

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 
-from harness import BIN, DEMO, Cluster, check, free_port, golden
+from harness import BIN, DEMO, Api, check, free_port, golden
 
 STOP_TIMEOUT_S = 60
 
@@ -47,9 +47,8 @@ def start_worker(cluster, name, *args):
     return Process(cluster, name, "worker", "--cluster", cluster.run_dir, "--threads", "1", *args)
 
 
-class Router(Process):
-    """A further router of the cluster, with an HTTP API of its own; the harness's methods work on it. `store`: instead of the cluster's."""
-    request, get, post, complete, status = Cluster.request, Cluster.get, Cluster.post, Cluster.complete, Cluster.status
+class Router(Process, Api):
+    """A further router of the cluster, with an HTTP API of its own. `store`: instead of the cluster's."""
 
     def __init__(self, cluster, name, *args, port=None, store=None):
         self.port = port or free_port()

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 
-from harness import BIN, DEMO, READY_TIMEOUT_S, Cluster, check, free_port, golden
+from harness import BIN, DEMO, READY_TIMEOUT_S, Api, check, free_port, golden
 
 STOP_TIMEOUT_S = 20
 
@@ -51,10 +51,7 @@ class Node:
         self.process.wait(STOP_TIMEOUT_S)
 
 
-class Router(Node):
-    request, get, post, complete, status = Cluster.request, Cluster.get, Cluster.post, Cluster.complete, Cluster.status
-    metric, stream_events, stream_tokens = Cluster.metric, Cluster.stream_events, Cluster.stream_tokens
-
+class Router(Node, Api):
     def __init__(self, name, port, argv, log_dir, env):
         super().__init__(name, argv, log_dir, env)
         self.port = port
