@@ -103,9 +103,10 @@ void moe_status_text(const json_t *status, moe_buf *out) {
     table(json_object_get(status, "routers"), routers, sizeof routers / sizeof *routers, out);
     layers(json_object_get(status, "layers"), out);
     const json_t *cost = json_object_get(status, "cost");
-    moe_buf_printf(out, "\nplacement reckons %lld ns for a distinct expert, %lld ns for a row\n",
-                   (long long)json_integer_value(json_object_get(cost, "expert_ns")),
-                   (long long)json_integer_value(json_object_get(cost, "row_ns")));
+    if (cost)
+        moe_buf_printf(out, "\nplacement reckons %lld ns for a distinct expert, %lld ns for a row\n",
+                       (long long)json_integer_value(json_object_get(cost, "expert_ns")),
+                       (long long)json_integer_value(json_object_get(cost, "row_ns")));
     if (migration && migration[0]) moe_buf_printf(out, "\nexperts are moving: %s\n", migration);
     if (json_array_size(json_object_get(status, "operations")) == 0) return;
     moe_buf_append_text(out, "\n");
