@@ -6,6 +6,8 @@
 #include "cli/option_table.h"
 #include "common/log.h"
 
+#define MOE_COMMAND_NAME_BYTES 64
+
 typedef int (*command_function)(const moe_options *options);
 
 static const command_function functions[MOE_COMMAND_COUNT] = {
@@ -19,6 +21,8 @@ static const command_function functions[MOE_COMMAND_COUNT] = {
     [MOE_COMMAND_UNDRAIN] = moe_command_undrain, [MOE_COMMAND_REBALANCE] = moe_command_rebalance,
     [MOE_COMMAND_HEALTH] = moe_command_health,
     [MOE_COMMAND_TRAIN_PREGATE] = moe_command_train_pregate,
+    [MOE_COMMAND_TRACE] = moe_command_trace,
+    [MOE_COMMAND_TRACE_REPLAY] = moe_command_trace_replay,
 };
 
 static int print(void (*render)(const moe_option_table *, moe_buf *)) {
@@ -57,13 +61,28 @@ static int run(int command, int argc, char **argv) {
     return status;
 }
 
+/* How many words of argv name the command: "trace replay" has two. */
+static int command_words(int argc, char **argv) {
+    const moe_option_table *table = moe_option_table_get();
+    for (int i = 0; i < table->num_commands && argc > 1; i++) {
+        const char *name = table->commands[i].name, *space = strchr(name, ' ');
+        if (space && strncmp(name, argv[0], (size_t)(space - name)) == 0 && argv[0][space - name] == '\0' &&
+            strcmp(space + 1, argv[1]) == 0)
+            return 2;
+    }
+    return 1;
+}
+
 int moe_run_command(int argc, char **argv) {
     moe_error err;
     if (argc < 1 || strcmp(argv[0], "--help") == 0 || strcmp(argv[0], "-h") == 0) return print(moe_options_overview);
     if (strcmp(argv[0], "--version") == 0) return printf("moesaic %s\n", MOESAIC_VERSION) < 0;
     if (strcmp(argv[0], "--options-markdown") == 0) return print(moe_options_markdown);
-    int command = moe_command_find(moe_option_table_get(), argv[0], &err);
-    if (command >= 0) return run(command, argc - 1, argv + 1);
+    int words = command_words(argc, argv);
+    char name[MOE_COMMAND_NAME_BYTES];
+    snprintf(name, sizeof name, "%s%s%s", argv[0], words > 1 ? " " : "", words > 1 ? argv[1] : "");
+    int command = moe_command_find(moe_option_table_get(), name, &err);
+    if (command >= 0) return run(command, argc - words, argv + words);
     fprintf(stderr, "moesaic: %s\n", err.message);
     return 2;
 }

@@ -13,6 +13,8 @@ int moe_command_chat(const moe_options *options);
 int moe_command_status(const moe_options *options);
 int moe_command_eval(const moe_options *options);
 int moe_command_train_pregate(const moe_options *options);
+int moe_command_trace(const moe_options *options);
+int moe_command_trace_replay(const moe_options *options);
 int moe_command_keygen(const moe_options *options);
 int moe_command_digest(const moe_options *options);
 int moe_command_bench(const moe_options *options);

@@ -17,7 +17,7 @@ typedef struct moe_evaluation {
     const char *what; /* a name for the progress line */
 } moe_evaluation;
 
-/* Opens a node, passes the texts through its engine and closes it. Each text is tokenized, the end-of-text token appended, the whole
- * cut at MOE_EVAL_MAX_TOKENS. On a terminal, progress is shown. *out (NULL: not wanted): {"loss", "perplexity", "tokens", "texts",
- * "by_domain": {NAME: {"loss", "tokens"}}}, the caller's. CANCELLED after a signal; the errors of node and engine. */
+/* Opens a node, passes the texts through its engine and closes it. Each text is tokenized, the end-of-text token appended, the
+ * whole cut at MOE_EVAL_MAX_TOKENS. On a terminal, progress is shown. *out (NULL: not wanted): {"loss", "perplexity", "tokens",
+ * "texts", "by_domain": {NAME: {"loss", "tokens"}}}, the caller's. CANCELLED after a signal; the errors of node and engine. */
 moe_status moe_evaluate(const moe_router_node_config *node, const moe_evaluation *evaluation, json_t **out, moe_error *err);

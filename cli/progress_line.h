@@ -1,4 +1,5 @@
-/* How far a command is that a person waits for: one line on standard error, where that is a terminal, rewritten until done = total. */
+/* How far a command is that a person waits for: one line on standard error, where that is a terminal, rewritten until done =
+ * total. */
 #pragma once
 #include <stdint.h>
 

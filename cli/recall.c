@@ -22,8 +22,7 @@ static float *set_weights(const moe_recall *r, int32_t set, int32_t layer) {
 
 static void transpose(const moe_recall *r, const float *in /* [E, H] */, float *out /* [H, P] */) {
     for (int32_t e = 0; e < r->model->num_experts; e++)
-        for (int32_t h = 0; h < r->model->hidden; h++)
-            out[(int64_t)h * r->padded + e] = in[(int64_t)e * r->model->hidden + h];
+        for (int32_t h = 0; h < r->model->hidden; h++) out[(int64_t)h * r->padded + e] = in[(int64_t)e * r->model->hidden + h];
 }
 
 moe_status moe_recall_new(const moe_model_config *c, const moe_recall_sets *sets, int32_t max_rows, moe_recall **out,
@@ -35,7 +34,8 @@ moe_status moe_recall_new(const moe_model_config *c, const moe_recall_sets *sets
                       .max_rows = max_rows,
                       .padded = moe_training_padded(c->num_experts),
                       .ahead = 2 * c->top_k < c->num_experts ? 2 * c->top_k : c->num_experts};
-    size_t layers = (size_t)c->num_moe_layers, hidden = (size_t)c->hidden, padded = (size_t)r->padded, count = (size_t)sets->count;
+    size_t layers = (size_t)c->num_moe_layers, hidden = (size_t)c->hidden, padded = (size_t)r->padded,
+           count = (size_t)sets->count;
     r->weights = moe_alloc_aligned(count * (layers - 1) * hidden * padded, sizeof *r->weights);
     r->x = moe_alloc_aligned((size_t)max_rows * hidden, sizeof *r->x);
     r->logits = moe_alloc_aligned((size_t)max_rows * padded, sizeof *r->logits);

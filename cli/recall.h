@@ -1,5 +1,5 @@
-/* How well pre-gates foresee what gates choose: of the experts that tokens were sent to, the part that a pre-gate had among its first
- * k and its first 2k one MoE layer earlier. An observer of an engine under --gating gate with one micro-batch. */
+/* How well pre-gates foresee what gates choose: of the experts that tokens were sent to, the part that a pre-gate had among its
+ * first k and its first 2k one MoE layer earlier. An observer of an engine under --gating gate with one micro-batch. */
 #pragma once
 #include "router/engine/engine.h"
 

@@ -1,5 +1,5 @@
-/* `moesaic train-pregate`: texts pass through the model, what its MoE layers were given is kept, pre-gates are trained on that, written
- * and measured. */
+/* `moesaic train-pregate`: texts pass through the model, what its MoE layers were given is kept, pre-gates are trained on that,
+ * written and measured. */
 #include <inttypes.h>
 #include <libgen.h>
 #include <limits.h>
@@ -35,7 +35,8 @@ typedef struct session {
 
 static moe_status read_texts(session *s, moe_error *err) {
     json_t *all = NULL;
-    moe_status status = moe_texts_read(moe_option_text(s->options, "data"), (int32_t)moe_option_int(s->options, "limit"), &all, err);
+    moe_status status =
+        moe_texts_read(moe_option_text(s->options, "data"), (int32_t)moe_option_int(s->options, "limit"), &all, err);
     s->train_texts = json_array();
     s->held_out_texts = json_array();
     for (size_t i = 0; i < json_array_size(all); i++)
@@ -108,7 +109,8 @@ static float *read_matrices(const moe_model *m, bool pre_gates, int32_t layers) 
 static moe_status allocate(session *s, const moe_model *m, moe_error *err) {
     int32_t layers = m->config.num_moe_layers;
     if (layers < 2)
-        return moe_fail(err, MOE_FAILED_PRECONDITION, "%s: pre-gates need two MoE layers at least; this model has %d", m->dir, layers);
+        return moe_fail(err, MOE_FAILED_PRECONDITION, "%s: pre-gates need two MoE layers at least; this model has %d", m->dir,
+                        layers);
     size_t size = (size_t)m->config.num_experts * (size_t)m->config.hidden;
     s->config = &m->config;
     s->gates = read_matrices(m, false, layers);

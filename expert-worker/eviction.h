@@ -5,6 +5,10 @@
 #pragma once
 #include "common/status.h"
 
+/* Settings that suit a caller whose time is the batches (a layer of a step) that a worker computed. */
+#define MOE_EVICTION_HALF_LIFE_BATCHES 1024
+#define MOE_EVICTION_HINT_BATCHES 256 /* after which a step is not expected any more */
+
 #define MOE_EVICTION_MAX_HINTS 8192 /* that wait for their layer; a further one takes the place of the oldest */
 
 typedef struct moe_eviction moe_eviction;
@@ -30,15 +34,17 @@ void moe_eviction_loaded(moe_eviction *eviction, int32_t expert, int64_t now);
 /* A batch used the expert. Once a batch, however many rows: a miss costs one copy for all of them. */
 void moe_eviction_used(moe_eviction *eviction, int32_t expert, int64_t now);
 
-/* A hint announces that `step` will probably want the expert when its layer runs. `step` is any number that tells the forward steps
- * under way apart. The announcement ends with moe_eviction_ran of that step, or at time `until`, should that step never come. */
+/* A hint announces that `step` will probably want the expert when its layer runs. `step` is any number that tells the forward
+ * steps under way apart. The announcement ends with moe_eviction_ran of that step, or at time `until`, should that step never
+ * come. */
 void moe_eviction_hinted(moe_eviction *eviction, int32_t expert, uint64_t step, int64_t until);
 /* `step` has run the layer whose experts are [first, first + count). */
 void moe_eviction_ran(moe_eviction *eviction, uint64_t step, int32_t first, int32_t count, int64_t now);
 /* Whether a hint announces the expert; under every policy. */
 bool moe_eviction_announced(const moe_eviction *eviction, int32_t expert);
 
-/* The slot of [0, num_slots) to empty, -1: none may be. `evictable` gives the expert of a slot, or -1 where it must stay (empty, in
- * use, being filled). hint-aware names an announced expert only where every evictable one is announced; moe_eviction_announced tells
- * a caller that would then rather not load. Looks at each slot once. */
-int32_t moe_eviction_victim(const moe_eviction *eviction, int32_t num_slots, int32_t (*evictable)(void *ctx, int32_t slot), void *ctx);
+/* The slot of [0, num_slots) to empty, -1: none may be. `evictable` gives the expert of a slot, or -1 where it must stay (empty,
+ * in use, being filled). hint-aware names an announced expert only where every evictable one is announced; moe_eviction_announced
+ * tells a caller that would then rather not load. Looks at each slot once. */
+int32_t moe_eviction_victim(const moe_eviction *eviction, int32_t num_slots, int32_t (*evictable)(void *ctx, int32_t slot),
+                            void *ctx);

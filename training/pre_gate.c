@@ -10,12 +10,12 @@
 
 /* One thread's memory. H = hidden, P = experts padded. */
 typedef struct trainer {
-    float *x, *next_x;         /* [BATCH, H] */
-    float *logits, *target;    /* [BATCH, P] */
-    float *gate;               /* [H, P] of the next layer */
-    float *w, *best, *g;       /* [H, P] */
-    moe_adamw adamw;           /* moments [H, P] */
-    uint32_t *order;           /* [tokens] */
+    float *x, *next_x;      /* [BATCH, H] */
+    float *logits, *target; /* [BATCH, P] */
+    float *gate;            /* [H, P] of the next layer */
+    float *w, *best, *g;    /* [H, P] */
+    moe_adamw adamw;        /* moments [H, P] */
+    uint32_t *order;        /* [tokens] */
 } trainer;
 
 typedef struct training {
@@ -68,7 +68,8 @@ static void to_output_major(const training *all, const float *in, float *out) {
         for (int32_t h = 0; h < c->hidden; h++) out[(int64_t)e * c->hidden + h] = in[(int64_t)h * all->padded + e];
 }
 
-/* Sum of the KL over tokens order[0 … rows) (NULL: first … first + rows) of `samples`; t->logits is then the gradient of their mean. */
+/* Sum of the KL over tokens order[0 … rows) (NULL: first … first + rows) of `samples`; t->logits is then the gradient of their
+ * mean. */
 static double forward(const training *all, trainer *t, const moe_samples *samples, int32_t layer, const uint32_t *order,
                       int64_t first, int32_t rows) {
     const moe_pre_gate_config *c = all->config;
@@ -130,7 +131,8 @@ static void train_epoch(training *all, trainer *t, int32_t layer) {
 
 static void train_layer(training *all, trainer *t, int32_t layer) {
     const moe_pre_gate_config *c = all->config;
-    size_t gate = (size_t)c->num_experts * (size_t)c->hidden, matrix_bytes = (size_t)c->hidden * (size_t)all->padded * sizeof(float);
+    size_t gate = (size_t)c->num_experts * (size_t)c->hidden,
+           matrix_bytes = (size_t)c->hidden * (size_t)all->padded * sizeof(float);
     moe_pre_gate_fit *fit = &all->fits[layer];
     moe_random random = {.state = moe_mix64(c->seed) + (uint64_t)layer};
     to_input_major(all, c->gates + (size_t)(layer + 1) * gate, t->gate);

@@ -1,6 +1,6 @@
-/* What the MoE layers of a model were given for many tokens: the data that pre-gates are trained on. Kept in bfloat16 in a file that
- * has no name, so that it may be larger than memory and is gone with the process. Where more tokens come than it takes, what stays is
- * a uniform sample of all (reservoir sampling, Vitter 1985). Written by one thread; then read by any. */
+/* What the MoE layers of a model were given for many tokens: the data that pre-gates are trained on. Kept in bfloat16 in a file
+ * that has no name, so that it may be larger than memory and is gone with the process. Where more tokens come than it takes, what
+ * stays is a uniform sample of all (reservoir sampling, Vitter 1985). Written by one thread; then read by any. */
 #pragma once
 #include "common/status.h"
 #include "common/tensor.h"

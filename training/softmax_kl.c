@@ -8,7 +8,8 @@ typedef float lanes __attribute__((vector_size(MOE_TRAINING_LANES * sizeof(float
 
 #define TILE 4 /* rows of the result at once, that share what is read of the other factor */
 
-/* y[i, block] = Σ_k a[i · a_row + k · a_col] · b[k, block], for TILE rows i and one block of lanes; b and y have rows of `padded`. */
+/* y[i, block] = Σ_k a[i · a_row + k · a_col] · b[k, block], for TILE rows i and one block of lanes; b and y have rows of
+ * `padded`. */
 static void product_tile(const float *a, int64_t a_row, int64_t a_col, const float *b, int32_t depth, int32_t padded, float *y) {
     lanes sum[TILE] = {{0}};
     for (int32_t k = 0; k < depth; k++) {

@@ -92,7 +92,8 @@ static void test_adamw_beside_its_definition(void **state) {
 }
 
 static moe_samples *new_samples(const moe_test_dir *dir, int32_t layers, int64_t tokens) {
-    moe_samples_config config = {.dir = dir->path, .num_layers = layers, .hidden = HIDDEN, .max_bytes = tokens * layers * HIDDEN * 2, .seed = 3};
+    moe_samples_config config = {
+        .dir = dir->path, .num_layers = layers, .hidden = HIDDEN, .max_bytes = tokens * layers * HIDDEN * 2, .seed = 3};
     moe_samples *samples;
     moe_error err;
     if (moe_samples_new(&config, &samples, &err) != MOE_OK) fail_msg("%s", err.message);
@@ -187,8 +188,16 @@ static void on_progress(void *ctx, int64_t done, int64_t total) {
 }
 
 static float *fit(const problem *p, int32_t threads, uint64_t seed, moe_pre_gate_fit fits[LAYERS - 1]) {
-    moe_pre_gate_config config = {.num_layers = LAYERS, .num_experts = EXPERTS, .hidden = HIDDEN, .gates = p->gates, .train = p->train,
-                                  .held_out = p->held_out, .epochs = 30, .threads = threads, .lr = 0.02f, .seed = seed,
+    moe_pre_gate_config config = {.num_layers = LAYERS,
+                                  .num_experts = EXPERTS,
+                                  .hidden = HIDDEN,
+                                  .gates = p->gates,
+                                  .train = p->train,
+                                  .held_out = p->held_out,
+                                  .epochs = 30,
+                                  .threads = threads,
+                                  .lr = 0.02f,
+                                  .seed = seed,
                                   .progress = on_progress};
     float *weights = moe_alloc_aligned((LAYERS - 1) * EXPERTS * HIDDEN, sizeof *weights);
     moe_error err;
@@ -210,7 +219,7 @@ static void test_fit(void **state) {
         assert_true(fits[i].epochs > 1 && fits[i].epochs <= 30);
     }
     size_t bytes = (LAYERS - 1) * EXPERTS * HIDDEN * sizeof *weights;
-    assert_memory_equal(weights, same, bytes); /* threads change nothing, */
+    assert_memory_equal(weights, same, bytes);      /* threads change nothing, */
     assert_memory_not_equal(weights, other, bytes); /* the seed does */
     moe_free(weights);
     moe_free(same);
@@ -223,8 +232,13 @@ static void test_nothing_to_train_on(void **state) {
     moe_test_dir dir;
     dir = moe_test_dir_new();
     moe_samples *empty = new_samples(&dir, LAYERS, 10);
-    moe_pre_gate_config config = {.num_layers = LAYERS, .num_experts = EXPERTS, .hidden = HIDDEN, .train = empty, .held_out = empty,
-                                  .epochs = 1, .threads = 1};
+    moe_pre_gate_config config = {.num_layers = LAYERS,
+                                  .num_experts = EXPERTS,
+                                  .hidden = HIDDEN,
+                                  .train = empty,
+                                  .held_out = empty,
+                                  .epochs = 1,
+                                  .threads = 1};
     moe_error err;
     assert_int_equal(moe_pre_gates_train(&config, NULL, NULL, &err), MOE_FAILED_PRECONDITION);
     moe_samples_config tiny = {.dir = dir.path, .num_layers = LAYERS, .hidden = HIDDEN, .max_bytes = LAYERS * HIDDEN * 2 - 1};
