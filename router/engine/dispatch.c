@@ -375,6 +375,14 @@ static bool has_alternatives(const expert_call *call) {
     return true;
 }
 
+/* How long a call's rows may be on a slow wire: a message is seen when all of it is here, and no sign of progress overtakes it. */
+static int64_t transfer_ns(const expert_call *call) {
+    const moe_engine *e = call->batch->engine;
+    double there = (double)call->num_rows * (double)moe_row_bytes(e->dtype, e->model->hidden),
+           back = (double)out_rows_of(call) * (double)moe_row_bytes(e->out_dtype, e->model->hidden);
+    return (int64_t)((there + back) * (double)MOE_NS_PER_S / MOE_SLOW_WIRE_BYTES_PER_S);
+}
+
 /* A worker that makes no progress while it owes us a result is suspect; what others can do is taken from it. */
 static void check_progress(expert_call *call, int64_t now) {
     moe_engine *e = call->batch->engine;
@@ -384,6 +392,7 @@ static void check_progress(expert_call *call, int64_t now) {
     if (!peer || peer->incarnation != call->incarnation) return; /* the RPC ends this call by itself */
     int64_t limit = MOE_SUSPECT_JOB_FACTOR * w->call_ns;
     if (limit < e->config.suspect_after_ns) limit = e->config.suspect_after_ns;
+    limit += transfer_ns(call);
     if (now - workers_silent_since(e, call->worker, call->sent_ns) > limit && !call->blamed) {
         call->blamed = true;
         workers_suspect(e, call->worker);

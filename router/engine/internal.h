@@ -17,6 +17,7 @@
 #define MOE_ENGINE_IDLE_NS (100 * MOE_NS_PER_MS) /* longest sleep of a step while work is outstanding */
 #define MOE_LOAD_HALF_LIFE_S 60.0
 #define MOE_SUSPECT_JOB_FACTOR 5               /* a worker may be silent for this many times its usual call time */
+#define MOE_SLOW_WIRE_BYTES_PER_S 2e8          /* and while its rows may be on the way at this pace, there and back */
 #define MOE_SUSPECT_HOLD_NS (1 * MOE_NS_PER_S) /* a suspect is tried again after this, doubled each time it does no better: */
 #define MOE_SUSPECT_HOLD_MAX_NS (30 * MOE_NS_PER_S)
 #define MOE_POISON_WORKERS 2                   /* a request in whose step so many workers died is not tried on another */
