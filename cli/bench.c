@@ -10,17 +10,18 @@
 
 #define END_POLL_NS (20 * MOE_NS_PER_MS) /* how often the end of a measurement is looked for; it does not enter the result */
 
-const char *const moe_bench_stage_names[MOE_BENCH_STAGES] = {"attention", "handoff", "plan",   "wait",   "copy",
+const char *const moe_bench_stage_names[MOE_BENCH_STAGES] = {"attention", "handoff", "plan",   "wait",   "copy", "stall",
                                                              "expert",    "combine", "logits", "sample", "step"};
 
 static const moe_metric stage_metrics[MOE_BENCH_STAGES] = {
     MOE_METRIC_STAGE_ATTENTION, MOE_METRIC_STAGE_HANDOFF, MOE_METRIC_STAGE_PLAN,    MOE_METRIC_STAGE_WAIT,
-    MOE_METRIC_STAGE_COPY,      MOE_METRIC_STAGE_EXPERT,  MOE_METRIC_STAGE_COMBINE, MOE_METRIC_STAGE_LOGITS,
-    MOE_METRIC_STAGE_SAMPLE,    MOE_METRIC_STAGE_STEP};
+    MOE_METRIC_STAGE_COPY,      MOE_METRIC_STAGE_STALL,   MOE_METRIC_STAGE_EXPERT,  MOE_METRIC_STAGE_COMBINE,
+    MOE_METRIC_STAGE_LOGITS,    MOE_METRIC_STAGE_SAMPLE,  MOE_METRIC_STAGE_STEP};
 
 typedef struct reading {
     int64_t at_ns, tokens, sum_ns[MOE_BENCH_STAGES], count[MOE_BENCH_STAGES];
     int64_t steps, layers, layer_experts, call_bytes;
+    int64_t hits, late_hits, misses, copied_bytes, wasted_bytes;
     int32_t leader_tokens; /* of the first request */
 } reading;
 
@@ -51,6 +52,11 @@ static void take_reading(const measurement *m, reading *out) {
     out->layer_experts = moe_metric_sum(MOE_METRIC_LAYER_EXPERTS);
     out->call_bytes =
         moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_SENT) + moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED);
+    out->hits = moe_metric_value(MOE_METRIC_EXPERT_HITS);
+    out->late_hits = moe_metric_value(MOE_METRIC_EXPERT_LATE_HITS);
+    out->misses = moe_metric_value(MOE_METRIC_EXPERT_MISSES);
+    out->copied_bytes = moe_metric_value(MOE_METRIC_EXPERT_COPIED_BYTES);
+    out->wasted_bytes = moe_metric_value(MOE_METRIC_EXPERT_WASTED_BYTES);
     out->leader_tokens = m->leader_tokens;
     for (int s = 0; s < MOE_BENCH_STAGES; s++) {
         out->sum_ns[s] = moe_metric_sum(stage_metrics[s]);
@@ -111,6 +117,11 @@ static void subtract(const measurement *m, moe_bench_sample *out) {
     out->layer_experts = layers > 0 ? (double)(to->layer_experts - from->layer_experts) / (double)layers : 0;
     out->context = m->c->prompt_tokens + (from->leader_tokens + to->leader_tokens) / 2.0;
     out->call_bytes = to->call_bytes - from->call_bytes;
+    out->hits = to->hits - from->hits;
+    out->late_hits = to->late_hits - from->late_hits;
+    out->misses = to->misses - from->misses;
+    out->copied_bytes = to->copied_bytes - from->copied_bytes;
+    out->wasted_bytes = to->wasted_bytes - from->wasted_bytes;
     for (int s = 0; s < MOE_BENCH_STAGES; s++) {
         int64_t count = to->count[s] - from->count[s];
         out->stage_ns[s] = count > 0 ? (double)(to->sum_ns[s] - from->sum_ns[s]) / (double)count : 0;

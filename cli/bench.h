@@ -11,6 +11,7 @@ typedef enum moe_bench_stage {
     MOE_BENCH_PLAN,
     MOE_BENCH_WAIT,
     MOE_BENCH_COPY,
+    MOE_BENCH_STALL, /* of workers' computation, for experts on their way to the device */
     MOE_BENCH_EXPERT,
     MOE_BENCH_COMBINE,
     MOE_BENCH_LOGITS,
@@ -37,6 +38,7 @@ typedef struct moe_bench_sample {
     int64_t steps;                     /* micro-batches in that time */
     double layer_experts;              /* mean number of distinct experts of a MoE layer of a micro-batch */
     double context;                    /* of a decode: mean number of tokens of a sequence in the KV cache */
+    int64_t hits, late_hits, misses, copied_bytes, wasted_bytes; /* of workers with tiers; see moe_residency_counts */
     int64_t call_bytes;                /* payloads of the calls to expert workers, both ways */
     double stage_ns[MOE_BENCH_STAGES]; /* mean of one layer of one micro-batch; logits, sample, step: of one micro-batch */
 } moe_bench_sample;

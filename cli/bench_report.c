@@ -11,9 +11,11 @@ static double ms_per_token(const moe_bench_case *c, const moe_bench_sample *s) {
 
 static bool is_prefill(const moe_bench_case *c) { return c->output_tokens == 1; }
 
-/* Waiting for experts that no worker spent computing or copying to and from its GPU: messages, their encoding, queues. */
+/* Waiting for experts that no worker spent computing, copying to and from its GPU or waiting for weights: messages, their encoding,
+ * queues. */
 static double wire_ns(const moe_bench_sample *s) {
-    double ns = s->stage_ns[MOE_BENCH_WAIT] - s->stage_ns[MOE_BENCH_EXPERT] - s->stage_ns[MOE_BENCH_COPY];
+    double ns = s->stage_ns[MOE_BENCH_WAIT] - s->stage_ns[MOE_BENCH_EXPERT] - s->stage_ns[MOE_BENCH_COPY] -
+                s->stage_ns[MOE_BENCH_STALL];
     return ns > 0 ? ns : 0;
 }
 
@@ -49,7 +51,7 @@ void moe_bench_csv_header(FILE *out) {
             "ms_per_token,step_ms,micro_batches,layer_experts,wire_bytes_per_token,weight_bytes,kv_bytes,flop,floor_ms,"
             "of_floor");
     for (int s = 0; s < MOE_BENCH_STAGES; s++) fprintf(out, ",%s_us", moe_bench_stage_names[s]);
-    fprintf(out, ",wire_us\n");
+    fprintf(out, ",wire_us,expert_hits,expert_late_hits,expert_misses,copied_bytes,wasted_bytes\n");
 }
 
 void moe_bench_csv_run(FILE *out, const moe_bench_series *series, int32_t run) {
@@ -66,7 +68,8 @@ void moe_bench_csv_run(FILE *out, const moe_bench_series *series, int32_t run) {
     else
         fprintf(out, ",,");
     for (int i = 0; i < MOE_BENCH_STAGES; i++) fprintf(out, ",%.3f", s->stage_ns[i] / 1e3);
-    fprintf(out, ",%.3f\n", wire_ns(s) / 1e3);
+    fprintf(out, ",%.3f,%lld,%lld,%lld,%lld,%lld\n", wire_ns(s) / 1e3, (long long)s->hits, (long long)s->late_hits,
+            (long long)s->misses, (long long)s->copied_bytes, (long long)s->wasted_bytes);
 }
 
 /* ---- tables ---- */

@@ -7,6 +7,7 @@
 
 #include "cli/cluster_file.h"
 #include "common/alloc.h"
+#include "common/metrics.h"
 
 struct moe_cluster_reporter {
     moe_cluster_reporter_config config;
@@ -131,8 +132,13 @@ static moe_status report(void *ctx, moe_cluster_status *out, moe_error *err) {
         fill_workers(s, out);
         fill_routers(s, out);
         for (int32_t l = 0; l < layers; l++)
-            out->layers[l] =
-                (moe_layer_status){max_over_mean(s, l), (uint32_t)s->controller.min_replicas[l], s->controller.imbalance[l]};
+            out->layers[l] = (moe_layer_status){max_over_mean(s, l), (uint32_t)s->controller.min_replicas[l],
+                                                s->controller.imbalance[l], moe_engine_hint_recall(r->config.engine, l)};
+        out->residency = (moe_residency_status){(uint64_t)moe_metric_value(MOE_METRIC_EXPERT_HITS),
+                                                (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_LATE_HITS),
+                                                (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_MISSES),
+                                                (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_COPIED_BYTES),
+                                                (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_WASTED_BYTES)};
         out->num_operations = s->controller.num_operations;
         memcpy(out->operations, s->controller.operations, sizeof out->operations);
         snprintf(out->migration, sizeof out->migration, "%s", s->controller.migration);

@@ -107,7 +107,7 @@ static moe_status memory_limit(const moe_options *o, const char *name, moe_memor
 }
 
 moe_status moe_tier_option(const moe_options *o, moe_tier_options *out, moe_error *err) {
-    *out = (moe_tier_options){.eviction = moe_option_text(o, "eviction")};
+    *out = (moe_tier_options){.eviction = moe_option_text(o, "eviction"), .threaded = true};
     moe_status status = memory_limit(o, "device-memory", &out->device, err);
     return status == MOE_OK ? memory_limit(o, "host-memory", &out->host, err) : status;
 }

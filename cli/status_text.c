@@ -82,6 +82,34 @@ static void layers(const json_t *list, moe_buf *out) {
     }
 }
 
+/* Where experts do not all fit the workers' devices. */
+static void residency(const json_t *counts, moe_buf *out) {
+    double hits = json_number_value(json_object_get(counts, "hits")), late = json_number_value(json_object_get(counts, "late_hits"));
+    double all = hits + late + json_number_value(json_object_get(counts, "misses"));
+    double copied = json_number_value(json_object_get(counts, "copied_bytes"));
+    double wasted = json_number_value(json_object_get(counts, "wasted_bytes"));
+    if (all == 0) return;
+    moe_buf_printf(out,
+                   "\nexperts wanted: %.1f %% were on the device, %.1f %% on their way, %.1f %% missed; %.1f MB copied, "
+                   "%.1f %% of it unused\n",
+                   100 * hits / all, 100 * late / all, 100 * (all - hits - late) / all, copied / 1e6,
+                   copied > 0 ? 100 * wasted / copied : 0);
+}
+
+/* How many of a layer's experts the layer before had predicted, by MoE layer. */
+static void recalls(const json_t *list, moe_buf *out) {
+    size_t index;
+    json_t *layer;
+    bool any = false;
+    json_array_foreach(list, index, layer) {
+        const json_t *recall = json_object_get(layer, "hint_recall");
+        if (!recall) continue;
+        moe_buf_printf(out, "%s%zu: %.3f", any ? "   " : "\nrecall of hints, by MoE layer\n    ", index, json_number_value(recall));
+        any = true;
+    }
+    if (any) moe_buf_append_text(out, "\n");
+}
+
 void moe_status_text(const json_t *status, moe_buf *out) {
     static const column workers[] = {{"WORKER", "id", false},       {"STATE", "state", false},      {"HOST", "host", false},
                                      {"PID", "pid", true},          {"EXPERTS", "experts", true},   {"LOAD", "load", true},
@@ -107,6 +135,8 @@ void moe_status_text(const json_t *status, moe_buf *out) {
         moe_buf_printf(out, "\nplacement reckons %lld ns for a distinct expert, %lld ns for a row\n",
                        (long long)json_integer_value(json_object_get(cost, "expert_ns")),
                        (long long)json_integer_value(json_object_get(cost, "row_ns")));
+    residency(json_object_get(status, "residency"), out);
+    recalls(json_object_get(status, "layers"), out);
     if (migration && migration[0]) moe_buf_printf(out, "\nexperts are moving: %s\n", migration);
     if (json_array_size(json_object_get(status, "operations")) == 0) return;
     moe_buf_append_text(out, "\n");

@@ -35,6 +35,7 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(STAGE_WAIT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"wait\"", "")                                                    \
     X(STAGE_EXPERT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"expert\"", "")                                                \
     X(STAGE_COPY, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"copy\"", "")                                                    \
+    X(STAGE_STALL, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"stall\"", "")                                                  \
     X(STAGE_COMBINE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"combine\"", "")                                              \
     X(STAGE_LOGITS, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"logits\"", "")                                                \
     X(STAGE_SAMPLE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"sample\"", "")                                                \
@@ -59,6 +60,13 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(REDIS_UP, GAUGE, "moesaic_redis_up", "", "1 while the placement store answers")                                            \
     X(HINT_EXPERTS, COUNTER, "moesaic_hint_experts_total", "", "True experts of tokens for which a hint was made")               \
     X(HINT_EXPERTS_FOUND, COUNTER, "moesaic_hint_experts_found_total", "", "Of those, experts that the hint had named")          \
+    X(EXPERT_HITS, COUNTER, "moesaic_expert_residency_total", "outcome=\"hit\"",                                                 \
+      "Experts of calls to workers with tiers: in a device slot, on their way, or neither")                                      \
+    X(EXPERT_LATE_HITS, COUNTER, "moesaic_expert_residency_total", "outcome=\"late_hit\"", "")                                    \
+    X(EXPERT_MISSES, COUNTER, "moesaic_expert_residency_total", "outcome=\"miss\"", "")                                           \
+    X(EXPERT_COPIED_BYTES, COUNTER, "moesaic_expert_copied_bytes_total", "", "Expert weights copied to workers' devices")        \
+    X(EXPERT_WASTED_BYTES, COUNTER, "moesaic_expert_wasted_bytes_total", "", "Of those, of experts that left again unused")      \
+    X(PREFETCHES, COUNTER, "moesaic_prefetches_total", "", "Prefetch calls: hints to workers without tokens of a layer")         \
     X(WORKER_ROWS, COUNTER, "moesaic_worker_rows_total", "", "Expert rows computed (one token at one expert)")                   \
     X(WORKER_BATCH_ROWS, HISTOGRAM_COUNT, "moesaic_worker_batch_rows", "", "Expert rows of one batch")                           \
     X(WORKER_BATCH_EXPERTS, HISTOGRAM_COUNT, "moesaic_worker_batch_experts", "", "Distinct experts of one batch")                \

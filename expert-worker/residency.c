@@ -81,7 +81,7 @@ static moe_status open_parts(moe_residency *r, moe_error *err) {
         r->slot[i] = (residency_slot){.expert = c->backend->ops->slot(r->slots, i), .entry = -1};
     r->num_empty = r->num_slots;
     const moe_loader_config packer = {
-        .model = c->model, .backend = c->backend, .transport = c->transport, .threaded = c->threaded, .tiers = true};
+        .model = c->model, .backend = c->backend, .transport = c->transport, .threaded = c->tiers.threaded, .tiers = true};
     if (status == MOE_OK) status = moe_loader_init(&r->packer, &packer, err);
     return status;
 }
@@ -159,7 +159,7 @@ void moe_residency_hold(moe_residency *r, int32_t layer, int32_t expert, moe_ima
 
 void moe_residency_drop(moe_residency *r, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
-    MOE_ASSERT(e->held && e->needed == 0);
+    MOE_ASSERT(e->held && e->needed == 0 && e->expected == 0);
     residency_set_wish(r, e, WISH_NONE);
     residency_give_up(r, e);
     if (e->slot >= 0) residency_empty_slot(r, e);
@@ -176,9 +176,13 @@ static void wish(moe_residency *r, residency_entry *e, residency_wish level) {
     if (e->held && !on_its_way && level < e->wish) residency_set_wish(r, e, level);
 }
 
-/* What is wanted of an expert that no batch needs any more. */
+/* What is still wanted of an expert that a batch needs no more, or a call, or a hint. */
 static void weaken(moe_residency *r, residency_entry *e) {
     if (e->wish == WISH_NONE || e->wish == WISH_SPARE) return;
+    if (e->expected > 0) {
+        residency_set_wish(r, e, WISH_EXPECTED);
+        return;
+    }
     if (moe_eviction_announced(r->eviction, residency_number(r, e))) {
         residency_set_wish(r, e, WISH_HINTED);
         return;
@@ -212,7 +216,14 @@ void moe_residency_expect(moe_residency *r, int32_t layer, int32_t expert) {
         r->counts.late_hits++;
     else
         r->counts.misses++;
+    e->expected++;
     wish(r, e, WISH_EXPECTED);
+}
+
+void moe_residency_unexpect(moe_residency *r, int32_t layer, int32_t expert) {
+    residency_entry *e = residency_at(r, layer, expert);
+    MOE_ASSERT(e->expected > 0);
+    if (--e->expected == 0 && e->needed == 0) weaken(r, e);
 }
 
 void moe_residency_need(moe_residency *r, int32_t layer, int32_t expert) {
@@ -261,3 +272,7 @@ bool moe_residency_has_work(moe_residency *r) {
 }
 
 bool moe_residency_copying(const moe_residency *r) { return r->pieces_out > 0; }
+
+uint64_t moe_residency_progress(const moe_residency *r) {
+    return r->pieces_ended + r->counts.packed;
+}

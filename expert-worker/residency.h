@@ -5,8 +5,10 @@
 #pragma once
 #include "expert-worker/loader.h"
 
-#define MOE_RESIDENCY_PIECES 4                          /* on their way to the device at once */
-#define MOE_RESIDENCY_PIECE_BYTES ((int64_t)2 << 20)    /* a more urgent expert waits for so much at most, of each */
+/* Pieces on their way to the device at once, and their size: enough to keep a link busy between two looks of the loop; a more urgent
+ * expert, and the inputs of a batch, which share the link, wait for so much at most. */
+#define MOE_RESIDENCY_PIECES 3
+#define MOE_RESIDENCY_PIECE_BYTES ((int64_t)1 << 20)
 #define MOE_RESIDENCY_SPARE_SLOTS 1                     /* above top-k: copies need a slot that no batch uses */
 #define MOE_RESIDENCY_MIN_IMAGES 2                      /* one is packed while another is copied */
 #define MOE_RESIDENCY_HINT_BATCHES 256                  /* computed meanwhile: then a hint whose layer never came is forgotten */
@@ -27,6 +29,7 @@ typedef struct moe_tier_options {
     moe_memory_limit device, host;
     double share;         /* part of the model's experts that limits may be a part of; 0: all */
     const char *eviction; /* a policy's name; borrowed */
+    bool threaded;        /* what is wanted from the checkpoint is packed in a thread of its own; the simulation has none */
 } moe_tier_options;
 
 typedef struct moe_residency_config {
@@ -35,7 +38,6 @@ typedef struct moe_residency_config {
     moe_transport *transport; /* woken when a copy or a packing has ended */
     _Atomic uint64_t *ended;  /* counts ended copies, for whoever polls the backend; may be NULL */
     moe_tier_options tiers;   /* with a device limit */
-    bool threaded;            /* packing happens in a thread of its own */
 } moe_residency_config;
 
 /* All since the start. An expert of a call counts once, however many rows it has. */
@@ -76,8 +78,10 @@ void moe_residency_hint(moe_residency *residency, uint64_t step, int32_t layer, 
 /* `step` has come to `layer`: what was announced of this layer and those before, and nobody wants any more, stays where it is.
  * Before moe_residency_expect. */
 void moe_residency_reached(moe_residency *residency, uint64_t step, int32_t layer);
-/* A call that wants the expert was queued: counts it as hit, late hit or miss. */
+/* A call that wants the expert was accepted: counts it as hit, late hit or miss. Until the call has ended the expert makes room only
+ * for what a batch needs. */
 void moe_residency_expect(moe_residency *residency, int32_t layer, int32_t expert);
+void moe_residency_unexpect(moe_residency *residency, int32_t layer, int32_t expert);
 /* A batch that has begun needs the expert, and then no longer. What is needed is not evicted. */
 void moe_residency_need(moe_residency *residency, int32_t layer, int32_t expert);
 void moe_residency_unneed(moe_residency *residency, int32_t layer, int32_t expert);
@@ -91,5 +95,6 @@ void moe_residency_turn(moe_residency *residency);
 /* Whether a turn would find something that ended. Of a polled backend's copies only polling tells. */
 bool moe_residency_has_work(moe_residency *residency);
 bool moe_residency_copying(const moe_residency *residency);
+uint64_t moe_residency_progress(const moe_residency *residency); /* rises while anything is copied or packed */
 /* A copy or an image failed for good: what is needed will never come. NULL while all is well. */
 const moe_error *moe_residency_failure(const moe_residency *residency);

@@ -4,7 +4,9 @@
 #include "expert-worker/residency_internal.h"
 
 void residency_fail(moe_residency *r, const moe_error *why) {
-    if (r->failure.code == MOE_OK) r->failure = *why;
+    if (r->failure.code != MOE_OK) return;
+    r->failure = *why;
+    r->failure.code = MOE_INTERNAL; /* whatever it was: this worker cannot go on, others can */
 }
 
 void residency_set_wish(moe_residency *r, residency_entry *e, residency_wish wish) {
@@ -38,10 +40,16 @@ void residency_give_up(moe_residency *r, residency_entry *e) {
     if (s->pieces == 0) set_empty(r, s);
 }
 
-static int32_t evictable(void *ctx, int32_t slot) {
+static int32_t not_needed(void *ctx, int32_t slot) {
     const moe_residency *r = ctx;
     const residency_slot *s = &r->slot[slot];
     return s->state == SLOT_READY && s->users == 0 && r->entries[s->entry].needed == 0 ? s->entry : -1;
+}
+
+static int32_t not_wanted(void *ctx, int32_t slot) {
+    const moe_residency *r = ctx;
+    int32_t entry = not_needed(ctx, slot);
+    return entry >= 0 && r->entries[entry].expected == 0 ? entry : -1;
 }
 
 static int32_t first_empty(const moe_residency *r) {
@@ -62,11 +70,12 @@ static int32_t take_over(moe_residency *r) {
     return -1;
 }
 
-/* An announced expert makes room for what is needed alone. */
+/* An expert that was announced, or that a call waits for, makes room for what is needed alone. */
 static int32_t slot_for(moe_residency *r, residency_wish wish) {
     int32_t slot = first_empty(r);
     if (slot >= 0 || wish == WISH_SPARE) return slot;
-    slot = moe_eviction_victim(r->eviction, r->num_slots, evictable, r);
+    slot = moe_eviction_victim(r->eviction, r->num_slots, not_wanted, r);
+    if (slot < 0 && wish == WISH_NEEDED) slot = moe_eviction_victim(r->eviction, r->num_slots, not_needed, r);
     if (slot < 0) return wish == WISH_NEEDED ? take_over(r) : -1;
     if (wish != WISH_NEEDED && moe_eviction_announced(r->eviction, r->slot[slot].entry)) return -1;
     residency_empty_slot(r, &r->entries[r->slot[slot].entry]);
@@ -184,6 +193,7 @@ static void end_piece(moe_residency *r, residency_piece *p) {
     moe_error why;
     p->busy = false;
     r->pieces_out--;
+    r->pieces_ended++;
     p->image->users--;
     s->pieces--;
     r->counts.copied_bytes += (uint64_t)p->fill.bytes;

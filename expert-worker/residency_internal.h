@@ -8,7 +8,7 @@
 /* How urgently an expert is wanted, the most urgent first. */
 typedef enum residency_wish {
     WISH_NEEDED,   /* by a batch that has begun */
-    WISH_EXPECTED, /* by a call in the queue */
+    WISH_EXPECTED, /* by a call that has not ended */
     WISH_HINTED,   /* by a layer to come */
     WISH_SPARE,    /* by nobody, while slots are empty */
     WISH_NONE
@@ -20,6 +20,7 @@ typedef struct residency_entry {
     uint8_t wish;     /* residency_wish; NONE from when its last piece was submitted */
     int32_t slot;     /* -1: in none */
     int32_t needed;   /* by so many batches and checks */
+    int32_t expected; /* by so many calls that have not ended */
     moe_image *image; /* NULL: in the checkpoint alone */
 } residency_entry;
 
@@ -63,6 +64,7 @@ struct moe_residency {
     pthread_mutex_t mutex; /* of the pieces' ends */
     residency_piece pieces[MOE_RESIDENCY_PIECES];
     int32_t pieces_out;
+    uint64_t pieces_ended;
     moe_loader packer;
     moe_eviction *eviction;
     int64_t batches; /* the eviction policies' time */

@@ -42,6 +42,20 @@ void moe_worker_on_peer_down(void *ctx, const moe_rpc_peer *peer) {
 
 /* ---- ExpertService ---- */
 
+/* Each answer tells what happened since the one before, whomever that went to: over all routers nothing is lost or counted twice. */
+static moe_forward_residency report_residency(moe_worker *w, const moe_work *work) {
+    if (!w->residency) return (moe_forward_residency){.present = false};
+    moe_residency_counts now = moe_residency_counted(w->residency), told = w->told;
+    w->told = now;
+    return (moe_forward_residency){.present = true,
+                                   .hits = now.hits - told.hits,
+                                   .late_hits = now.late_hits - told.late_hits,
+                                   .misses = now.misses - told.misses,
+                                   .copied_bytes = now.copied_bytes - told.copied_bytes,
+                                   .wasted_bytes = now.wasted_bytes - told.wasted_bytes,
+                                   .stall_ns = (uint64_t)work->stall_ns};
+}
+
 void moe_worker_answer_forward(void *ctx, moe_work *work) {
     moe_worker *w = ctx;
     if (work->status != MOE_OK) {
@@ -62,6 +76,7 @@ void moe_worker_answer_forward(void *ctx, moe_work *work) {
         .queue_ns = (uint64_t)(work->started_ns - work->arrived_ns),
         .dtype = moe_work_out_dtype(work, &w->shard),
         .out = work->out,
+        .residency = report_residency(w, work),
     };
     moe_forward_respond(work->call, &result, moe_work_out_rows(work), w->config.model->config.hidden);
 }
@@ -102,43 +117,48 @@ static uint64_t step_of(const moe_rpc_call *call, uint64_t step, uint32_t micro_
     return moe_mix64(step ^ moe_mix64(call->peer ^ moe_mix64(micro_batch)));
 }
 
-/* What an accepted call tells of the experts that it wants, and of those that the next layer will. */
-static void tell_residency(moe_worker *w, const moe_rpc_call *call, const moe_forward_call *f) {
-    uint64_t step = step_of(call, f->step, f->micro_batch);
-    if (!w->residency) return;
-    moe_residency_reached(w->residency, step, f->layer);
-    for (int32_t a = 0; a < f->assignments; a++)
-        if (a == 0 || f->assignment_experts[a] != f->assignment_experts[a - 1])
-            moe_residency_expect(w->residency, f->layer, (int32_t)f->assignment_experts[a]);
-    for (int32_t i = 0; i < f->num_hints && f->layer + 1 < w->config.model->config.num_moe_layers; i++)
-        moe_residency_hint(w->residency, step, f->layer + 1, (int32_t)f->hints[i]);
+/* Experts that the step will probably want of this worker in `layer`. */
+static void take_hints(moe_worker *w, uint64_t step, int32_t layer, const uint32_t *experts, size_t count) {
+    if (layer >= w->config.model->config.num_moe_layers) return;
+    for (size_t i = 0; i < count; i++) moe_residency_hint(w->residency, step, layer, (int32_t)experts[i]);
+}
+
+static void queue_forward(moe_worker *w, moe_rpc_call *call, const moe_forward_call *forward) {
+    moe_error err;
+    uint64_t step = step_of(call, forward->step, forward->micro_batch);
+    if (w->residency) moe_residency_reached(w->residency, step, forward->layer);
+    if (moe_batcher_add(&w->batcher, forward, call, &err) != MOE_OK)
+        moe_rpc_fail(call, err.code, err.message, NULL);
+    else if (w->residency)
+        take_hints(w, step, forward->layer + 1, forward->hints, (size_t)forward->num_hints);
 }
 
 static void accept_forward(moe_worker *w, moe_rpc_call *call, const moe_forward_call *forward) {
-    moe_error err;
     if (forward->epoch > w->control.epoch) w->control.epoch = forward->epoch;
     if (!holds_all(w, forward))
         refuse_not_held(w, call, forward);
     else if (!answer_fits(forward, w->config.model->config.hidden))
         moe_rpc_fail(call, MOE_INVALID_ARGUMENT, "the answer would not fit one message; send fewer rows in a call", NULL);
-    else if (moe_batcher_add(&w->batcher, forward, call, &err) != MOE_OK)
-        moe_rpc_fail(call, err.code, err.message, NULL);
     else
-        tell_residency(w, call, forward);
+        queue_forward(w, call, forward);
+}
+
+static moe_forward_limits limits_of(const moe_worker *w) {
+    const moe_model_config *model = &w->config.model->config;
+    return (moe_forward_limits){.num_moe_layers = model->num_moe_layers,
+                                .num_experts = model->num_experts,
+                                .top_k = model->top_k,
+                                .hidden = model->hidden,
+                                .model_digest = w->config.model->digest,
+                                .cluster_uuid = w->config.cluster_uuid,
+                                .incarnation = w->config.incarnation,
+                                .dtype = w->config.backend->dtype};
 }
 
 static void on_forward(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
                        int num_payload) {
     moe_worker *w = ctx;
-    const moe_model_config *model = &w->config.model->config;
-    const moe_forward_limits limits = {.num_moe_layers = model->num_moe_layers,
-                                       .num_experts = model->num_experts,
-                                       .top_k = model->top_k,
-                                       .hidden = model->hidden,
-                                       .model_digest = w->config.model->digest,
-                                       .cluster_uuid = w->config.cluster_uuid,
-                                       .incarnation = w->config.incarnation,
-                                       .dtype = w->config.backend->dtype};
+    const moe_forward_limits limits = limits_of(w);
     moe_forward_call forward;
     moe_error err;
     void *scratch = NULL;
@@ -149,6 +169,26 @@ static void on_forward(void *ctx, moe_rpc_call *call, const ProtobufCMessage *re
     else
         moe_rpc_fail(call, status, err.message, NULL);
     moe_free(scratch);
+}
+
+/* The step has passed the layer before without this worker. */
+static void on_prefetch(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
+                        int num_payload) {
+    (void)payload;
+    (void)num_payload;
+    moe_worker *w = ctx;
+    const Moesaic__V1__PrefetchRequest *r = (const Moesaic__V1__PrefetchRequest *)request;
+    const moe_forward_limits limits = limits_of(w);
+    moe_error err;
+    if (moe_prefetch_check(r, &limits, &err) != MOE_OK) {
+        moe_rpc_fail(call, err.code, err.message, NULL);
+        return;
+    }
+    uint64_t step = step_of(call, r->step, r->micro_batch);
+    if (w->residency && r->layer > 0) moe_residency_reached(w->residency, step, (int32_t)r->layer - 1);
+    if (w->residency) take_hints(w, step, (int32_t)r->layer, r->expert, r->n_expert);
+    Moesaic__V1__PrefetchResponse response = MOESAIC__V1__PREFETCH_RESPONSE__INIT;
+    moe_rpc_respond(call, &response.base, NULL, 0);
 }
 
 /* ---- WorkerService ---- */
@@ -304,6 +344,7 @@ static void on_health(void *ctx, moe_rpc_call *call, const ProtobufCMessage *req
 
 const moe_rpc_method moe_worker_methods[] = {
     {MOE_FORWARD_METHOD, on_forward, ROUTERS},
+    {MOE_PREFETCH_METHOD, on_prefetch, ROUTERS},
     {"/moesaic.v1.WorkerService/Load", on_load, CONTROLLERS},
     {"/moesaic.v1.WorkerService/Drop", on_drop, CONTROLLERS},
     {"/moesaic.v1.WorkerService/Fetch", on_fetch, 1u << MOE_ROLE_WORKER},

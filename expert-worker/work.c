@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "expert-worker/residency.h"
 
 /* Two passes over the same parts: sizes first, then copies; each part begins on a cache line. */
 static void *place(uint8_t *block, size_t *at, const void *from, size_t size) {
@@ -46,12 +47,16 @@ moe_work *moe_work_new(const moe_forward_call *decoded, moe_rpc_call *call, moe_
     for (int32_t a = 0, end; a < w->assignments; a = end) {
         end = moe_work_group_end(w, a);
         moe_shard_use(shard, w->layer, w->expert_of[a], end - a);
+        if (shard->residency) moe_residency_expect(shard->residency, w->layer, w->expert_of[a]);
     }
     return w;
 }
 
 void moe_work_free(moe_work *w, moe_shard *shard, moe_blocks *blocks) {
-    for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a)) moe_shard_release(shard, w->layer, w->expert_of[a]);
+    for (int32_t a = 0; a < w->assignments; a = moe_work_group_end(w, a)) {
+        if (shard->residency) moe_residency_unexpect(shard->residency, w->layer, w->expert_of[a]);
+        moe_shard_release(shard, w->layer, w->expert_of[a]);
+    }
     moe_blocks_give_back(blocks, w->block);
     moe_free(w->not_finite);
     moe_free(w);

@@ -56,8 +56,7 @@ static moe_status make_residency(moe_worker *w, moe_error *err) {
                                             .backend = c->backend,
                                             .transport = c->transport,
                                             .ended = &w->batcher.jobs_ended,
-                                            .tiers = c->tiers,
-                                            .threaded = c->background_loads};
+                                            .tiers = c->tiers};
     if (!moe_memory_limited(c->tiers.device)) {
         if (!moe_memory_limited(c->tiers.host)) return MOE_OK;
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--host-memory: needs --device-memory; without it no expert is kept in host memory");

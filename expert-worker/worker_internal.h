@@ -13,6 +13,7 @@ struct moe_worker {
     _Atomic bool leaving;
     moe_rpc *rpc;
     moe_residency *residency; /* NULL: every expert that is held is on the device */
+    moe_residency_counts told; /* that answers have reported */
     moe_shard shard;
     moe_batcher batcher;
     moe_control control;

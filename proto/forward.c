@@ -51,6 +51,31 @@ void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, i
     header.compute_ns = result->compute_ns;
     header.copy_ns = result->copy_ns;
     header.queue_ns = result->queue_ns;
+    Moesaic__V1__ResidencyReport residency = MOESAIC__V1__RESIDENCY_REPORT__INIT;
+    residency.hits = result->residency.hits;
+    residency.late_hits = result->residency.late_hits;
+    residency.misses = result->residency.misses;
+    residency.copied_bytes = result->residency.copied_bytes;
+    residency.wasted_bytes = result->residency.wasted_bytes;
+    residency.stall_ns = result->residency.stall_ns;
+    if (result->residency.present) header.residency = &residency;
     const moe_frame payload = {result->out, (size_t)out_rows * moe_row_bytes(result->dtype, width)};
     moe_rpc_respond(call, (const ProtobufCMessage *)&header, &payload, 1);
+}
+
+static void ignore_reply(void *ctx, const moe_rpc_reply *reply) {
+    (void)ctx;
+    (void)reply;
+}
+
+moe_status moe_prefetch_start(moe_rpc *rpc, moe_peer peer, const moe_prefetch_call *call, int64_t deadline_ns, moe_error *err) {
+    Moesaic__V1__PrefetchRequest request = MOESAIC__V1__PREFETCH_REQUEST__INIT;
+    request.incarnation = call->incarnation;
+    request.step = call->step;
+    request.micro_batch = call->micro_batch;
+    request.layer = (uint32_t)call->layer;
+    request.n_expert = (size_t)call->num_experts;
+    request.expert = (uint32_t *)(uintptr_t)call->experts;
+    return moe_rpc_call_start(rpc, peer, MOE_PREFETCH_METHOD, (const ProtobufCMessage *)&request, NULL, 0, deadline_ns, ignore_reply,
+                              NULL, NULL, err);
 }

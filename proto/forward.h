@@ -8,6 +8,7 @@
 #include "proto/rpc.h"
 
 #define MOE_FORWARD_METHOD "/moesaic.v1.ExpertService/Forward"
+#define MOE_PREFETCH_METHOD "/moesaic.v1.ExpertService/Prefetch"
 #define MOE_FORWARD_MAX_ROWS 65536
 #define MOE_FORWARD_MAX_HINTS 1024
 
@@ -38,11 +39,30 @@ typedef struct moe_forward_call {
     const float *assignment_weights;    /* [assignments]; NULL in exact mode */
 } moe_forward_call;
 
+/* What happened in a worker's tiers since its last answer; see ResidencyReport. */
+typedef struct moe_forward_residency {
+    bool present; /* false: all of the worker's experts are on its device */
+    uint64_t hits, late_hits, misses, copied_bytes, wasted_bytes, stall_ns;
+} moe_forward_residency;
+
 typedef struct moe_forward_result {
     uint64_t incarnation, epoch, shard_digest, compute_ns, copy_ns, queue_ns;
     moe_dtype dtype; /* of out: moe_expert_output_dtype */
     const void *out; /* exact [assignments, hidden], partial [rows, hidden]; when decoded possibly unaligned */
+    moe_forward_residency residency;
 } moe_forward_result;
+
+/* Announces experts of the next layer to a worker that gets no call in this one. Nothing waits for the answer. */
+typedef struct moe_prefetch_call {
+    uint64_t incarnation, step;
+    uint32_t micro_batch;
+    int32_t layer; /* of the experts */
+    int32_t num_experts; /* at most MOE_FORWARD_MAX_HINTS */
+    const uint32_t *experts;
+} moe_prefetch_call;
+moe_status moe_prefetch_start(moe_rpc *rpc, moe_peer peer, const moe_prefetch_call *call, int64_t deadline_ns, moe_error *err);
+/* Worker side: OK where the request fits the limits, else INVALID_ARGUMENT, or UNAVAILABLE for another incarnation. */
+moe_status moe_prefetch_check(const Moesaic__V1__PrefetchRequest *request, const moe_forward_limits *limits, moe_error *err);
 
 /* Sends the call to `peer`; see moe_rpc_call_start. `width` is the hidden size. Counts and width are positive, partial mode has
  * weights; the worker, not this function, checks the contents. */

@@ -201,5 +201,26 @@ moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, const moe_forwar
         .dtype = want->dtype,
         .out = reply->payload[0].data,
     };
+    if (h->residency)
+        out->residency = (moe_forward_residency){true,
+                                                 h->residency->hits,
+                                                 h->residency->late_hits,
+                                                 h->residency->misses,
+                                                 h->residency->copied_bytes,
+                                                 h->residency->wasted_bytes,
+                                                 h->residency->stall_ns};
+    return MOE_OK;
+}
+
+moe_status moe_prefetch_check(const Moesaic__V1__PrefetchRequest *r, const moe_forward_limits *limits, moe_error *err) {
+    if (r->incarnation != limits->incarnation)
+        return moe_fail(err, MOE_UNAVAILABLE, "the call is for another incarnation of this worker");
+    if (r->layer >= (uint32_t)limits->num_moe_layers)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "MoE layer %u of %d", r->layer, limits->num_moe_layers);
+    if (r->n_expert > MOE_FORWARD_MAX_HINTS)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "%zu hints, at most %d are possible", r->n_expert, MOE_FORWARD_MAX_HINTS);
+    for (size_t i = 0; i < r->n_expert; i++)
+        if (r->expert[i] >= (uint32_t)limits->num_experts)
+            return moe_fail(err, MOE_INVALID_ARGUMENT, "hint of expert %u of %d", r->expert[i], limits->num_experts);
     return MOE_OK;
 }

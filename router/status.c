@@ -58,8 +58,10 @@ static json_t *layers_json(const moe_cluster_status *status) {
     json_t *list = json_array();
     for (int32_t i = 0; i < status->num_layers; i++) {
         const moe_layer_status *l = &status->layers[i];
-        json_array_append_new(list, json_pack("{s:f, s:i, s:f}", "max_over_mean", l->max_over_mean, "min_replicas",
-                                              (int)l->min_replicas, "cost_max_over_mean", l->cost_max_over_mean));
+        json_t *layer = json_pack("{s:f, s:i, s:f}", "max_over_mean", l->max_over_mean, "min_replicas", (int)l->min_replicas,
+                                  "cost_max_over_mean", l->cost_max_over_mean);
+        if (l->hint_recall >= 0) json_object_set_new(layer, "hint_recall", json_real(l->hint_recall));
+        json_array_append_new(list, layer);
     }
     return list;
 }
@@ -77,13 +79,20 @@ static json_t *operations_json(const moe_cluster_status *status) {
     return list;
 }
 
+static json_t *residency_json(const moe_residency_status *r) {
+    return json_pack("{s:I, s:I, s:I, s:I, s:I}", "hits", (json_int_t)r->hits, "late_hits", (json_int_t)r->late_hits, "misses",
+                     (json_int_t)r->misses, "copied_bytes", (json_int_t)r->copied_bytes, "wasted_bytes",
+                     (json_int_t)r->wasted_bytes);
+}
+
 json_t *moe_cluster_status_to_json(const moe_cluster_status *status) {
     json_t *redis = json_pack("{s:b, s:b}", "used", status->redis_used, "up", status->redis_up);
     if (status->redis_pid) json_object_set_new(redis, "pid", json_integer((json_int_t)status->redis_pid));
-    return json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o, s:o, s:s, s:I, s:{s:I, s:I}}", "epoch",
+    return json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:s, s:I, s:{s:I, s:I}}", "epoch",
                      (json_int_t)status->epoch, "ready", status->ready, "model", status->model, "cluster_uuid",
                      status->cluster_uuid, "replicas", (int)status->replicas, "workers", workers_json(status), "routers",
-                     routers_json(status), "redis", redis, "layers", layers_json(status), "operations", operations_json(status),
+                     routers_json(status), "redis", redis, "layers", layers_json(status),
+                     "residency", residency_json(&status->residency), "operations", operations_json(status),
                      "migration", status->migration, "moves", (json_int_t)status->moves, "cost", "expert_ns",
                      (json_int_t)status->expert_ns, "row_ns", (json_int_t)status->row_ns);
 }

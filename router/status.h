@@ -34,7 +34,13 @@ typedef struct moe_layer_status { /* one MoE layer */
     double max_over_mean;         /* of the expert rows by worker */
     uint32_t min_replicas;        /* the least READY replicas of any of its experts */
     double cost_max_over_mean;    /* of the placement policy's cost by worker; 0: not known */
+    double hint_recall;           /* of its experts, the part that a hint had named; -1: there were no hints */
 } moe_layer_status;
+
+/* What this router's calls met in workers whose experts do not all fit their devices. */
+typedef struct moe_residency_status {
+    uint64_t hits, late_hits, misses, copied_bytes, wasted_bytes;
+} moe_residency_status;
 
 typedef struct moe_cluster_status {
     uint64_t epoch;
@@ -48,6 +54,7 @@ typedef struct moe_cluster_status {
     moe_worker_status *workers; /* owned, as the next two */
     moe_router_status *routers;
     moe_layer_status *layers;
+    moe_residency_status residency;
     int32_t num_operations;
     moe_operation operations[MOE_MAX_OPERATIONS]; /* newest last */
     char migration[160];                          /* moves under way, where this router leads */

@@ -110,6 +110,18 @@ static bool end_not_finite(expert_call *call, const moe_rpc_reply *reply) {
     return true;
 }
 
+static void note_residency(micro_batch *b, engine_worker *w, const moe_forward_residency *r) {
+    w->has_tiers = r->present;
+    if (!r->present) return;
+    b->has_tiers = true;
+    if ((int64_t)r->stall_ns > b->stall_ns) b->stall_ns = (int64_t)r->stall_ns;
+    moe_metric_add(MOE_METRIC_EXPERT_HITS, (int64_t)r->hits);
+    moe_metric_add(MOE_METRIC_EXPERT_LATE_HITS, (int64_t)r->late_hits);
+    moe_metric_add(MOE_METRIC_EXPERT_MISSES, (int64_t)r->misses);
+    moe_metric_add(MOE_METRIC_EXPERT_COPIED_BYTES, (int64_t)r->copied_bytes);
+    moe_metric_add(MOE_METRIC_EXPERT_WASTED_BYTES, (int64_t)r->wasted_bytes);
+}
+
 static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     expert_call *call = ctx;
     micro_batch *b = call->batch;
@@ -147,6 +159,7 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     if (compute_ns > b->expert_ns) b->expert_ns = compute_ns;
     int64_t copy_ns = result.copy_ns < (uint64_t)(took - compute_ns) ? (int64_t)result.copy_ns : took - compute_ns;
     if (copy_ns > b->copy_ns) b->copy_ns = copy_ns;
+    note_residency(b, w, &result.residency);
     if (!call->primary) hedge_drop(call);
     place_results(call, result.out);
     if (call->primary)
@@ -324,6 +337,32 @@ static void plan_and_send(micro_batch *b, int32_t count) {
     }
 }
 
+static bool is_called(const micro_batch *b, int32_t worker) {
+    for (int32_t i = 0; i < b->max_calls && b->calls_outstanding > 0; i++)
+        if (b->calls[i].active && b->calls[i].worker == worker) return true;
+    return false;
+}
+
+/* Hints for workers with tiers that get no call of this layer, with which hints ride. */
+static void send_prefetches(micro_batch *b) {
+    moe_engine *e = b->engine;
+    moe_error err;
+    for (int32_t placed = 0; b->have_next_route && placed < b->map->placement->num_workers; placed++) {
+        int32_t worker = b->map->worker[placed];
+        if (!workers_up(e, b->map, placed) || !e->workers[worker].has_tiers || is_called(b, worker)) continue;
+        const moe_prefetch_call call = {.incarnation = e->workers[worker].incarnation,
+                                        .step = b->step,
+                                        .micro_batch = (uint32_t)b->index,
+                                        .layer = b->segment.index + 1,
+                                        .num_experts = collect_hints(b, placed, b->segment.index + 1, &e->scratch),
+                                        .experts = e->scratch.hints};
+        if (call.num_experts == 0) continue;
+        const engine_worker *w = &e->workers[worker];
+        if (moe_prefetch_start(e->channels[w->transport].rpc, w->peer, &call, engine_now(e) + e->config.call_timeout_ns, &err) == MOE_OK)
+            moe_metric_add(MOE_METRIC_PREFETCHES, 1);
+    }
+}
+
 void dispatch_begin(micro_batch *b) {
     moe_engine *e = b->engine;
     plan_scratch *s = &e->scratch;
@@ -332,7 +371,8 @@ void dispatch_begin(micro_batch *b) {
     bool exact = e->config.combine == MOE_COMBINE_EXACT;
     memset(b->excluded, 0, sizeof b->excluded);
     b->attempts = 0;
-    b->expert_ns = b->copy_ns = 0;
+    b->expert_ns = b->copy_ns = b->stall_ns = 0;
+    b->has_tiers = false;
     b->num_orphans = 0;
     b->last_failure[0] = '\0';
     for (int32_t t = 0; t < b->num_rows; t++) {
@@ -349,6 +389,7 @@ void dispatch_begin(micro_batch *b) {
     }
     moe_plan_sort(s->assignments, count, e->model->num_experts, s->sorted, s->counts);
     plan_and_send(b, count);
+    send_prefetches(b);
     int32_t distinct = 0;
     for (int32_t x = 0; x < e->model->num_experts; x++) distinct += s->rows_of_expert[x] > 0;
     moe_metric_observe_count(MOE_METRIC_LAYER_EXPERTS, distinct);

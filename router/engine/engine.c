@@ -111,7 +111,9 @@ static moe_status engine_init(moe_engine *e, moe_error *err) {
     size_t live = (size_t)e->config.max_num_seqs + (size_t)e->config.max_waiting;
     e->running.items = moe_calloc(live, sizeof *e->running.items);
     e->waiting.items = moe_calloc(live, sizeof *e->waiting.items);
-    if (!e->loads || !e->worker_loads || !e->batches || !e->running.items || !e->waiting.items)
+    e->hints_made = moe_calloc((size_t)e->model->num_moe_layers, sizeof *e->hints_made);
+    e->hints_found = moe_calloc((size_t)e->model->num_moe_layers, sizeof *e->hints_found);
+    if (!e->hints_made || !e->hints_found || !e->loads || !e->worker_loads || !e->batches || !e->running.items || !e->waiting.items)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     e->running.capacity = e->waiting.capacity = (int32_t)live;
     moe_status status = load_base(e, err);
@@ -194,7 +196,8 @@ void moe_engine_free(moe_engine **engine) {
     if (e->local) e->config.backend->ops->local_free(e->config.backend, e->local);
     if (e->kv) e->config.backend->ops->kv_free(e->config.backend, e->kv);
     if (e->base) e->config.backend->ops->base_free(e->config.backend, e->base);
-    void *const owned[] = {e->loads, e->worker_loads, e->batches, e->running.items, e->waiting.items, e->channels, e->cancels};
+    void *const owned[] = {e->loads,    e->worker_loads, e->batches, e->running.items, e->waiting.items,
+                           e->channels, e->cancels,      (void *)e->hints_made, (void *)e->hints_found};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
     pthread_mutex_destroy(&e->lock);
     moe_free(e);

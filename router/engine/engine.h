@@ -103,3 +103,7 @@ void moe_engine_get_view(moe_engine *engine, moe_engine_view *out);
 
 /* loads[moe_layer * num_experts + expert]: decayed expert rows; any thread. */
 void moe_engine_get_loads(moe_engine *engine, double *loads);
+
+/* Of the experts that a MoE layer's gate chose where there was a hint one layer before (--gating hint), the part that the hint had
+ * named, since the start; -1 while there was none. Any thread. */
+double moe_engine_hint_recall(const moe_engine *engine, int32_t layer);

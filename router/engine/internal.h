@@ -89,6 +89,7 @@ typedef struct engine_worker {
     int64_t call_ns;      /* exponential average of a call's time */
     double call_rows;     /* and of its assignments */
     bool quarantined;
+    bool has_tiers;       /* its answers tell of experts that are not on its device: hints are of use to it */
     bool in_use;          /* some map names it */
 } engine_worker;
 
@@ -169,6 +170,8 @@ struct micro_batch {
     uint32_t attempts;       /* calls of this layer that failed */
     int64_t expert_ns;       /* longest computation that a reply of this layer told of */
     int64_t copy_ns;         /* longest copies between host and device, likewise */
+    int64_t stall_ns;        /* longest wait of a worker's computation for experts */
+    bool has_tiers;          /* a reply of this layer came from a worker with tiers */
     moe_assignment *orphans; /* [max rows × top_k]: assignments without a usable replica */
     int32_t num_orphans;
     int64_t orphaned_ns;                      /* when the first of them became one */
@@ -226,6 +229,7 @@ struct moe_engine {
     placed_map *map;           /* newest; NULL before the first */
     moe_quarantine quarantine;
     double hedge_rows;         /* what hedges may still cost */
+    _Atomic int64_t *hints_made, *hints_found; /* [num_moe_layers]: experts; see moe_engine_hint_recall */
     uint64_t topology_version; /* counts changes of map and workers, so that orphans know when to try again */
 
     pthread_mutex_t lock; /* guards what follows */

@@ -167,6 +167,8 @@ static void count_hints(const micro_batch *b) {
                 found += b->route.experts[(int64_t)t * top_k + j] == b->next_route.experts[(int64_t)t * top_k + i];
     moe_metric_add(MOE_METRIC_HINT_EXPERTS, (int64_t)b->num_rows * top_k);
     moe_metric_add(MOE_METRIC_HINT_EXPERTS_FOUND, found);
+    atomic_fetch_add(&b->engine->hints_made[b->segment.index], (int64_t)b->num_rows * top_k);
+    atomic_fetch_add(&b->engine->hints_found[b->segment.index], found);
 }
 
 static void swap_routes(moe_route *a, moe_route *b) {
@@ -295,6 +297,7 @@ bool micro_batch_advance(micro_batch *b) {
             moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, engine_now(e) - b->stage_began_ns);
             moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, b->expert_ns);
             moe_metric_observe_ns(MOE_METRIC_STAGE_COPY, b->copy_ns);
+            if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, b->stall_ns);
             if (all_ended(b)) return true; /* the next turn ends it */
             submit_segment(b, b->segment.index + 1);
             return true;

@@ -103,3 +103,8 @@ void moe_engine_get_view(moe_engine *e, moe_engine_view *out) {
     out->waiting = e->num_queued;
     pthread_mutex_unlock(&e->lock);
 }
+
+double moe_engine_hint_recall(const moe_engine *e, int32_t layer) {
+    int64_t made = atomic_load(&e->hints_made[layer]), found = atomic_load(&e->hints_found[layer]);
+    return made > 0 ? (double)found / (double)made : -1;
+}

@@ -19,10 +19,31 @@ def expect_golden(cluster, gating):
     check(cluster.complete(alone["ids"], len(alone[KEYS[gating]])) == alone[KEYS[gating]], "the same prompt alone gives other tokens")
 
 
+def expect_counts(cluster, gating, workers):
+    """Experts were copied; hints were of use. Every expert of every call counts once, as hit, late hit or miss."""
+    value = {}
+    for line in cluster.get("/metrics")[1].decode().splitlines():
+        if line and not line.startswith("#"):
+            value[line.rsplit(" ", 1)[0]] = float(line.rsplit(" ", 1)[1])
+    hits, late, misses = (value['moesaic_expert_residency_total{outcome="%s"}' % o] for o in ("hit", "late_hit", "miss"))
+    check(misses > 0 and value["moesaic_expert_copied_bytes_total"] > 0, f"nothing was ever missing: {hits} {late} {misses}")
+    check(value["moesaic_expert_wasted_bytes_total"] <= value["moesaic_expert_copied_bytes_total"], "more wasted than copied")
+    status = cluster.status()
+    check(status["residency"]["misses"] >= misses and status["residency"]["copied_bytes"] > 0, f"status: {status['residency']}")
+    recalls = [layer["hint_recall"] for layer in status["layers"] if "hint_recall" in layer]
+    check(len(recalls) == (len(status["layers"]) - 1 if gating == "hint" else 0), f"recall by layer: {recalls}")
+    check(all(0.5 < recall <= 1 for recall in recalls), f"the checkpoint's pre-gates predict better: {recalls}")
+    if gating == "pre-gate":
+        check(misses < hits + late, f"pre-gates know what comes, and yet: {hits} hits, {late} late, {misses} misses")
+    if workers == 3 and gating != "gate":
+        check(value["moesaic_prefetches_total"] > 0, "no hint went to a worker without tokens")
+
+
 def shape(gating, workers, *args):
     def test():
         with Cluster("--gating", gating, *args, workers=workers) as cluster:
             expect_golden(cluster, gating)
+            expect_counts(cluster, gating, workers)
     test.__name__ = "_".join(["residency", gating, f"w{workers}", *(a.strip("-") for a in args)])
     return test
 
@@ -32,6 +53,7 @@ SHAPES = [shape(gating, workers, *QUARTER) for gating in KEYS for workers in (0,
 SHAPES += [
     shape("pre-gate", 2, *QUARTER, "--host-memory", "10%", "--combine", "partial"),
     shape("gate", 0, "--device-memory", "4%", "--host-memory", "5%", "--eviction", "lru"),
+    shape("pre-gate", 3, *QUARTER),
     shape("hint", 1, "--device-memory", "60%", "--eviction", "lfu-decay", "--micro-batches", "2"),
 ]
 

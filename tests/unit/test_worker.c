@@ -911,6 +911,42 @@ static void health(void **state) {
     rig_close(&r);
 }
 
+static void checks_prefetches(void **state) {
+    (void)state;
+    rig r;
+    reply answer;
+    uint32_t experts[] = {3, EXPERTS - 1, EXPERTS}, many[MOE_FORWARD_MAX_HINTS + 1] = {0};
+    Moesaic__V1__PrefetchRequest request = MOESAIC__V1__PREFETCH_REQUEST__INIT;
+    rig_open(&r, 8, 1024);
+    request.incarnation = INCARNATION;
+    request.layer = LAYERS - 1;
+    request.expert = experts;
+    request.n_expert = 2;
+    send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
+    wait_for(&r, &answer);
+    assert_int_equal(answer.status, MOE_OK); /* all it has is on the device: there is nothing to do */
+    request.n_expert = 3;
+    send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
+    wait_for(&r, &answer);
+    assert_int_equal(answer.status, MOE_INVALID_ARGUMENT);
+    request.expert = many;
+    request.n_expert = MOE_FORWARD_MAX_HINTS + 1;
+    send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
+    wait_for(&r, &answer);
+    assert_int_equal(answer.status, MOE_INVALID_ARGUMENT);
+    request.n_expert = 1;
+    request.layer = LAYERS;
+    send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
+    wait_for(&r, &answer);
+    assert_int_equal(answer.status, MOE_INVALID_ARGUMENT);
+    request.layer = 0;
+    request.incarnation++;
+    send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
+    wait_for(&r, &answer);
+    assert_int_equal(answer.status, MOE_UNAVAILABLE);
+    rig_close(&r);
+}
+
 static void closing_answers_what_is_left(void **state) {
     (void)state;
     static problem p;
@@ -1068,6 +1104,7 @@ int main(void) {
         cmocka_unit_test(serves_calls_while_it_loads),
         cmocka_unit_test(drops_an_expert_when_its_calls_have_ended),
         cmocka_unit_test(health),
+        cmocka_unit_test(checks_prefetches),
         cmocka_unit_test(closing_answers_what_is_left),
         cmocka_unit_test(survives_failed_allocations),
         cmocka_unit_test(works_in_a_thread_of_its_own),
