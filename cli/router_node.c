@@ -78,6 +78,11 @@ static uint64_t routing_epoch(void *ctx) {
     return epoch;
 }
 
+static void on_not_held(void *ctx) {
+    moe_router_node *n = ctx;
+    moe_controller_hurry(n->controller);
+}
+
 static void take_maps(moe_router_node *n) {
     pthread_mutex_lock(&n->map_mutex);
     n->takes_maps = true;
@@ -245,7 +250,9 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .local_experts = n->worker && c->local_steps ? local_experts : NULL,
                                 .local_worker = n->worker,
                                 .on_layer = c->on_layer,
-                                .on_layer_ctx = c->on_layer_ctx};
+                                .on_layer_ctx = c->on_layer_ctx,
+                                .on_not_held = on_not_held,
+                                .on_not_held_ctx = n};
     moe_status status = moe_engine_new(&config, &n->engine, err);
     if (status != MOE_OK) return status;
     n->inference = (moe_inference){.ops = moe_inference_engine_ops(),

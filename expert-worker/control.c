@@ -73,19 +73,23 @@ void moe_control_close(moe_control *c) {
     discard(c, &c->checked);
 }
 
+moe_status moe_control_hear(moe_control *c, uint64_t epoch, uint64_t fence, moe_error *err) {
+    if (fence < c->fence)
+        return moe_fail(err, MOE_FAILED_PRECONDITION, "the command has fence %llu, a leader with fence %llu was heard already",
+                        (unsigned long long)fence, (unsigned long long)c->fence);
+    c->fence = fence;
+    if (epoch > c->epoch) c->epoch = epoch;
+    return MOE_OK;
+}
+
 /* What Load and Drop have in common. A command is for one life of a worker and from the newest leader that it has heard of. */
 static moe_status check_command(moe_control *c, uint64_t incarnation, uint64_t epoch, uint64_t fence, moe_error *err) {
     if (incarnation != c->incarnation)
         return moe_fail(err, MOE_UNAVAILABLE, "the command is for incarnation %016llx, this worker is %016llx",
                         (unsigned long long)incarnation, (unsigned long long)c->incarnation);
-    if (fence < c->fence)
-        return moe_fail(err, MOE_FAILED_PRECONDITION, "the command has fence %llu, a leader with fence %llu was heard already",
-                        (unsigned long long)fence, (unsigned long long)c->fence);
     if (c->num_calls >= MOE_WORKER_MAX_CONTROL_CALLS)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%d Load and Drop calls are waiting", c->num_calls);
-    c->fence = fence;
-    if (epoch > c->epoch) c->epoch = epoch;
-    return MOE_OK;
+    return moe_control_hear(c, epoch, fence, err);
 }
 
 static moe_status copy_experts(const moe_model_config *config, Moesaic__V1__ExpertId *const *ids, size_t count, control_op *op,

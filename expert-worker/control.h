@@ -57,6 +57,9 @@ typedef struct moe_control {
 moe_status moe_control_init(moe_control *control, const moe_control_config *config, moe_error *err);
 void moe_control_close(moe_control *control); /* answers what is left with UNAVAILABLE */
 
+/* A leader with that fence speaks and knows of that epoch. FAILED_PRECONDITION: one with a higher fence was heard already. */
+moe_status moe_control_hear(moe_control *control, uint64_t epoch, uint64_t fence, moe_error *err);
+
 /* Handlers. Each answers now or in a later turn. */
 void moe_control_on_load(moe_control *control, moe_rpc_call *call, const Moesaic__V1__LoadRequest *request);
 void moe_control_on_drop(moe_control *control, moe_rpc_call *call, const Moesaic__V1__DropRequest *request);

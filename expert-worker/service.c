@@ -279,6 +279,8 @@ static void fill_stats(const moe_worker *w, Moesaic__V1__StatsResponse *s) {
     s->weight_bytes = (uint64_t)w->shard.bytes;
     s->holdings = w->shard.holdings;
     s->leaving = atomic_load(&w->leaving);
+    s->map_epoch = w->map.epoch;
+    s->map_fence = w->map.fence;
 }
 
 /* The held experts with their counts, by layer and expert. */
@@ -319,6 +321,33 @@ static void on_stats(void *ctx, moe_rpc_call *call, const ProtobufCMessage *requ
     moe_free(counts);
 }
 
+/* The map is kept whatever is in it: who asks for it checks it. */
+static void on_set_map(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload, int num_payload) {
+    moe_worker *w = ctx;
+    const Moesaic__V1__SetMapRequest *r = (const Moesaic__V1__SetMapRequest *)request;
+    const Moesaic__V1__SetMapResponse response = MOESAIC__V1__SET_MAP_RESPONSE__INIT;
+    moe_error err;
+    moe_status status = num_payload == 1 ? moe_control_hear(&w->control, r->map_epoch, r->fence, &err)
+                                         : moe_fail(&err, MOE_INVALID_ARGUMENT, "one map is needed, not %d", num_payload);
+    if (status == MOE_OK) status = moe_kept_map_put(&w->map, r->map_epoch, r->map_fence, &payload[0], &err);
+    if (status == MOE_OK)
+        moe_rpc_respond(call, &response.base, NULL, 0);
+    else
+        moe_rpc_fail(call, status, err.message, NULL);
+}
+
+static void on_get_map(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload, int num_payload) {
+    (void)request;
+    (void)payload;
+    (void)num_payload;
+    const moe_worker *w = ctx;
+    Moesaic__V1__GetMapResponse response = MOESAIC__V1__GET_MAP_RESPONSE__INIT;
+    const moe_frame frame = {w->map.text.data, w->map.text.size};
+    response.map_epoch = w->map.epoch;
+    response.map_fence = w->map.fence;
+    moe_rpc_respond(call, &response.base, &frame, w->map.text.size ? 1 : 0);
+}
+
 /* ---- Health ---- */
 
 /* As grpc.health.v1: an unknown service is NOT_FOUND, "" is the whole process. */
@@ -349,6 +378,8 @@ const moe_rpc_method moe_worker_methods[] = {
     {"/moesaic.v1.WorkerService/Drop", on_drop, CONTROLLERS},
     {"/moesaic.v1.WorkerService/Fetch", on_fetch, 1u << MOE_ROLE_WORKER},
     {"/moesaic.v1.WorkerService/Stats", on_stats, ALL_ROLES},
+    {"/moesaic.v1.WorkerService/SetMap", on_set_map, ROUTERS},
+    {"/moesaic.v1.WorkerService/GetMap", on_get_map, ROUTERS},
     {"/moesaic.v1.Health/Check", on_health, ALL_ROLES},
     {NULL, NULL, 0},
 };

@@ -150,6 +150,7 @@ void moe_worker_free(moe_worker **worker) {
     moe_batcher_close(&w->batcher);
     moe_control_close(&w->control);
     moe_rpc_free(&w->rpc);
+    moe_kept_map_free(&w->map);
     moe_shard_free(&w->shard);
     moe_residency_free(&w->residency);
     publish_metrics(&w->view, &(moe_worker_view){0});

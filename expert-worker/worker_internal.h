@@ -2,6 +2,7 @@
 #pragma once
 #include "expert-worker/batcher.h"
 #include "expert-worker/control.h"
+#include "expert-worker/kept_map.h"
 #include "expert-worker/worker.h"
 
 #define MOE_WORKER_MAX_ROUTERS 256 /* connections of routers that are counted */
@@ -17,6 +18,7 @@ struct moe_worker {
     moe_shard shard;
     moe_batcher batcher;
     moe_control control;
+    moe_kept_map map;
 
     pthread_mutex_t view_mutex;
     moe_worker_view view; /* guarded by view_mutex */

@@ -122,6 +122,13 @@ static void note_residency(micro_batch *b, engine_worker *w, const moe_forward_r
     moe_metric_add(MOE_METRIC_EXPERT_WASTED_BYTES, (int64_t)r->wasted_bytes);
 }
 
+/* A worker lacks what the map says it has: the map is old. */
+static void note_not_held(const moe_engine *e, const moe_rpc_reply *reply) {
+    const Moesaic__V1__ForwardResponse *body = (const Moesaic__V1__ForwardResponse *)reply->body;
+    if (reply->status == MOE_FAILED_PRECONDITION && body && body->n_not_held && e->config.on_not_held)
+        e->config.on_not_held(e->config.on_not_held_ctx);
+}
+
 static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     expert_call *call = ctx;
     micro_batch *b = call->batch;
@@ -134,6 +141,7 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     }
     if (reply->status != MOE_OK) {
         e->workers[call->worker].owed_ns = 0; /* it answers, or is gone */
+        note_not_held(e, reply);
         if (reply->status == MOE_UNAVAILABLE) charge_death(call);
         if (!end_not_finite(call, reply)) call_failed(call, reply->message);
         return;

@@ -56,6 +56,8 @@ typedef struct moe_engine_config {
      * the calls of a forward step stand together. */
     void (*on_layer)(void *ctx, const moe_layer_view *view);
     void *on_layer_ctx;
+    void (*on_not_held)(void *ctx); /* a worker lacks an expert that the map names: a newer map is wanted; NULL: nobody is told */
+    void *on_not_held_ctx;
 } moe_engine_config;
 
 moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe_error *err);

@@ -171,6 +171,7 @@ void moe_controller_free(moe_controller **controller) {
     moe_placement_unref(&c->served);
     moe_placement_unref(&c->map);
     moe_buf_free(&c->meta_text);
+    moe_buf_free(&c->map_text);
     moe_free(c->loads);
     moe_free(c->changed_ns);
     moe_free(c->steps);
@@ -209,8 +210,10 @@ moe_status moe_controller_step(moe_controller *c, int64_t deadline_ns, moe_error
         c->started = true;
         moe_controller_load_map(c);
     }
+    moe_controller_take_hurry(c);
     talk_to_store(c, moe_controller_now(c));
     moe_controller_poll_stats(c);
+    moe_controller_exchange_maps(c);
     if (moe_controller_may_write(c)) {
         moe_controller_assign(c);
         moe_jobs_step(&c->jobs, c);

@@ -74,6 +74,9 @@ const char *moe_controller_cluster_uuid(const moe_controller *controller); /* an
  * store calls for their time-outs. Fails only where the transport does; after RESOURCE_EXHAUSTED it can go on. */
 moe_status moe_controller_step(moe_controller *controller, int64_t deadline_ns, moe_error *err);
 
+/* Any thread: a worker lacked an expert that the map names. Looks for a newer map at once, in the store and at the workers. */
+void moe_controller_hurry(moe_controller *controller);
+
 /* Clean shutdown: gives the leader and router leases back, so that another router leads at once. Not while the thread runs. */
 void moe_controller_resign(moe_controller *controller);
 

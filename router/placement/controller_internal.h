@@ -7,6 +7,7 @@
  *   snapshot.c    the newest map on disk                 stats.c what workers hold and compute
  *   balance.c     asks the policy                        migrate.c   the moves under way
  *   leftovers.c   drops what no map names                operations.c  what operators ask for
+ *   gossip.c      maps by way of the workers
  * All of it runs on the controller's thread, but for the view. */
 #pragma once
 #include <pthread.h>
@@ -37,7 +38,8 @@
 #define MOE_STATS_TIMEOUT_NS (2 * MOE_NS_PER_S)
 #define MOE_PLAN_NS (1 * MOE_NS_PER_S)        /* between two plans for the view */
 #define MOE_SECURE_NS (250 * MOE_NS_PER_MS)   /* between two looks at what safety asks */
-#define MOE_ROUTER_GRACE_NS (10 * MOE_NS_PER_S) /* after a router vanished that may still have routed by an older map */
+/* After a router vanished that may route on by an older map, without the store: it hears of newer ones from workers. */
+#define MOE_ROUTER_GRACE_NS (2 * MOE_NS_PER_S)
 #define MOE_DROP_PATIENCE_NS (10 * MOE_NS_PER_S) /* a migration ends after so long, dropped or not; what is left goes later */
 #define MOE_MIGRATION_MAX_MOVES 64
 #define MOE_POLICY_MIN_ROWS 1000
@@ -74,6 +76,10 @@ typedef struct moe_worker_stats { /* what a worker last told of itself */
     int32_t num_held;
     int32_t *held;           /* [layers · experts]: layer · E + expert, ascending */
     uint64_t *rows, *calls;  /* [layers · experts]: its counters */
+    uint64_t map_epoch, map_fence;   /* of the map that it keeps; 0: none */
+    bool exchanging;                 /* SetMap or GetMap, */
+    uint64_t exchange_id, sent_epoch, sent_fence; /* with that map */
+    int64_t exchange_at_ns;          /* not before */
 } moe_worker_stats;
 
 typedef struct moe_member { /* a worker that is registered or in the map */
@@ -161,6 +167,8 @@ struct moe_controller {
     moe_placement *map; /* newest published, NULL before the first */
     uint64_t map_digest;
     moe_placement *served;                 /* map, or with workers that rejoined while the store is down */
+    moe_buf map_text;                      /* of `map`, as it is handed to workers, where it has these: */
+    uint64_t map_text_epoch, map_text_fence;
     uint64_t highest_epoch, highest_fence; /* that anyone was heard to know */
 
     /* membership */
@@ -201,7 +209,7 @@ struct moe_controller {
 
     pthread_t thread;
     bool running, started;
-    _Atomic bool stopping;
+    _Atomic bool stopping, hurried;
 };
 
 /* ---- between the files ---- */
@@ -303,6 +311,11 @@ bool moe_migration_wants(const moe_controller *c, const char *worker, int32_t ex
 
 /* leftovers.c */
 void moe_controller_drop_leftovers(moe_controller *c);
+
+/* gossip.c */
+void moe_controller_exchange_maps(moe_controller *c);
+void moe_controller_take_hurry(moe_controller *c); /* what moe_controller_hurry asked for */
+bool moe_worker_knows_map(const moe_controller *c, const moe_worker_stats *stats); /* it keeps our map, or a newer one */
 
 /* operations.c */
 void moe_controller_list_operations(moe_controller *c);

@@ -111,10 +111,6 @@ static moe_status parse_map(const moe_controller *c, const moe_buf *text, moe_pl
     return status;
 }
 
-static bool newer(const moe_placement *a, const moe_placement *b) {
-    return !b || a->epoch > b->epoch || (a->epoch == b->epoch && a->fence > b->fence);
-}
-
 /* Reads the map that meta names. An older one than ours, or a damaged one, is left for the leader to publish over. */
 static void examine_map(moe_controller *c) {
     char key[32];
@@ -130,7 +126,7 @@ static void examine_map(moe_controller *c) {
         status = found ? parse_map(c, &text, &map, &err) : moe_fail(&err, MOE_DATA_LOSS, "it is missing");
         if (status) {
             moe_error_log("placement map %s of the store is refused: %s", key, err.message);
-        } else if (newer(map, c->map)) {
+        } else if (moe_placement_newer(map, c->map)) {
             moe_controller_adopt(c, map, c->meta.map_digest);
         } else {
             moe_warn("the store's placement map is older than ours (epoch %llu, ours %llu)", (unsigned long long)map->epoch,

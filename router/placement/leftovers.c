@@ -63,7 +63,8 @@ void moe_controller_drop_leftovers(moe_controller *c) {
         moe_member *m = &c->members[i];
         const moe_rpc_peer *peer = moe_controller_peer_of(c, m, m->identity.incarnation);
         const moe_worker_stats *s = moe_member_stats(m);
-        if (!peer || !s || s->dropping || !m->registered || in_transit(c, m)) continue;
+        bool informed = s && moe_worker_knows_map(c, s); /* so that it can tell a router where the experts went */
+        if (!peer || !informed || s->dropping || !m->registered || in_transit(c, m)) continue;
         int32_t count = find_leftovers(c, m, s, experts);
         if (count) call_drop(c, m->stats, peer->peer, experts, count);
     }

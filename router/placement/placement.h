@@ -62,6 +62,11 @@ moe_placement *moe_placement_copy(const moe_placement *placement);
  * that measured while its machine was busy should not get less work for it. MOE_COST_DEFAULT where none did. */
 moe_placement_cost moe_placement_unit_cost(const moe_placement *p);
 
+/* By epoch, then fence; anything is newer than NULL. */
+static inline bool moe_placement_newer(const moe_placement *a, const moe_placement *b) {
+    return !b || a->epoch > b->epoch || (a->epoch == b->epoch && a->fence > b->fence);
+}
+
 int32_t moe_placement_find_worker(const moe_placement *p, const char *id); /* its index, or -1 */
 bool moe_placement_has(const moe_placement_entry *entry, int32_t worker);  /* whether one of the replicas is there */
 

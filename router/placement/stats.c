@@ -20,6 +20,7 @@ void moe_worker_stats_free(moe_worker_stats **stats) {
     if (!s) return;
     if (s->calling) moe_rpc_cancel(s->controller->rpc, s->call_id);
     if (s->dropping) moe_rpc_cancel(s->controller->rpc, s->drop_id);
+    if (s->exchanging) moe_rpc_cancel(s->controller->rpc, s->exchange_id);
     moe_free(s->held);
     moe_free(s->rows);
     moe_free(s->calls);
@@ -116,6 +117,8 @@ static bool take_stats(moe_worker_stats *s, const Moesaic__V1__StatsResponse *r,
     s->incarnation = incarnation;
     s->holdings = r->holdings;
     s->leaving = r->leaving;
+    s->map_epoch = r->map_epoch;
+    s->map_fence = r->map_fence;
     s->as_of_ns = s->asked_ns;
     return true;
 }

@@ -58,11 +58,11 @@ class Router(Node, Api):
 
 
 class Forwarder:
-    """Passes bytes between those who connect to `port` and 127.0.0.1:`target`. While a direction is held nothing of it passes, as
+    """Passes bytes between those who connect to `port` and `target` (an address of a tcp or Unix socket). While a direction is held nothing of it passes, as
     in a partition: no end of the connection hears of it, and what was on its way comes late."""
 
     def __init__(self, target):
-        self.target = target
+        self.target, self.family = target, socket.AF_UNIX if isinstance(target, str) else socket.AF_INET
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.open = {"in": threading.Event(), "out": threading.Event()}  # in: towards the target
@@ -81,14 +81,17 @@ class Forwarder:
         while True:
             try:
                 near, _ = self.listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.target))
             except OSError:
-                if self.listener.fileno() < 0:
-                    return
-                near.close()  # the worker is not there (any more): so is the connection
+                return
+            far = socket.socket(self.family)
+            try:
+                far.connect(self.target)
+            except OSError:
+                near.close()  # the target is not there (any more), and so is the connection
                 continue
             for s in (near, far):
-                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if s.family == socket.AF_INET:
+                    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for source, sink, direction in ((near, far, "in"), (far, near, "out")):
                 threading.Thread(target=self.pump, args=(source, sink, self.open[direction]), daemon=True).start()
 
@@ -118,9 +121,10 @@ class Forwarder:
 class Nodes:
     """A context manager: everything it starts is killed at exit; the ends of all logs are shown when a test fails.
 
-    Workers w0, w1, … listen at ipc sockets, or with `tcp` behind a forwarder each (self.forwarders). Routers r0, r1, …"""
+    Workers w0, w1, … listen at ipc sockets, or with `tcp` behind a forwarder each (self.forwarders). Routers r0, r1, …; those named in
+    `own_redis_path` reach Redis through a forwarder each (self.redis_paths)."""
 
-    def __init__(self, workers, routers=1, replicas=2, tcp=False, router_args=(), worker_args=()):
+    def __init__(self, workers, routers=1, replicas=2, tcp=False, own_redis_path=(), router_args=(), worker_args=()):
         self.dir = tempfile.mkdtemp(prefix="moesaic-e2e-")
         self.failpoints = os.path.join(self.dir, "failpoints")
         os.mkdir(self.failpoints)
@@ -131,18 +135,20 @@ class Nodes:
             keys = ["--keys", f"{self.dir}/keys"]
         self.redis = Node("redis", ["redis-server", "--port", "0", "--unixsocket", f"{self.dir}/redis.sock", "--save", "", "--dir", self.dir],
                           self.dir)
+        self.redis_paths = {name: Forwarder(f"{self.dir}/redis.sock") for name in own_redis_path}
         self.forwarders, self.workers, self.routers = [], [], []
         for i in range(workers):
             listen = ["--listen", f"ipc://{self.dir}/w{i}.sock"]
             if tcp:
                 port = free_port()
-                self.forwarders.append(Forwarder(port))
+                self.forwarders.append(Forwarder(("127.0.0.1", port)))
                 listen = ["--listen", f"tcp://127.0.0.1:{port}", "--advertise", f"tcp://127.0.0.1:{self.forwarders[i].port}"]
             self.workers.append(Node(f"w{i}", [moesaic, "worker", DEMO, "--store", store, *keys, *listen, "--id", f"w{i}", "--threads", "1",
                                                *worker_args], self.dir, env))
         for i in range(routers):
-            port = free_port()
-            self.routers.append(Router(f"r{i}", port, [moesaic, "router", DEMO, "--store", store, *keys, "--id", f"r{i}", "--port", str(port),
+            port, path = free_port(), self.redis_paths.get(f"r{i}")
+            own_store = f"127.0.0.1:{path.port}" if path else store
+            self.routers.append(Router(f"r{i}", port, [moesaic, "router", DEMO, "--store", own_store, *keys, "--id", f"r{i}", "--port", str(port),
                                                        "--replicas", str(replicas), "--initial-workers", str(workers), "--threads", "1",
                                                        "--listen", f"ipc://{self.dir}/r{i}.sock", *router_args], self.dir, env))
         self.replicas = replicas
@@ -169,7 +175,7 @@ class Nodes:
     def __exit__(self, kind, error, trace):
         for node in reversed(self.all()):
             node.stop()
-        for forwarder in self.forwarders:
+        for forwarder in [*self.forwarders, *self.redis_paths.values()]:
             forwarder.close()
         if kind is None:
             shutil.rmtree(self.dir, ignore_errors=True)
@@ -226,19 +232,22 @@ class Streams:
         for i in range(number, 1000000):
             if self.stopped.is_set():
                 return
-            case, router, gaps = self.cases[i % len(self.cases)], self.routers[i % len(self.routers)], []
+            case, router, gaps = self.cases[i % len(self.cases)], self.choose(i), []
             try:
                 got = router.stream_tokens(case["ids"], len(case["greedy"]), lambda gap, gaps=gaps: gaps.append((time.monotonic(), gap)))
                 check(got == case["greedy"], f"{case['prompt']!r}: got {got}, expected {case['greedy']}")
             except Exception as error:
                 if not self.excused(router, error):
-                    self.errors.append(f"{router}: {type(error).__name__}: {error}")
+                    self.errors.append(f"{router.name}: {type(error).__name__}: {error}")
                     return
                 time.sleep(0.05)
                 continue
             self.done += 1
             usual = statistics.median(gap for _, gap in gaps)
             self.excesses += [(at, gap - usual) for at, gap in gaps]
+
+    def choose(self, number):
+        return self.routers[number % len(self.routers)]
 
     def excused(self, router, error):
         """Whether a failed request is none of the cluster's failures; for tests that kill routers."""

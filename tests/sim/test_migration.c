@@ -292,6 +292,32 @@ static void test_slow_router(void **state) {
     pc_close(&cluster);
 }
 
+/* ---- a router that the store does not answer ---- */
+
+/* It follows the cluster's maps by way of the workers, and is not waited for long. Back at the store it is like the others. */
+static void test_router_without_store(void **state) {
+    (void)state;
+    char id[MOE_OPERATION_ID_BYTES];
+    open_cluster(1, ROUTERS, 3, false);
+    int32_t leader = pc_leader(&cluster), lost = 1 - leader;
+    const pc_router *router = &cluster.routers[lost];
+    for (int round = 0; round < 3; round++) {
+        pc_router_cut_off(&cluster, lost, true);
+        int64_t began = cluster.clock.fake_now_ns;
+        moe_operation op = move_of(0, 3 * round, "w0", "w1"); /* 3 round mod 3 = 0 */
+        submit(leader, &op, id);
+        snprintf(awaited, sizeof awaited, "%s", id);
+        while (!cluster.workers[1].held[3 * round] || cluster.workers[0].held[3 * round]) pc_step(&cluster); /* moved */
+        assert_true(cluster.clock.fake_now_ns - began < 8 * MOE_NS_PER_S); /* a lease's life, the grace, the move itself */
+        pc_run_ms(&cluster, 1000);
+        assert_false(pc_view(&cluster, lost)->store_up);
+        assert_true(router->epoch == cluster.routers[leader].epoch && router->epoch > 1);
+        pc_router_cut_off(&cluster, lost, false);
+        pc_run_until(&cluster, operation_finished, 20000);
+    }
+    pc_close(&cluster);
+}
+
 /* ---- load ---- */
 
 static bool is_replicated(pc_cluster *c) { return pc_tidy(c) && moe_placement_at(c->routers[0].map, 0, 4)->num_replicas > 1; }
@@ -437,7 +463,8 @@ int main(void) {
         cmocka_unit_test(test_join_and_leave),      cmocka_unit_test(test_leaver_that_gives_up),
         cmocka_unit_test(test_restart_after_leaving),
         cmocka_unit_test(test_death_heals),         cmocka_unit_test(test_slow_router),
-        cmocka_unit_test(test_hot_expert),          cmocka_unit_test(test_crash_matrix),
+        cmocka_unit_test(test_router_without_store), cmocka_unit_test(test_hot_expert),
+        cmocka_unit_test(test_crash_matrix),
     };
     return cmocka_run_group_tests(tests, quiet, NULL);
 }

@@ -184,6 +184,20 @@ void pc_router_crash(pc_cluster *c, int32_t r) {
     moe_placement_unref(&router->routed);
 }
 
+static moe_status no_get(moe_store *s, const char *key, moe_buf *value, bool *found, moe_error *err) {
+    (void)s, (void)key, (void)value, (void)found;
+    return moe_fail(err, MOE_UNAVAILABLE, "cut off");
+}
+
+/* A controller asks for nothing more while meta cannot be read. */
+void pc_router_cut_off(pc_cluster *c, int32_t r, bool cut_off) {
+    static moe_store_ops cut;
+    cut = *c->store->ops;
+    cut.get = no_get;
+    c->routers[r].store->ops = cut_off ? &cut : c->store->ops;
+    c->routers[r].cut_off = cut_off;
+}
+
 /* ---- workers ---- */
 
 static void answer(pc_worker *w, moe_rpc_call *call, const int32_t *experts, int32_t count) {
@@ -263,6 +277,8 @@ static void on_stats(void *ctx, moe_rpc_call *call, const ProtobufCMessage *mess
     response.incarnation = w->incarnation;
     response.holdings = w->holdings;
     response.leaving = w->leaving;
+    response.map_epoch = w->map_epoch;
+    response.map_fence = w->map_fence;
     response.loaded = pointers;
     response.n_loaded = ((const Moesaic__V1__StatsRequest *)message)->known_holdings == w->holdings ? 0 : count;
     response.loaded_rows = rows;
@@ -271,11 +287,52 @@ static void on_stats(void *ctx, moe_rpc_call *call, const ProtobufCMessage *mess
     moe_rpc_respond(call, &response.base, NULL, 0);
 }
 
-/* Oracle: nothing is dropped that a live router may still ask for. */
+static void on_set_map(void *ctx, moe_rpc_call *call, const ProtobufCMessage *message, const moe_frame *payload, int num_payload) {
+    pc_worker *w = ctx;
+    const Moesaic__V1__SetMapRequest *request = (const Moesaic__V1__SetMapRequest *)message;
+    const Moesaic__V1__SetMapResponse response = MOESAIC__V1__SET_MAP_RESPONSE__INIT;
+    assert_int_equal(num_payload, 1);
+    if (request->fence < w->fence) {
+        moe_rpc_fail(call, MOE_FAILED_PRECONDITION, "a lower fence", NULL);
+        return;
+    }
+    w->fence = request->fence;
+    w->map_epoch = request->map_epoch;
+    w->map_fence = request->map_fence;
+    moe_buf_clear(&w->map);
+    moe_buf_append(&w->map, payload[0].data, payload[0].size);
+    moe_rpc_respond(call, &response.base, NULL, 0);
+}
+
+static void on_get_map(void *ctx, moe_rpc_call *call, const ProtobufCMessage *message, const moe_frame *payload, int num_payload) {
+    (void)message;
+    (void)payload;
+    (void)num_payload;
+    const pc_worker *w = ctx;
+    const moe_frame frame = {w->map.data, w->map.size};
+    Moesaic__V1__GetMapResponse response = MOESAIC__V1__GET_MAP_RESPONSE__INIT;
+    response.map_epoch = w->map_epoch;
+    response.map_fence = w->map_fence;
+    moe_rpc_respond(call, &response.base, &frame, w->map.size ? 1 : 0);
+}
+
+/* Oracle: what is dropped is elsewhere in the map that the worker keeps, so that it can say where. */
+static void check_informed(const pc_worker *w, int32_t expert) {
+    moe_placement *map = NULL;
+    moe_error err;
+    OK(moe_placement_from_json(moe_buf_text(&w->map), w->map.size, &map, &err));
+    int32_t worker = moe_placement_find_worker(map, w->id);
+    assert_true(map->epoch == w->map_epoch && map->fence == w->map_fence);
+    assert_true(map->entries[expert].num_replicas > 0 && (worker < 0 || !moe_placement_has(&map->entries[expert], worker)));
+    moe_placement_unref(&map);
+}
+
+/* Oracle: nothing is dropped that a live router may still ask for. One that is cut off from the store is not waited for: the
+ * worker tells it (check_informed). */
 static void check_drop(const pc_worker *w, int32_t expert) {
     for (int32_t r = 0; r < PC_MAX_ROUTERS; r++) {
         const pc_router *router = &w->cluster->routers[r];
-        if (!router->controller || !router->routed) continue;
+        if (!router->controller || !router->routed || router->cut_off) continue;
         int32_t worker = moe_placement_find_worker(router->routed, w->id);
         bool routed = worker >= 0 && router->routed->workers[worker].incarnation == w->incarnation &&
                       moe_placement_has(&router->routed->entries[expert], worker);
@@ -298,6 +355,7 @@ static void on_drop(void *ctx, moe_rpc_call *call, const ProtobufCMessage *messa
     for (size_t i = 0; i < request->n_experts; i++) {
         int32_t expert = (int32_t)(request->experts[i]->layer * PC_EXPERTS + request->experts[i]->expert);
         check_drop(w, expert);
+        check_informed(w, expert);
         if (w->held[expert]) w->holdings++;
         w->held[expert] = false;
     }
@@ -318,6 +376,8 @@ void pc_worker_start(pc_cluster *c, int32_t i) {
         {.method = "/moesaic.v1.WorkerService/Load", .handler = on_load, .roles = 1u << MOE_ROLE_ROUTER},
         {.method = "/moesaic.v1.WorkerService/Stats", .handler = on_stats, .roles = 1u << MOE_ROLE_ROUTER},
         {.method = "/moesaic.v1.WorkerService/Drop", .handler = on_drop, .roles = 1u << MOE_ROLE_ROUTER},
+        {.method = "/moesaic.v1.WorkerService/SetMap", .handler = on_set_map, .roles = 1u << MOE_ROLE_ROUTER},
+        {.method = "/moesaic.v1.WorkerService/GetMap", .handler = on_get_map, .roles = 1u << MOE_ROLE_ROUTER},
         {0}};
     pc_worker *w = &c->workers[i];
     char endpoint[MOE_ENDPOINT_BYTES], bound[MOE_ENDPOINT_BYTES];
@@ -328,6 +388,7 @@ void pc_worker_start(pc_cluster *c, int32_t i) {
     w->loads = w->drops = 0;
     w->holdings = 1;
     w->leaving = false;
+    w->map_epoch = w->map_fence = 0;
     w->fence = w->first_fence;
     memset(w->held, 0, sizeof w->held);
     snprintf(w->id, sizeof w->id, "w%d", i);
@@ -368,6 +429,7 @@ void pc_worker_crash(pc_cluster *c, int32_t i) {
     w->num_waiting = 0;
     moe_registration_free(&w->registration);
     moe_rpc_free(&w->rpc);
+    moe_buf_free(&w->map);
     w->transport->ops->close(w->transport);
     w->store->ops->close(w->store);
     w->alive = false;

@@ -28,6 +28,7 @@ typedef struct pc_router {
     /* What its steps route by: the map, but some time later (lag_ns). */
     moe_placement *routed;
     int64_t given_ns, lag_ns;
+    bool cut_off; /* from the store */
 } pc_router;
 
 typedef struct pc_worker {
@@ -44,6 +45,8 @@ typedef struct pc_worker {
     uint64_t holdings;
     bool leaving;
     int32_t loads, drops; /* calls */
+    uint64_t map_epoch, map_fence;
+    moe_buf map; /* as the leader handed it over */
     /* behaviour, kept over restarts */
     uint64_t digest_salt; /* not 0: its weights differ */
     bool stalls;          /* Load calls wait */
@@ -85,6 +88,7 @@ void pc_close(pc_cluster *c);
 
 void pc_router_start(pc_cluster *c, int32_t r);
 void pc_router_crash(pc_cluster *c, int32_t r);
+void pc_router_cut_off(pc_cluster *c, int32_t r, bool cut_off); /* from the store, alone */
 void pc_router_config(pc_cluster *c, int32_t r, moe_controller_config *out); /* opens its store and transport */
 
 void pc_worker_start(pc_cluster *c, int32_t w); /* id "w<w>" at inproc:w<w>, a fresh incarnation */

@@ -105,6 +105,7 @@ static void on_map(void *ctx, moe_placement *map) {
 }
 
 static uint64_t routing_epoch(void *ctx) { return moe_engine_routing_epoch(((sim_router *)ctx)->engine); }
+static void on_not_held(void *ctx) { moe_controller_hurry(((sim_router *)ctx)->controller); }
 
 static moe_expert *const *local_experts(void *ctx) {
     const sim_cluster *s = ctx;
@@ -143,7 +144,9 @@ void sim_start_router(sim_cluster *s, int32_t index) {
                                 .call_timeout_ns = 10 * MOE_NS_PER_S,
                                 .suspect_after_ns = 300 * MOE_NS_PER_MS,
                                 .local_experts = s->config.local ? local_experts : NULL,
-                                .local_worker = s};
+                                .local_worker = s,
+                                .on_not_held = on_not_held,
+                                .on_not_held_ctx = r};
     must(moe_engine_new(&engine, &r->engine, &err), &err);
     moe_controller_config controller = {.store = r->store,
                                         .transport = r->controller_transport,
