@@ -121,7 +121,8 @@ class Cell:
         entries = [entry for layer in json.loads(text)["layers"] for entry in layer]  # [digest, worker, state, worker, state, …]
         check(len(entries) == LAYERS * EXPERTS, f"{len(entries)} entries")
         held = {w["id"]: w["experts"] for w in self.nodes.routers[0].status()["workers"]}
-        return all(entry[2::2] == [1, 1] for entry in entries) and sum(held.values()) == 2 * LAYERS * EXPERTS
+        ready = [entry[2::2] for entry in entries]  # a move that was given up after its destination was published leaves three
+        return all(len(states) >= 2 and set(states) == {1} for states in ready) and sum(held.values()) == sum(map(len, ready))
 
 
 def cells():
