@@ -39,7 +39,10 @@ static moe_status cluster_status(void *ctx, moe_cluster_status *out, moe_error *
     worker->incarnation = 0xabcdef;
     worker->quarantine_s = 7;
     snprintf(out->routers[0].id, sizeof out->routers[0].id, "r0");
-    out->layers[0] = (moe_layer_status){1.25, 2, 1.5};
+    out->layers[0] = (moe_layer_status){.max_over_mean = 1.25, .min_replicas = 2, .cost_max_over_mean = 1.5, .hint_recall = 0.75};
+    out->residency = (moe_residency_status){.hits = 5, .late_hits = 4, .misses = 3, .copied_bytes = 200, .wasted_bytes = 100};
+    out->expert_ns = 9000;
+    out->row_ns = 700;
     return MOE_OK;
 }
 
@@ -122,7 +125,10 @@ static void test_get_routes(void **state) {
                 "\"incarnation\":\"0000000000abcdef\",\"quarantine_s\":7}],"
                 "\"routers\":[{\"id\":\"r0\",\"pid\":0,\"host\":\"\",\"state\":\"up\",\"leader\":false}],"
                 "\"redis\":{\"used\":true,\"up\":true},\"layers\":[{\"max_over_mean\":1.25,\"min_replicas\":2,"
-                "\"cost_max_over_mean\":1.5}],\"operations\":[],\"migration\":\"\",\"moves\":0}");
+                "\"cost_max_over_mean\":1.5,\"hint_recall\":0.75}],"
+                "\"residency\":{\"hits\":5,\"late_hits\":4,\"misses\":3,\"copied_bytes\":200,\"wasted_bytes\":100},"
+                "\"operations\":[],\"migration\":\"\",\"moves\":0,"
+                "\"cost\":{\"expert_ns\":9000,\"row_ns\":700}}");
     http_response metrics = http_get(f->port, "/metrics");
     assert_int_equal(metrics.status, 200);
     assert_string_equal(http_response_header(&metrics, "Content-Type"), "text/plain; version=0.0.4; charset=utf-8");

@@ -49,7 +49,7 @@ static moe_status cluster_status(void *ctx, moe_cluster_status *out, moe_error *
     out->workers[1].experts = 48;
     snprintf(out->routers[0].id, sizeof out->routers[0].id, "r0");
     out->routers[0].leader = true;
-    out->layers[0] = (moe_layer_status){1.5, 1, 0};
+    out->layers[0] = (moe_layer_status){.max_over_mean = 1.5, .min_replicas = 1, .hint_recall = -1};
     return MOE_OK;
 }
 
