@@ -1,6 +1,7 @@
 """Expert workers on two GPUs: one worker a GPU under `serve`, and two of them in one process. Golden tokens from both. Skipped, with
 the reason, where there are not two GPUs. The backend and its element type come from MOESAIC_BACKEND and MOESAIC_DTYPE (gpu_test.sh)."""
 import subprocess
+import sys
 
 from harness import Cluster, check, golden, main
 from nodes import Nodes, wait_for
@@ -39,6 +40,6 @@ def two_workers_in_one_process():
 
 
 if gpus() < 2:
-    print("skipped: two GPUs are needed")
-else:
-    main([a_worker_on_each_gpu, two_workers_in_one_process])
+    print("two GPUs are needed")
+    sys.exit(77)
+main([a_worker_on_each_gpu, two_workers_in_one_process])
