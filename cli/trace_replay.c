@@ -5,9 +5,9 @@
 
 #include "common/alloc.h"
 #include "expert-worker/eviction.h"
+#include "expert-worker/residency.h"
 
 #define EMPTY (-1)
-#define SPARE_SLOTS 1 /* above top-k: a copy needs a slot that nobody uses */
 
 typedef struct stream { /* one request under way */
     int32_t text, token;
@@ -30,7 +30,8 @@ typedef struct replay {
 } replay;
 
 int32_t moe_replay_slots(const moe_trace *t, double part) {
-    int32_t all = t->num_layers * t->num_experts, slots = (int32_t)lround(part * all), least = t->top_k + SPARE_SLOTS;
+    int32_t all = t->num_layers * t->num_experts, slots = (int32_t)lround(part * all),
+            least = t->top_k + MOE_RESIDENCY_SPARE_SLOTS;
     if (slots < least) slots = least;
     return slots < all ? slots : all;
 }

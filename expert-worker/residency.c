@@ -26,21 +26,24 @@ static int64_t places(const moe_residency *r, moe_memory_limit limit, int64_t ea
     return count < r->num_entries ? count : r->num_entries;
 }
 
-static moe_status too_little(const moe_residency *r, const char *option, int64_t got, int64_t least, int64_t each, const char *why,
-                             moe_error *err) {
-    return moe_fail(err, MOE_INVALID_ARGUMENT,
-                    "%s: room for %lld experts of %lld bytes is too little; %s takes %lld: at least %lld bytes, or %.1f%% of a share of "
-                    "%d experts",
-                    option, (long long)got, (long long)each, why, (long long)least, (long long)(least * each),
-                    100.0 * (double)least / share_of(r), share_of(r));
+static moe_status too_little(const moe_residency *r, const char *option, int64_t got, int64_t least, int64_t each,
+                             const char *why, moe_error *err) {
+    return moe_fail(
+        err, MOE_INVALID_ARGUMENT,
+        "%s: room for %lld experts of %lld bytes is too little; %s takes %lld: at least %lld bytes, or %.1f%% of a share of "
+        "%d experts",
+        option, (long long)got, (long long)each, why, (long long)least, (long long)(least * each),
+        100.0 * (double)least / share_of(r), share_of(r));
 }
 
 static moe_status count_places(moe_residency *r, moe_error *err) {
     char why[96];
     int32_t least = r->config.model->config.top_k + MOE_RESIDENCY_SPARE_SLOTS;
     if (least > r->num_entries) least = r->num_entries;
-    int64_t slots = places(r, r->config.tiers.device, r->size.slot_bytes), images = places(r, r->config.tiers.host, r->size.image_bytes);
-    snprintf(why, sizeof why, "a token's %d experts and %d being copied", r->config.model->config.top_k, MOE_RESIDENCY_SPARE_SLOTS);
+    int64_t slots = places(r, r->config.tiers.device, r->size.slot_bytes),
+            images = places(r, r->config.tiers.host, r->size.image_bytes);
+    snprintf(why, sizeof why, "a token's %d experts and %d being copied", r->config.model->config.top_k,
+             MOE_RESIDENCY_SPARE_SLOTS);
     if (slots < least) return too_little(r, "--device-memory", slots, least, r->size.slot_bytes, why, err);
     if (images < MOE_RESIDENCY_MIN_IMAGES)
         return too_little(r, "--host-memory", images, MOE_RESIDENCY_MIN_IMAGES, r->size.image_bytes,
@@ -74,9 +77,10 @@ static moe_status open_parts(moe_residency *r, moe_error *err) {
     for (int32_t i = 0; i < r->num_entries; i++) r->entries[i] = (residency_entry){.wish = WISH_NONE, .slot = -1};
     for (int32_t i = 0; i < r->num_images; i++) r->images[i].expert = -1;
     const moe_eviction_config eviction = {
-        .policy = c->tiers.eviction, .num_experts = r->num_entries, .half_life = MOE_RESIDENCY_HALF_LIFE_BATCHES};
+        .policy = c->tiers.eviction, .num_experts = r->num_entries, .half_life = MOE_EVICTION_HALF_LIFE_BATCHES};
     moe_status status = moe_eviction_new(&eviction, &r->eviction, err);
-    if (status == MOE_OK) status = c->backend->ops->slots_create(c->backend, like, 0, MOE_FFN_BLOCKS, r->num_slots, &r->slots, err);
+    if (status == MOE_OK)
+        status = c->backend->ops->slots_create(c->backend, like, 0, MOE_FFN_BLOCKS, r->num_slots, &r->slots, err);
     for (int32_t i = 0; status == MOE_OK && i < r->num_slots; i++)
         r->slot[i] = (residency_slot){.expert = c->backend->ops->slot(r->slots, i), .entry = -1};
     r->num_empty = r->num_slots;
@@ -194,7 +198,7 @@ static void weaken(moe_residency *r, residency_entry *e) {
 void moe_residency_hint(moe_residency *r, uint64_t step, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
     if (!e->held) return;
-    moe_eviction_hinted(r->eviction, residency_number(r, e), step, r->batches + MOE_RESIDENCY_HINT_BATCHES);
+    moe_eviction_hinted(r->eviction, residency_number(r, e), step, r->batches + MOE_EVICTION_HINT_BATCHES);
     wish(r, e, WISH_HINTED);
 }
 
@@ -273,6 +277,4 @@ bool moe_residency_has_work(moe_residency *r) {
 
 bool moe_residency_copying(const moe_residency *r) { return r->pieces_out > 0; }
 
-uint64_t moe_residency_progress(const moe_residency *r) {
-    return r->pieces_ended + r->counts.packed;
-}
+uint64_t moe_residency_progress(const moe_residency *r) { return r->pieces_ended + r->counts.packed; }

@@ -5,14 +5,12 @@
 #pragma once
 #include "expert-worker/loader.h"
 
-/* Pieces on their way to the device at once, and their size: enough to keep a link busy between two looks of the loop; a more urgent
- * expert, and the inputs of a batch, which share the link, wait for so much at most. */
+/* Pieces on their way to the device at once, and their size: enough to keep a link busy between two looks of the loop; a more
+ * urgent expert, and the inputs of a batch, which share the link, wait for so much at most. */
 #define MOE_RESIDENCY_PIECES 3
 #define MOE_RESIDENCY_PIECE_BYTES ((int64_t)1 << 20)
-#define MOE_RESIDENCY_SPARE_SLOTS 1                     /* above top-k: copies need a slot that no batch uses */
-#define MOE_RESIDENCY_MIN_IMAGES 2                      /* one is packed while another is copied */
-#define MOE_RESIDENCY_HINT_BATCHES 256                  /* computed meanwhile: then a hint whose layer never came is forgotten */
-#define MOE_RESIDENCY_HALF_LIFE_BATCHES 1024            /* of a use's weight in the eviction policies */
+#define MOE_RESIDENCY_SPARE_SLOTS 1 /* above top-k: copies need a slot that no batch uses */
+#define MOE_RESIDENCY_MIN_IMAGES 2  /* one is packed while another is copied */
 
 typedef struct moe_residency moe_residency;
 
@@ -78,8 +76,8 @@ void moe_residency_hint(moe_residency *residency, uint64_t step, int32_t layer, 
 /* `step` has come to `layer`: what was announced of this layer and those before, and nobody wants any more, stays where it is.
  * Before moe_residency_expect. */
 void moe_residency_reached(moe_residency *residency, uint64_t step, int32_t layer);
-/* A call that wants the expert was accepted: counts it as hit, late hit or miss. Until the call has ended the expert makes room only
- * for what a batch needs. */
+/* A call that wants the expert was accepted: counts it as hit, late hit or miss. Until the call has ended the expert makes room
+ * only for what a batch needs. */
 void moe_residency_expect(moe_residency *residency, int32_t layer, int32_t expert);
 void moe_residency_unexpect(moe_residency *residency, int32_t layer, int32_t expert);
 /* A batch that has begun needs the expert, and then no longer. What is needed is not evicted. */

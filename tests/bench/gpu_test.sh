@@ -12,11 +12,14 @@ note() { printf '%s\n' "$*"; }
 run() {
   local name=$1 limit=$2 log start=$SECONDS; shift 2
   log=$(mktemp)
-  if timeout "$limit" "$@" >"$log" 2>&1; then
+  timeout "$limit" "$@" >"$log" 2>&1
+  local status=$?
+  if [ $status -eq 77 ]; then note "skipped $name: $(tail -n 1 "$log")"
+  elif [ $status -eq 0 ]; then
     note "ok      $name ($((SECONDS - start)) s; $(grep -cE '^\[       OK|^ok ' "$log") passed, $(grep -o '^\[  SKIPPED \] [0-9]*' "$log" | grep -o '[0-9]*$' || echo 0) skipped)"
     grep -h '^figure:' "$log"
   else
-    note "FAILED  $name (exit $?, $((SECONDS - start)) s)"
+    note "FAILED  $name (exit $status, $((SECONDS - start)) s)"
     grep -vE '^\[ (RUN|      OK)' "$log" | tail -n 25
     echo "$name" >>"$failures"
   fi
