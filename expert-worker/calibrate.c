@@ -3,6 +3,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "common/alloc.h"
 #include "common/clock.h"
 #include "expert-worker/loader.h"
 
@@ -12,8 +13,9 @@ typedef struct trial {
     moe_backend *backend;
     moe_expert *experts[MOE_CALIBRATE_EXPERTS];
     int32_t count;
-    void *x;    /* [MOE_CALIBRATE_ROWS, H]: zeros, which take as long as anything */
-    float *out; /* [MOE_CALIBRATE_ROWS, H] */
+    void *zeros; /* the weights, as stored: they take as long as any, and nothing of the checkpoint is read */
+    void *x;     /* [MOE_CALIBRATE_ROWS, H]: zeros, too */
+    float *out;  /* [MOE_CALIBRATE_ROWS, H] */
     int32_t rows[MOE_CALIBRATE_ROWS];
 } trial;
 
@@ -72,15 +74,22 @@ static moe_status measure(const trial *t, moe_calibration *out, moe_error *err) 
     return MOE_OK;
 }
 
+static moe_tensor zeroed(const moe_tensor *like, const void *zeros) {
+    return (moe_tensor){.data = zeros, .dtype = like->dtype, .rows = like->rows, .cols = like->cols};
+}
+
 static moe_status load(trial *t, const moe_model *model, moe_error *err) {
     int64_t each = moe_expert_canonical_bytes(&model->experts[0]);
     int64_t most =
         each > 0 && MOE_CALIBRATE_BYTES / each < MOE_CALIBRATE_EXPERTS ? MOE_CALIBRATE_BYTES / each : MOE_CALIBRATE_EXPERTS;
     if (most < 2) most = 2;
+    const moe_ffn_weights *like = &model->experts[0];
+    t->zeros = moe_calloc((size_t)(like->gate.rows * like->gate.cols), sizeof(float)); /* enough for each matrix of any type */
+    if (!t->zeros) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for calibration");
+    const moe_ffn_weights weights = {zeroed(&like->gate, t->zeros), zeroed(&like->up, t->zeros), zeroed(&like->down, t->zeros)};
     moe_status status = MOE_OK;
     for (; t->count < most && t->count < model->config.num_experts && status == MOE_OK; t->count += status == MOE_OK)
-        status = t->backend->ops->expert_load(t->backend, moe_model_expert(model, 0, t->count), 0, MOE_FFN_BLOCKS,
-                                              &t->experts[t->count], err);
+        status = t->backend->ops->expert_load(t->backend, &weights, 0, MOE_FFN_BLOCKS, &t->experts[t->count], err);
     return status;
 }
 
@@ -99,5 +108,6 @@ moe_status moe_calibrate(moe_backend *backend, const moe_model *model, moe_calib
     for (int32_t i = 0; i < t.count; i++) backend->ops->expert_free(backend, t.experts[i]);
     backend->ops->host_free(backend, t.x);
     backend->ops->host_free(backend, t.out);
+    moe_free(t.zeros);
     return status;
 }

@@ -3,7 +3,7 @@
 #pragma once
 #include "common/backend.h"
 
-#define MOE_CALIBRATE_EXPERTS 8                  /* of the first MoE layer, at most */
+#define MOE_CALIBRATE_EXPERTS 8                  /* at most, of the shape of the model's */
 #define MOE_CALIBRATE_BYTES (INT64_C(256) << 20) /* of weights, as stored, for more than two */
 #define MOE_CALIBRATE_ROWS 128
 #define MOE_CALIBRATE_RUNS 5 /* of each batch; the fastest counts */
@@ -12,6 +12,6 @@ typedef struct moe_calibration {
     int64_t expert_ns, row_ns; /* row_ns is at least 1 */
 } moe_calibration;
 
-/* Loads some experts, computes batches of them, frees them. No other job of the backend may run. Blocks. The errors of
+/* Loads some experts of zeros, computes batches of them, frees them. No other job of the backend may run. Blocks. The errors of
  * expert_load and of jobs. */
 moe_status moe_calibrate(moe_backend *backend, const moe_model *model, moe_calibration *out, moe_error *err);

@@ -454,7 +454,7 @@ static int32_t begin_planned(moe_controller *c, const char *id, moe_plan_scope s
 
 static void end_operation(moe_controller *c, moe_operation *op, const char *error) {
     op->state = error ? MOE_OP_FAILED : MOE_OP_DONE;
-    op->safe_to_stop = true;
+    op->safe_to_stop = !error || op->kind != MOE_OP_DRAIN;
     if (error && error != op->error) snprintf(op->error, sizeof op->error, "%.*s", (int)sizeof op->error - 1, error);
     moe_info("placement: operation %s (%s) %s%s%s", op->id, moe_operation_kind_name(op->kind), error ? "failed" : "is done",
              error ? ": " : "", error ? error : "");
@@ -534,7 +534,6 @@ static void run_single(moe_controller *c, moe_operation *op) {
 static void run_operation(moe_controller *c, moe_operation *op) {
     if (op->state == MOE_OP_PENDING) {
         op->state = MOE_OP_RUNNING;
-        op->safe_to_stop = true;
         moe_info("placement: operation %s (%s) begins", op->id, moe_operation_kind_name(op->kind));
     }
     if (op->kind == MOE_OP_MOVE || op->kind == MOE_OP_REPLICATE)

@@ -36,7 +36,7 @@ typedef struct moe_operation {
     moe_operation_state state;
     char phase[32];       /* of the moves under way; "": none */
     int32_t done, total;  /* moves */
-    bool safe_to_stop;    /* nothing of it is under way; of a finished DRAIN: the worker can be stopped */
+    bool safe_to_stop;    /* nothing of it is under way; of a DRAIN: it is done, and the worker can be stopped */
     char error[MOE_OPERATION_ERROR_BYTES]; /* the last one; "" for none */
 } moe_operation;
 

@@ -158,7 +158,7 @@ moe_status moe_controller_submit(moe_controller *c, const moe_operation *wanted,
                                     (unsigned long long)moe_random_identity() & 0xffffffff);
             op.created_ms = wall_ms();
             op.state = MOE_OP_PENDING;
-            op.safe_to_stop = true;
+            op.safe_to_stop = op.kind != MOE_OP_DRAIN;
             c->submitted[c->num_submitted++] = op;
             memcpy(id, op.id, sizeof op.id);
         }

@@ -120,13 +120,15 @@ def operators_move_experts(*transport):
             operate(cluster, "replicate", "--layer", "0", "--expert", "0")
             check(len(json.loads(cluster.get("/debug/experts")[1])["layers"][0]["replicas"][0]) == 2, "not replicated")
             out = operate(cluster, "drain", "w2")
-            check("done" in out and "safe to stop" in out, out)
+            *before, last = out.strip().splitlines()
+            check("done" in last and ", safe to stop" in last and all("not safe" in line for line in before), out)
             check(experts(cluster)["w2"] == 0, experts(cluster))
             check("epoch" in operate(cluster, "placement", "plan"), "no plan")
             operate(cluster, "rebalance")
             check(experts(cluster)["w2"] == 0, "a drained worker was given experts")
             out = operate(cluster, "undrain", "w2", "--operation", "back")
-            check("back: done" in out and "safe to stop" in out and "0 of 0" not in out, out)
+            last = out.strip().splitlines()[-1]
+            check(last.startswith("back: done") and ", safe to stop" in last and "0 of 0" not in last, out)
             check("back: done" in operate(cluster, "undrain", "w2", "--operation", "back"), "asked again")
             check(experts(cluster)["w2"] >= TOTAL // 6, f"little came back: {experts(cluster)}")
             operations = cluster.status()["operations"]
