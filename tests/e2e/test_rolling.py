@@ -1,21 +1,22 @@
 """Rolling restarts under load, as an upgrade does them: every worker, one after another, then every router but one, each told to stop by
 SIGTERM and started again under its name once it has ended. Short form: 10^3 requests; MOESAIC_TEST_FULL=1: 10^4, in as many rounds as
-they take. A request that a router has not begun to answer goes on to another one, as a front does; nothing fails, every answer is right,
-and streams that have begun end where they began."""
+they take; `test_rolling.py 100000` is the soak, of some 20 minutes. A request that a router has not begun to answer goes on to another
+one, as a front does; nothing fails, every answer is right, and streams that have begun end where they began."""
 import os
 import signal
+import sys
 import time
 
 from harness import FULL, Cluster, check, main
 from load import Load, Router
 
-REQUESTS = 10000 if FULL else 1000
+REQUESTS = int(sys.argv[1]) if len(sys.argv) > 1 else 10000 if FULL else 1000
 WORKERS = 3
 CLIENTS = 6
 MAX_TOKENS = 8
 OPTIONS = ["--replicas", "2"]
 WHOLE_TIMEOUT_S = 60
-LAST_REQUESTS_S = 600
+MOST_S = max(600, REQUESTS // 20)
 
 
 def whole(cluster):
@@ -54,7 +55,7 @@ def everything_is_replaced():
             cluster.wait_for(lambda: whole(cluster) and all(r.ready() for r in routers), "three routers")
             with Load([cluster.port, *(r.port for r in routers)], CLIENTS, MAX_TOKENS) as load:
                 began = time.monotonic()
-                while rounds == 0 or (load.finished < REQUESTS and time.monotonic() - began < LAST_REQUESTS_S):
+                while rounds == 0 or (load.finished < REQUESTS and time.monotonic() - began < MOST_S):
                     took += replace_workers(cluster, load)
                     replace_routers(cluster, routers, load)
                     rounds += 1
