@@ -605,6 +605,19 @@ static void test_redis_sentinel(void **state) {
 
 /* A primary with a replica: what was set under `meta` is on both when the call returns; a replica that hangs delays it by the bound and
  * no more; other writes do not wait. */
+/* Whether the primary counts the replica, which is a little later than the replica has its data. */
+static bool counted(int primary, int replica) {
+    char command[64], line[64], port[16];
+    bool found = false;
+    snprintf(command, sizeof command, "redis-cli -p %d ROLE", primary);
+    snprintf(port, sizeof port, "%d\n", replica);
+    FILE *out = popen(command, "r");
+    assert_non_null(out);
+    while (fgets(line, sizeof line, out)) found |= strcmp(line, port) == 0;
+    pclose(out);
+    return found;
+}
+
 static void test_redis_replica(void **state) {
     fixture *f = *state;
     enum { ROUNDS = 50 };
@@ -622,7 +635,11 @@ static void test_redis_replica(void **state) {
         assert_int_equal(moe_redis_open(&config, &stores[i], &err), MOE_OK);
         wait_until(stores[i], MOE_OK);
     }
-    assert_int_equal(put(stores[0], "k", "v", 60000), MOE_OK);
+    for (int64_t deadline = moe_now_ns(moe_clock_real()) + MAX_WAIT_NS; !found && moe_now_ns(moe_clock_real()) < deadline; nap())
+        found = counted(ports[0], ports[1]);
+    assert_true(found);
+    assert_int_equal(put(stores[0], "k", "v", 60000), MOE_OK); /* comes by the stream, which starts later still */
+    found = false;
     for (int64_t deadline = moe_now_ns(moe_clock_real()) + MAX_WAIT_NS; !found && moe_now_ns(moe_clock_real()) < deadline; nap())
         if (get(stores[1], "k", value, &found) != MOE_OK) found = false;
     assert_true(found);
