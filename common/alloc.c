@@ -1,5 +1,6 @@
 #include "common/alloc.h"
 
+#include <malloc.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,3 +61,5 @@ char *moe_strndup(const char *text, size_t length) {
 char *moe_strdup(const char *text) { return moe_strndup(text, strlen(text)); }
 
 void moe_free(void *memory) { free(memory); }
+
+void moe_alloc_give_back(void) { malloc_trim(0); }

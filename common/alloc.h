@@ -21,6 +21,10 @@ char *moe_strndup(const char *text, size_t length);
 /* Frees memory from any of the above; NULL is allowed. */
 void moe_free(void *memory);
 
+/* Gives memory that was freed back to the system, which the allocator otherwise keeps for later: after large blocks were freed for
+ * good. Takes some milliseconds at most. */
+void moe_alloc_give_back(void);
+
 /* Test hook: the `countdown`-th allocation from now fails (1 = the next), once; 0 turns it off. Process-wide. */
 void moe_alloc_fail_after(int64_t countdown);
 

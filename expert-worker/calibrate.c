@@ -109,5 +109,6 @@ moe_status moe_calibrate(moe_backend *backend, const moe_model *model, moe_calib
     backend->ops->host_free(backend, t.x);
     backend->ops->host_free(backend, t.out);
     moe_free(t.zeros);
+    moe_alloc_give_back();
     return status;
 }

@@ -157,6 +157,7 @@ static void try_end_drop(moe_control *c, control_op *op) {
     response.dropped = op->dropped;
     moe_rpc_respond(op->call, &response.base, NULL, 0);
     end_op(c, &c->drops, op);
+    if (response.dropped > 0) moe_alloc_give_back();
 }
 
 void moe_control_on_drop(moe_control *c, moe_rpc_call *call, const Moesaic__V1__DropRequest *request) {

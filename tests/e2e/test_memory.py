@@ -107,7 +107,7 @@ def expect_lean(model, name):
     expert_bytes, num_experts, base_bytes = stored_bytes(model)
     drop_from_page_cache(model)
     began = time.monotonic()
-    with Cluster("--skip-tokenizer-init", "--kv-cache-memory", f"{KV_MIB}MiB", model=model, workers=WORKERS) as cluster:
+    with Cluster("--skip-tokenizer-init", "--no-auto-placement", "--kv-cache-memory", f"{KV_MIB}MiB", model=model, workers=WORKERS) as cluster:
         print(f"figure: {name}, {WORKERS} workers, cold page cache: ready in {time.monotonic() - began:.2f} s")
         router = json.load(open(os.path.join(cluster.run_dir, "cluster.json"), encoding="utf-8"))["pids"]["router"]
         expect_reads(f"{name}: the router", read_bytes(router), base_bytes, 0.5)
