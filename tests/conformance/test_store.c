@@ -433,7 +433,7 @@ static void start_with_roles(fixture *f, const char *acl) {
         int null = open("/dev/null", O_RDWR);
         dup2(null, 1);
         dup2(null, 2);
-        execlp("redis-server", "redis-server", "--port", "0", "--unixsocket", f->socket, "--save", "", "--appendonly", "yes", "--dir",
+        execlp("redis-server", "redis-server", "--port", "0", "--unixsocket", f->socket, "--save", "", "--appendonly", "yes", "--appendfsync", "always", "--dir",
                f->dir, "--aclfile", acl, NULL);
         _exit(127);
     }
