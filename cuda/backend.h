@@ -1,6 +1,7 @@
 /* The backend's own state: what its files share. */
 #pragma once
 #include "cuda/base.h"
+#include "cuda/bring.h"
 #include "cuda/groups.h"
 #include "cuda/jobs.h"
 
@@ -63,7 +64,7 @@ static inline void *moe_cuda_parcel_put(moe_cuda_parcel *parcel, const void *fro
     return device;
 }
 static inline cudaError_t moe_cuda_parcel_send(const moe_cuda_parcel *parcel, cudaStream_t stream) {
-    return cudaMemcpyAsync(parcel->device, parcel->pinned, parcel->used, cudaMemcpyHostToDevice, stream);
+    return moe_cuda_bring(parcel->device, parcel->pinned, parcel->used, stream);
 }
 
 extern const moe_ops moe_cuda_single_f32, moe_cuda_single_bf16; /* on the calling thread's current device */

@@ -203,7 +203,7 @@ static void enqueue(ffn_run *r) {
     if (!r->pinned_x) x = memcpy(parcel.pinned + parcel.capacity, b->x, r->x_bytes);
     did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_START, stream), "recording an event");
     did(r, moe_cuda_parcel_send(&parcel, stream), "copying the routing to the GPU");
-    did(r, cudaMemcpyAsync(r->x, x, r->x_bytes, cudaMemcpyHostToDevice, stream), "copying expert inputs to the GPU");
+    did(r, moe_cuda_bring(r->x, x, r->x_bytes, stream), "copying expert inputs to the GPU"); /* last: no launch reads it too early */
     did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_BEGIN, stream), "recording an event");
     compute(r);
     did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_END, stream), "recording an event");

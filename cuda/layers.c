@@ -40,9 +40,7 @@ void moe_cuda_pass_begin_step(moe_cuda_pass *p) {
     if (moved) moe_cuda_graphs_clear(&r->graphs);
     if (p->status != MOE_OK) return;
     moe_cuda_step_fill(p->segment, &shape, r->identity, r->step_in.memory, r->step_device.memory, &r->step);
-    moe_cuda_pass_did(p,
-                      cudaMemcpyAsync(r->step_device.memory, r->step_in.memory, ints * sizeof(int32_t), cudaMemcpyHostToDevice,
-                                      p->queue.stream),
+    moe_cuda_pass_did(p, moe_cuda_bring(r->step_device.memory, r->step_in.memory, ints * sizeof(int32_t), p->queue.stream),
                       "copying a step's inputs to the GPU");
 }
 

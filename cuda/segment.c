@@ -87,11 +87,7 @@ static void bring_outputs(stage *s, int32_t slots) {
         for (size_t row = 0; row < rows; row++) memcpy(staging + row * pitch, (const uint8_t *)from + row * pitch, used);
         from = staging;
     }
-    moe_cuda_pass_did(
-        &s->pass,
-        used == pitch ? cudaMemcpyAsync(s->pass.rows->outputs, from, rows * pitch, cudaMemcpyHostToDevice, stream)
-                      : cudaMemcpy2DAsync(s->pass.rows->outputs, pitch, from, pitch, used, rows, cudaMemcpyHostToDevice, stream),
-        "copying expert outputs");
+    moe_cuda_pass_did(&s->pass, moe_cuda_bring_rows(s->pass.rows->outputs, from, pitch, used, rows, stream), "copying expert outputs");
 }
 
 /* What the experts and the shared expert of the layer before gave is pending; `normed` still holds what they were given. */

@@ -1,0 +1,21 @@
+/* What a batch, a segment or a step brings from pinned host memory. The copy engine of that direction stays with one stream for
+ * long while it has work queued, so that a few kilobytes would wait for megabytes of experts that somebody will want later: kernels
+ * read the host's memory directly instead. */
+#pragma once
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOE_CUDA_BRING_BYTES ((size_t)1 << 20) /* more takes the copy engine, which is as fast then and needs no SM */
+
+/* As cudaMemcpyAsync and cudaMemcpy2DAsync from pinned host memory to the device; not to be captured. The next launch of the stream
+ * must not read what was brought before it has waited for its predecessor; those after it may. */
+cudaError_t moe_cuda_bring(void *to, const void *from, size_t bytes, cudaStream_t stream);
+/* The first `bytes` of `rows` rows, `pitch` bytes apart on both sides. */
+cudaError_t moe_cuda_bring_rows(void *to, const void *from, size_t pitch, size_t bytes, size_t rows, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
