@@ -58,6 +58,18 @@ static void on_output(void *ctx, const moe_output *output) {
     if (last) moe_free(text);
 }
 
+static bool is_ids(const json_t *ids) {
+    for (size_t i = 0; i < json_array_size(ids); i++) {
+        const json_t *id = json_array_get(ids, i);
+        if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) > INT32_MAX) return false;
+    }
+    return json_is_array(ids);
+}
+
+static bool is_text(const json_t *entry) {
+    return json_is_string(json_object_get(entry, "text")) != is_ids(json_object_get(entry, "token_ids"));
+}
+
 moe_status moe_texts_read(const char *file, int32_t limit, json_t **out, moe_error *err) {
     FILE *f = fopen(file, "r");
     if (!f) return moe_fail(err, MOE_NOT_FOUND, "cannot read %s: %s", file, strerror(errno));
@@ -67,8 +79,9 @@ moe_status moe_texts_read(const char *file, int32_t limit, json_t **out, moe_err
     for (int32_t n = 0; status == MOE_OK && (limit == 0 || n < limit); n++) {
         json_t *line = json_loadf(f, JSON_DISABLE_EOF_CHECK, &why);
         if (!line && feof(f)) break;
-        if (!line || !json_is_string(json_object_get(line, "text")))
-            status = moe_fail(err, MOE_INVALID_ARGUMENT, "%s, text %d: %s", file, n + 1, line ? "it has no \"text\"" : why.text);
+        if (!line || !is_text(line))
+            status = moe_fail(err, MOE_INVALID_ARGUMENT, "%s, text %d: %s", file, n + 1,
+                              line ? "it needs a \"text\" or else \"token_ids\", an array of them" : why.text);
         else
             json_array_append(*out, line);
         json_decref(line);
@@ -125,21 +138,34 @@ static moe_status submit(evaluation *ev, const moe_token_ids *ids, domain_sum *d
     return status;
 }
 
-static moe_status score(evaluation *ev, const json_t *entry, moe_error *err) {
-    const json_t *text = json_object_get(entry, "text");
-    const char *name = json_string_value(json_object_get(entry, "domain"));
-    moe_token_ids ids;
-    moe_status status =
-        moe_tokenizer_encode(ev->inference->tokenizer, json_string_value(text), json_string_length(text), false, &ids, err);
-    if (status != MOE_OK) return status;
-    int32_t *longer = moe_realloc(ids.ids, (size_t)ids.count + 1, sizeof *longer);
-    domain_sum *domain = domain_of(ev, name ? name : "");
-    if (!longer || !domain) {
-        moe_free(longer ? longer : ids.ids);
-        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory, or more than %d domains", MOE_EVAL_MAX_DOMAINS);
+/* A text's tokens and the end-of-text token; token ids as they are. */
+static moe_status tokens_of(const evaluation *ev, const json_t *entry, moe_token_ids *out, moe_error *err) {
+    const json_t *text = json_object_get(entry, "text"), *ids = json_object_get(entry, "token_ids");
+    *out = (moe_token_ids){0};
+    if (text) {
+        moe_status status = moe_tokenizer_encode(ev->inference->tokenizer, json_string_value(text), json_string_length(text),
+                                                 false, out, err);
+        if (status != MOE_OK) return status;
     }
-    ids.ids = longer;
-    if (end_of_text(ev->inference) >= 0) ids.ids[ids.count++] = end_of_text(ev->inference);
+    int32_t *longer = moe_realloc(out->ids, (size_t)out->count + json_array_size(ids) + 1, sizeof *longer);
+    if (!longer) {
+        moe_free(out->ids);
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
+    }
+    out->ids = longer;
+    for (size_t i = 0; i < json_array_size(ids); i++)
+        out->ids[out->count++] = (int32_t)json_integer_value(json_array_get(ids, i));
+    if (text && end_of_text(ev->inference) >= 0) out->ids[out->count++] = end_of_text(ev->inference);
+    return MOE_OK;
+}
+
+static moe_status score(evaluation *ev, const json_t *entry, moe_error *err) {
+    const char *name = json_string_value(json_object_get(entry, "domain"));
+    domain_sum *domain = domain_of(ev, name ? name : "");
+    moe_token_ids ids;
+    if (!domain) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory, or more than %d domains", MOE_EVAL_MAX_DOMAINS);
+    moe_status status = tokens_of(ev, entry, &ids, err);
+    if (status != MOE_OK) return status;
     if (ids.count > MOE_EVAL_MAX_TOKENS) ids.count = MOE_EVAL_MAX_TOKENS;
     if (ids.count > ev->inference->max_model_len) ids.count = ev->inference->max_model_len;
     if (ids.count >= MOE_EVAL_MIN_TOKENS)
@@ -185,7 +211,6 @@ static moe_status pass_texts(evaluation *ev, moe_error *err) {
 
 static moe_status evaluate(const moe_inference *inference, const moe_evaluation *wanted, json_t **out, moe_error *err) {
     evaluation ev = {.inference = inference, .wanted = wanted, .total = (int32_t)json_array_size(wanted->texts)};
-    if (!inference->tokenizer) return moe_fail(err, MOE_FAILED_PRECONDITION, "texts need the model's tokenizer");
     pthread_mutex_init(&ev.lock, NULL);
     pthread_cond_init(&ev.changed, NULL);
     moe_status status = pass_texts(&ev, err);
@@ -202,9 +227,17 @@ static moe_status await_ready(moe_router_node *node, moe_error *err) {
     return MOE_OK;
 }
 
-moe_status moe_evaluate(const moe_router_node_config *config, const moe_evaluation *wanted, json_t **out, moe_error *err) {
+static bool any_needs_tokenizer(const json_t *texts) {
+    for (size_t i = 0; i < json_array_size(texts); i++)
+        if (json_object_get(json_array_get(texts, i), "text")) return true;
+    return false;
+}
+
+moe_status moe_evaluate(const moe_router_node_config *wanted_node, const moe_evaluation *wanted, json_t **out, moe_error *err) {
+    moe_router_node_config config = *wanted_node;
     moe_router_node *node;
-    moe_status status = moe_router_node_open(config, &node, err);
+    config.skip_tokenizer = !any_needs_tokenizer(wanted->texts);
+    moe_status status = moe_router_node_open(&config, &node, err);
     if (status != MOE_OK) return status;
     status = await_ready(node, err);
     if (status == MOE_OK) status = evaluate(moe_router_node_inference(node), wanted, out, err);

@@ -7,8 +7,8 @@
 #define MOE_EVAL_MAX_TOKENS 1024 /* of a text, end-of-text included */
 #define MOE_EVAL_MIN_TOKENS 8    /* shorter texts are skipped */
 
-/* Reads FILE.jsonl, {"domain", "text"} a line, `limit` texts at most (0: all). *out: an array of them, the caller's. NOT_FOUND,
- * INVALID_ARGUMENT naming the text. */
+/* Reads FILE.jsonl, {"domain", "text"} or {"domain", "token_ids"} a line, `limit` texts at most (0: all). *out: an array of them,
+ * the caller's. NOT_FOUND, INVALID_ARGUMENT naming the text. */
 moe_status moe_texts_read(const char *file, int32_t limit, json_t **out, moe_error *err);
 
 typedef struct moe_evaluation {
@@ -17,7 +17,8 @@ typedef struct moe_evaluation {
     const char *what; /* a name for the progress line */
 } moe_evaluation;
 
-/* Opens a node, passes the texts through its engine and closes it. Each text is tokenized, the end-of-text token appended, the
- * whole cut at MOE_EVAL_MAX_TOKENS. On a terminal, progress is shown. *out (NULL: not wanted): {"loss", "perplexity", "tokens",
- * "texts", "by_domain": {NAME: {"loss", "tokens"}}}, the caller's. CANCELLED after a signal; the errors of node and engine. */
+/* Opens a node, passes the texts through its engine and closes it. Each text is tokenized, the end-of-text token appended; token
+ * ids are taken as they are, and where there is nothing else the model needs no tokenizer. All are cut at MOE_EVAL_MAX_TOKENS. On a
+ * terminal, progress is shown. *out (NULL: not wanted): {"loss", "perplexity", "tokens", "texts", "by_domain": {NAME: {"loss",
+ * "tokens"}}}, the caller's. CANCELLED after a signal; the errors of node and engine. */
 moe_status moe_evaluate(const moe_router_node_config *node, const moe_evaluation *evaluation, json_t **out, moe_error *err);

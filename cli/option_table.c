@@ -242,7 +242,8 @@ static const moe_option_row rows[] = {
     {"temperature", FLOAT, CHAT, "Client", NULL, 0, 10, NULL, "T", "sampling temperature; 0 is greedy; default: the model's"},
     {"max-tokens", INT, CHAT, "Client", "512", 1, 1 << 20, NULL, "N", "tokens of an answer at most"},
 
-    {"data", TEXT, TEXTS, "Texts", NULL, 0, 0, NULL, "FILE", "texts, one {\"domain\", \"text\"} a line (required)"},
+    {"data", TEXT, TEXTS, "Texts", NULL, 0, 0, NULL, "FILE",
+     "texts, one {\"domain\", \"text\"} or {\"domain\", \"token_ids\"} a line; ids alone need no tokenizer (required)"},
     {"limit", INT, TEXTS, "Texts", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
     {"output", TEXT, TRAIN | TRACE | DIGEST, "Texts", NULL, 0, 0, NULL, "FILE",
      "file to write, -o for short; train-pregate and trace: required; digest: default MODEL/expert-digests.json"},

@@ -32,11 +32,11 @@ static moe_status measure(report *r, moe_router_node_config node, const json_t *
 static double number(const json_t *result, const char *key) { return json_number_value(json_object_get(result, key)); }
 
 static void print_heading(const report *r, moe_buf *out) {
-    int32_t k = r->model->top_k;
+    int32_t k = r->model->top_k, ahead = 2 * k < r->model->num_experts ? 2 * k : r->model->num_experts;
     moe_buf_printf(out, "%-12s%10s", "", "gate");
     for (int32_t i = 0; i < r->num_sets; i++) moe_buf_printf(out, "  %16s", r->sets[i].name);
     moe_buf_printf(out, "\n%-12s%10s", "recall at", "");
-    for (int32_t i = 0; i < r->num_sets; i++) moe_buf_printf(out, "  %8d%8d", k, 2 * k);
+    for (int32_t i = 0; i < r->num_sets; i++) moe_buf_printf(out, "  %8d%8d", k, ahead);
     moe_buf_printf(out, "\n");
 }
 

@@ -109,7 +109,8 @@ static moe_status open_model(moe_router_node *n, moe_error *err) {
     if (status != MOE_OK) return status;
     if (!n->config.skip_tokenizer) {
         status = moe_tokenizer_load(n->config.source.dir, &n->tokenizer, err);
-        if (status == MOE_NOT_FOUND) moe_fail_prefix(err, status, "serve token ids alone with --skip-tokenizer-init, or");
+        if (status == MOE_NOT_FOUND)
+            moe_fail_prefix(err, status, "give token ids alone (--skip-tokenizer-init; \"token_ids\" in --data), or");
         if (status != MOE_OK) return status;
         status = moe_chat_template_load(n->config.source.dir, n->config.chat_template_fallback, &n->chat_template, err);
         if (status == MOE_NOT_FOUND) moe_warn("no chat: %s", err->message);

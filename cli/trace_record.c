@@ -5,11 +5,11 @@
 #include "common/alloc.h"
 
 /* Texts are numbered in the order of submission, so that two passes over the same texts number them alike. */
-static moe_status make_room(moe_trace_recorder *r, uint64_t request, int32_t position, moe_error *err) {
+static moe_status make_room(moe_trace_recorder *r, uint64_t request /* 1 … */, int32_t position, moe_error *err) {
     moe_trace *t = r->trace;
-    if (request >= MOE_TRACE_MAX_TEXTS || position >= MOE_TRACE_MAX_TOKENS)
+    if (request > MOE_TRACE_MAX_TEXTS || position >= MOE_TRACE_MAX_TOKENS)
         return moe_fail(err, MOE_OUT_OF_RANGE, "a trace takes %d texts of %d tokens", MOE_TRACE_MAX_TEXTS, MOE_TRACE_MAX_TOKENS);
-    int32_t text = (int32_t)request;
+    int32_t text = (int32_t)request - 1;
     if (text >= r->max_texts) {
         int32_t more = 2 * (text + 1);
         moe_trace_text *texts = moe_realloc(t->texts, (size_t)more, sizeof *texts);
@@ -32,7 +32,7 @@ void moe_trace_on_layer(void *ctx, const moe_layer_view *view) {
     moe_trace *t = r->trace;
     for (int32_t row = 0; row < view->num_rows && r->status == MOE_OK; row++) {
         uint64_t request = view->requests[view->sequences[row]];
-        int32_t token = view->positions[row], text = (int32_t)request;
+        int32_t token = view->positions[row], text = (int32_t)request - 1;
         const int32_t *experts = view->route->experts + (int64_t)row * t->top_k;
         if (view->layer == 0) r->status = make_room(r, request, token, &r->error);
         if (r->status != MOE_OK) return;

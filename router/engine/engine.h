@@ -16,7 +16,7 @@ typedef struct moe_layer_view {
     int32_t num_rows;
     const int32_t *positions; /* [num_rows]: of the token in its request; a preempted request's come again */
     const int32_t *sequences; /* [num_rows]: index into requests */
-    const uint64_t *requests; /* ids, as moe_engine_submit gave them: ascending in the order of submission */
+    const uint64_t *requests; /* ids, as moe_engine_submit gave them: 1, 2, … in the order of submission */
     const void *activations;  /* [num_rows, H] of dtype: what gate, pre-gate and experts are given */
     moe_dtype dtype;
     const moe_route *route; /* what this layer uses */
