@@ -25,6 +25,13 @@ static __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
+/* Time since some moment of the device's, the same for all of its SMs. */
+static __device__ __forceinline__ uint64_t device_clock_ns() {
+    uint64_t ns;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns)::"memory");
+    return ns;
+}
+
 template <typename... Params, typename... Args>
 static cudaError_t launch(const moe_cuda_queue *q, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes,
                           Args... args) {

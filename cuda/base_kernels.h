@@ -147,6 +147,7 @@ typedef struct moe_cuda_combine_norm {
     float eps;
     const int32_t *row_of; /* [rows] or NULL; with it nothing is added */
     void *normed;          /* bf16 [rows, H] */
+    uint64_t *began;       /* the device's clock when the kernel's work begins, in ns; NULL: not wanted */
 } moe_cuda_combine_norm;
 cudaError_t moe_cuda_combine_norm_rows(const moe_cuda_queue *q, const moe_cuda_combine_norm *a);
 

@@ -50,7 +50,7 @@ moe_status moe_cuda_job_begin(moe_cuda_jobs *jobs, moe_job *job, moe_cuda_job **
     }
     slot->job = job;
     slot->recorded = slot->passed = 0;
-    slot->num_deliveries = 0;
+    slot->num_deliveries = slot->num_expert_spans = 0;
     slot->release = NULL;
     slot->status = MOE_OK;
     *out = slot;
@@ -133,6 +133,9 @@ static void finish(const moe_cuda_job *slot, const moe_error *failure) {
     job->copy_ns = elapsed_ns(slot, MOE_CUDA_START, MOE_CUDA_BEGIN) + elapsed_ns(slot, MOE_CUDA_END, MOE_CUDA_DONE);
     job->combine_ns = elapsed_ns(slot, MOE_CUDA_BEGIN, MOE_CUDA_COMBINED);
     job->logits_ns = elapsed_ns(slot, MOE_CUDA_LAYERS, MOE_CUDA_END);
+    job->expert_ns = 0;
+    for (int32_t i = 0; i < slot->num_expert_spans; i++)
+        job->expert_ns += (int64_t)(slot->expert_spans[i][1] - slot->expert_spans[i][0]);
 }
 
 /* Takes the ended jobs off the list of those in flight. */

@@ -28,6 +28,8 @@ typedef struct moe_cuda_job {
         size_t bytes;
     } deliveries[MOE_CUDA_MAX_DELIVERIES];
     int32_t num_deliveries;
+    const uint64_t (*expert_spans)[2]; /* staging memory: when each layer's experts began and ended, in ns; NULL: it is not known */
+    int32_t num_expert_spans;
     void (*release)(void *owner, void *resource); /* may be NULL: called under the lock after the deliveries */
     void *owner, *resource;
     moe_status status;

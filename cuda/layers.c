@@ -275,16 +275,23 @@ bool moe_cuda_pass_route(moe_cuda_pass *p, const moe_cuda_matrix *gate, int whic
 
 /* ---- results ---- */
 
+static void copy_out(moe_cuda_pass *p, void *to, const void *from, size_t bytes) {
+    moe_cuda_pass_did(p, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, p->queue.stream), "copying results from the GPU");
+}
+
+const void *moe_cuda_pass_keep(moe_cuda_pass *p, const void *from, size_t bytes) {
+    void *at = (uint8_t *)p->rows->out.memory + p->out_used;
+    p->out_used += moe_cuda_parcel_bytes(bytes);
+    copy_out(p, at, from, bytes);
+    return at;
+}
+
 void moe_cuda_pass_give(moe_cuda_pass *p, void *to, const void *from, size_t bytes, bool direct) {
-    void *at = to;
     if (bytes == 0) return;
-    if (!direct) {
-        at = (uint8_t *)p->rows->out.memory + p->out_used;
-        p->out_used += moe_cuda_parcel_bytes(bytes);
-        moe_cuda_job_deliver(p->slot, to, at, bytes);
-    }
-    moe_cuda_pass_did(p, cudaMemcpyAsync(at, from, bytes, cudaMemcpyDeviceToHost, p->queue.stream),
-                      "copying results from the GPU");
+    if (direct)
+        copy_out(p, to, from, bytes);
+    else
+        moe_cuda_job_deliver(p->slot, to, moe_cuda_pass_keep(p, from, bytes), bytes);
 }
 
 size_t moe_cuda_pass_logits_bytes(const moe_cuda_pass *p) {

@@ -48,6 +48,8 @@ bool moe_cuda_pass_route(moe_cuda_pass *p, const moe_cuda_matrix *gate, int whic
 void moe_cuda_pass_reserve_out(moe_cuda_pass *p, size_t bytes);
 /* A result on its way to the caller: straight where its memory is pinned (direct), else through staging. */
 void moe_cuda_pass_give(moe_cuda_pass *p, void *to, const void *from, size_t bytes, bool direct);
+/* A result into staging memory alone, which is the job's until it has ended. */
+const void *moe_cuda_pass_keep(moe_cuda_pass *p, const void *from, size_t bytes);
 /* The outputs of segment M. logit_rows: device. */
 size_t moe_cuda_pass_logits_bytes(const moe_cuda_pass *p);
 void moe_cuda_pass_logits(moe_cuda_pass *p, const int32_t *logit_rows);

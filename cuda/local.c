@@ -13,6 +13,7 @@ struct moe_local {
 /* Of a micro-batch, in rows->experts: the assignments of one layer at a time, and the counters of all. */
 typedef struct scratch {
     int32_t *expert_first, *sorted_rows, *slot_of, *permute, *expert_rows;
+    uint64_t (*spans)[2]; /* [num_moe_layers]: when the gate's input was due, and when the experts' outputs were there */
     void *inner;
     size_t bytes;
 } scratch;
@@ -83,6 +84,8 @@ void moe_cuda_local_free(moe_local *local) {
 
 /* ---- a step ---- */
 
+static size_t spans_bytes(const local_pass *l) { return (size_t)l->pass.config->num_moe_layers * 2 * sizeof(uint64_t); }
+
 static void lay_out(const local_pass *l, void *memory, scratch *out) {
     const moe_model_config *c = l->pass.config;
     moe_cuda_arena arena = {.memory = memory};
@@ -92,6 +95,7 @@ static void lay_out(const local_pass *l, void *memory, scratch *out) {
     out->slot_of = moe_cuda_arena_take(&arena, items * sizeof(int32_t));
     out->permute = moe_cuda_arena_take(&arena, moe_cuda_permute_scratch_bytes(l->pass.rows->room, c->top_k, c->num_experts));
     out->expert_rows = moe_cuda_arena_take(&arena, (size_t)c->num_moe_layers * experts * sizeof(int32_t));
+    out->spans = moe_cuda_arena_take(&arena, spans_bytes(l));
     out->inner =
         moe_cuda_arena_take(&arena, items * (size_t)l->local->shape.padded * moe_dtype_bytes(l->pass.cuda->public.dtype));
     out->bytes = arena.used;
@@ -165,11 +169,14 @@ static moe_status record(void *ctx, moe_error *err) {
     for (int32_t i = 0; i < c->num_layers; i++) {
         const moe_cuda_layer *layer = &p->base->layers[i];
         moe_cuda_pass_attention(p, i);
+        if (c->layer_is_moe[i]) p->pending.began = &l->scratch.spans[moe_index][0];
         moe_cuda_pass_norm(p, layer->post_norm);
-        if (c->layer_is_moe[i])
-            moe_layer(l, layer, moe_index++);
-        else
+        if (c->layer_is_moe[i]) {
+            moe_layer(l, layer, moe_index);
+            p->pending.began = &l->scratch.spans[moe_index++][1];
+        } else {
             moe_cuda_pass_network(p, &layer->dense);
+        }
         moe_cuda_pass_norm(p, i + 1 < c->num_layers ? p->base->layers[i + 1].input_norm : NULL);
     }
     return p->status;
@@ -183,7 +190,8 @@ static void reserve_all(local_pass *l, moe_cuda_parcel *brought) {
     const void *before = r->experts.memory;
     size_t counters = (size_t)p->config->num_moe_layers * (size_t)p->config->num_experts * sizeof(int32_t);
     p->direct = g->logits && moe_cuda_is_pinned(g->logits);
-    moe_cuda_pass_reserve_out(p, moe_cuda_pass_logits_bytes(p) + (l->step->expert_rows ? moe_cuda_parcel_bytes(counters) : 0));
+    moe_cuda_pass_reserve_out(p, moe_cuda_pass_logits_bytes(p) + moe_cuda_parcel_bytes(spans_bytes(l)) +
+                                     (l->step->expert_rows ? moe_cuda_parcel_bytes(counters) : 0));
     brought->capacity = moe_cuda_parcel_bytes((size_t)g->num_logit_rows * sizeof(int32_t));
     lay_out(l, NULL, &l->scratch);
     const struct {
@@ -218,6 +226,10 @@ static void run(local_pass *l) {
     if (l->step->expert_rows)
         moe_cuda_pass_give(p, l->step->expert_rows, l->scratch.expert_rows,
                            (size_t)p->config->num_moe_layers * (size_t)p->config->num_experts * sizeof(int32_t), false);
+    if (p->rows->fast) { /* the other kernels do not look at the clock */
+        p->slot->expert_spans = (const uint64_t(*)[2])moe_cuda_pass_keep(p, l->scratch.spans, spans_bytes(l));
+        p->slot->num_expert_spans = p->config->num_moe_layers;
+    }
     moe_cuda_pass_mark(p, MOE_CUDA_DONE);
 }
 

@@ -146,6 +146,8 @@ static void run_step(machine *m, const int32_t *ids, const int32_t *sequences, i
     m->backend->ops->local_submit(m->backend, m->base, m->local, &step, &job);
     while (!done) m->backend->ops->poll(m->backend);
     if (job.status != MOE_OK) fail_msg("%s", job.message);
+    bool timed = m->backend->dtype == MOE_BF16 && c->hidden % 64 == 0 && (c->head_dim == 64 || c->head_dim == 128);
+    assert_true(job.expert_ns >= timed && job.expert_ns < job.compute_ns);
     for (int32_t layer = 0; layer < c->num_moe_layers; layer++) {
         int32_t sum = 0;
         for (int32_t e = 0; e < c->num_experts; e++) sum += m->expert_rows[layer * c->num_experts + e];
