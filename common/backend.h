@@ -93,6 +93,8 @@ typedef struct moe_segment {
     moe_route route;            /* */
     moe_route_source want_next; /* NONE, PRE_GATE or NEXT_GATE: fill `next`; ignored at the last MoE layer */
     moe_route next;
+    /* The router logits that `route` and `next` come from, host [rows, num_experts]; NULL: not wanted. Filled where these are. */
+    float *gate_logits, *next_logits;
 
     /* outputs of segment M */
     const int32_t *logit_rows; /* [num_logit_rows], ascending */

@@ -1,9 +1,11 @@
 #include "cpu/segment.h"
 
+#include <string.h>
+
 #include "common/alloc.h"
 #include "common/clock.h"
 #include "common/elements.h"
-#include "cpu/gate.h"
+#include "common/model/gate.h"
 #include "cpu/top_logits.h"
 
 #define TASK_OUTPUTS 128  /* of a linear task: its weights stay in the second-level cache while the task's rows pass */
@@ -31,7 +33,8 @@ typedef struct stage {
     int32_t num_spans;
     int64_t scratch_positions, scratch_floats; /* of attention, per thread */
     void (*row_fn)(const struct stage *stage, int32_t row);
-    moe_route route; /* where route_row writes */
+    moe_route route;      /* where route_row writes */
+    float *router_logits; /* NULL: not wanted */
     int64_t combine_ns;
 } stage;
 
@@ -149,8 +152,11 @@ static void project_row(const stage *s, int32_t row) {
 
 static void route_row(const stage *s, int32_t row) {
     const moe_model_config *c = s->config;
-    moe_cpu_gate_topk(s->kernels, row_of(s->rows->router, row, c->num_experts), c->num_experts, c->top_k, c->norm_topk,
-                      s->route.experts + (int64_t)row * c->top_k, s->route.weights + (int64_t)row * c->top_k);
+    const float *logits = row_of(s->rows->router, row, c->num_experts);
+    size_t bytes = (size_t)c->num_experts * sizeof *logits;
+    if (s->router_logits) memcpy(row_of(s->router_logits, row, c->num_experts), logits, bytes);
+    moe_gate_topk(s->kernels->softmax, logits, c->num_experts, c->top_k, c->norm_topk, s->route.experts + (int64_t)row * c->top_k,
+                  s->route.weights + (int64_t)row * c->top_k);
 }
 
 static void combine_row(const stage *s, int32_t row) {
@@ -262,22 +268,23 @@ static void combine(stage *s, int32_t layer) {
     for_each_row(s, combine_row);
 }
 
-static void route(stage *s, const moe_cpu_matrix *gate, moe_route out) {
+static void route(stage *s, const moe_cpu_matrix *gate, moe_route out, float *logits) {
     linear(s, gate, NULL, s->rows->normed, s->rows->router);
     s->route = out;
+    s->router_logits = logits;
     for_each_row(s, route_row);
 }
 
 static void route_to_experts(stage *s) {
     const moe_segment *segment = s->segment;
     const moe_model_config *c = s->config;
-    if (segment->want_gate) route(s, &s->layer->gate, segment->route);
+    if (segment->want_gate) route(s, &s->layer->gate, segment->route, segment->gate_logits);
     if (segment->index + 1 == c->num_moe_layers) return;
     if (segment->want_next == MOE_ROUTE_PRE_GATE) {
         MOE_ASSERT(s->layer->pre_gate.data);
-        route(s, &s->layer->pre_gate, segment->next);
+        route(s, &s->layer->pre_gate, segment->next, segment->next_logits);
     } else if (segment->want_next == MOE_ROUTE_NEXT_GATE) {
-        route(s, &s->base->layers[c->moe_layers[segment->index + 1]].gate, segment->next);
+        route(s, &s->base->layers[c->moe_layers[segment->index + 1]].gate, segment->next, segment->next_logits);
     }
 }
 
@@ -425,6 +432,9 @@ static void part_task(void *ctx, int32_t index, int32_t thread) {
         if (routes[i]->experts) routes[i]->experts += slots;
         if (routes[i]->weights) routes[i]->weights += slots;
     }
+    int64_t router = (int64_t)first * loop->whole->config->num_experts;
+    if (segment.gate_logits) segment.gate_logits += router;
+    if (segment.next_logits) segment.next_logits += router;
     stage part = *loop->whole;
     part.run = &run;
     part.segment = &segment;

@@ -2,8 +2,8 @@
 
 #include "common/alloc.h"
 #include "common/elements.h"
+#include "common/model/gate.h"
 #include "cpu/base.h"
-#include "cpu/gate.h"
 #include "cpu/matrix.h"
 #include "cpu/segment.h"
 
@@ -78,8 +78,8 @@ void moe_cpu_single_attention(const moe_cpu_kernels *kernels, const float *q, co
 void moe_cpu_single_gate_topk(const moe_cpu_kernels *kernels, const float *logits, int32_t rows, int32_t num_experts,
                               int32_t top_k, bool norm_topk, moe_route out) {
     for (int64_t row = 0; row < rows; row++)
-        moe_cpu_gate_topk(kernels, logits + row * num_experts, num_experts, top_k, norm_topk, out.experts + row * top_k,
-                          out.weights + row * top_k);
+        moe_gate_topk(kernels->softmax, logits + row * num_experts, num_experts, top_k, norm_topk, out.experts + row * top_k,
+                      out.weights + row * top_k);
 }
 
 void moe_cpu_single_combine(const moe_cpu_kernels *kernels, const moe_combine *c, int32_t rows, int32_t top_k, int32_t hidden,

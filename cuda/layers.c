@@ -256,11 +256,11 @@ bool moe_cuda_pass_route(moe_cuda_pass *p, const moe_cuda_matrix *gate, int whic
     const moe_model_config *c = p->config;
     const moe_rows *r = p->rows;
     MOE_ASSERT(gate->data);
-    linear_of_normed(p, gate, r->router, r->step.launch_rows);
+    linear_of_normed(p, gate, r->router[which], r->step.launch_rows);
     moe_cuda_gate args = {.num_rows = r->step.rows.num_rows, .max_rows = r->step.launch_rows, .num_experts = c->num_experts};
     args.top_k = c->top_k;
     args.norm_topk = c->norm_topk;
-    args.logits = r->router;
+    args.logits = r->router[which];
     args.experts = r->routes[which].experts;
     args.weights = r->routes[which].weights;
     if (sorted && moe_cuda_route_few_takes(&args)) {

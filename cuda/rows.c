@@ -32,7 +32,6 @@ static void lay_out(moe_rows *r, const moe_model_config *c, size_t element, moe_
     r->attention = moe_cuda_arena_take(arena, rows * q_width * element);
     r->inner = moe_cuda_arena_take(arena, rows * widest(c) * element);
     r->delta = moe_cuda_arena_take(arena, rows * hidden * sizeof(float));
-    r->router = moe_cuda_arena_take(arena, rows * (size_t)c->num_experts * sizeof(float));
     r->shared_logits = moe_cuda_arena_take(arena, rows * sizeof(float));
     r->cosine = moe_cuda_arena_take(arena, rows * head_dim / 2 * sizeof(float));
     r->sine = moe_cuda_arena_take(arena, rows * head_dim / 2 * sizeof(float));
@@ -40,6 +39,7 @@ static void lay_out(moe_rows *r, const moe_model_config *c, size_t element, moe_
     r->all_slots = moe_cuda_arena_take(arena, rows * sizeof(int32_t));
     r->outputs = moe_cuda_arena_take(arena, routed * hidden * sizeof(float));
     for (int i = 0; i < 2; i++) {
+        r->router[i] = moe_cuda_arena_take(arena, rows * (size_t)c->num_experts * sizeof(float));
         r->routes[i].experts = moe_cuda_arena_take(arena, routed * sizeof(int32_t));
         r->routes[i].weights = moe_cuda_arena_take(arena, routed * sizeof(float));
     }

@@ -18,7 +18,8 @@ struct moe_rows {
     void *q, *attention;           /* [heads · d] of dtype */
     void *inner;                   /* [widest dense or shared intermediate, padded] of dtype */
     float *delta;                  /* [H]: output of a dense or shared FFN */
-    float *router, *shared_logits; /* [E], [1] */
+    float *router[2];              /* [E] each: router logits, of which routes come */
+    float *shared_logits;          /* [1] */
     float *cosine, *sine;          /* [head_dim / 2]: set by segment 0 */
     int32_t *identity, *all_slots; /* constant: 0, 1, …; top_k, top_k, … */
     void *outputs;                 /* [top_k, H] f32 or dtype: expert outputs to combine */

@@ -21,6 +21,9 @@ static bool has_next(const stage *s) {
     return segment_of(s)->want_next != MOE_ROUTE_NONE && segment_of(s)->index + 1 < s->pass.config->num_moe_layers;
 }
 static size_t route_bytes(const stage *s) { return (size_t)segment_of(s)->num_rows * (size_t)s->pass.config->top_k * 4; }
+static size_t router_bytes(const stage *s) {
+    return (size_t)segment_of(s)->num_rows * (size_t)s->pass.config->num_experts * sizeof(float);
+}
 
 /* ---- inputs ---- */
 
@@ -51,7 +54,8 @@ static void reserve_all(stage *s, moe_cuda_parcel *brought) {
     reserve(s, &r->out,
             has_logits(s)
                 ? moe_cuda_pass_logits_bytes(&s->pass)
-                : 4 * moe_cuda_parcel_bytes(route_bytes(s)) + (s->pass.direct ? 0 : moe_cuda_parcel_bytes(activations)));
+                : 4 * moe_cuda_parcel_bytes(route_bytes(s)) + 2 * moe_cuda_parcel_bytes(router_bytes(s)) +
+                      (s->pass.direct ? 0 : moe_cuda_parcel_bytes(activations)));
     brought->pinned = r->segment_in.memory;
     brought->device = r->segment_device.memory;
 }
@@ -135,9 +139,12 @@ static moe_status record_layers(void *ctx, moe_error *err) {
     return p->status;
 }
 
-static void give_route(stage *s, const moe_route *at, const moe_route *to) {
-    moe_cuda_pass_give(&s->pass, to->experts, at->experts, route_bytes(s), false);
-    moe_cuda_pass_give(&s->pass, to->weights, at->weights, route_bytes(s), false);
+/* logits: the caller's memory for the router logits, or NULL. */
+static void give_route(stage *s, int which, const moe_route *to, float *logits) {
+    const moe_rows *r = s->pass.rows;
+    moe_cuda_pass_give(&s->pass, to->experts, r->routes[which].experts, route_bytes(s), false);
+    moe_cuda_pass_give(&s->pass, to->weights, r->routes[which].weights, route_bytes(s), false);
+    if (logits) moe_cuda_pass_give(&s->pass, logits, r->router[which], router_bytes(s), false);
 }
 
 static void give_to_experts(stage *s) {
@@ -145,9 +152,9 @@ static void give_to_experts(stage *s) {
     moe_cuda_pass *p = &s->pass;
     size_t bytes = (size_t)g->num_rows * (size_t)p->config->hidden * moe_dtype_bytes(p->cuda->public.dtype);
     moe_cuda_pass_mark(p, MOE_CUDA_END);
-    if (g->want_gate) give_route(s, &p->rows->routes[0], &g->route);
+    if (g->want_gate) give_route(s, 0, &g->route, g->gate_logits);
     moe_cuda_pass_give(p, g->activations, p->rows->normed, bytes, p->direct);
-    if (has_next(s)) give_route(s, &p->rows->routes[1], &g->next);
+    if (has_next(s)) give_route(s, 1, &g->next, g->next_logits);
 }
 
 /* ---- the segment ---- */

@@ -1,9 +1,11 @@
 #include "tests/support/reference_driver.h"
 
+#include <math.h>
 #include <semaphore.h>
 
 #include "common/alloc.h"
 #include "common/elements.h"
+#include "common/model/gate.h"
 
 struct moe_driver {
     moe_backend *backend;
@@ -18,6 +20,7 @@ struct moe_driver {
     /* one micro-batch: [max_rows, …] */
     int32_t *positions, *logit_rows, *counts;
     moe_route route, next;
+    float *gate_logits, *next_logits; /* [max_rows, num_experts] */
     void *activations, *outputs; /* [max_rows, H] of the backend's dtype, [max_rows, top_k, H] of out_dtype */
     moe_dtype out_dtype;
     float *combine_weights;
@@ -102,6 +105,8 @@ moe_driver *moe_driver_open(moe_backend *backend, const moe_model *model, const 
     d->counts = allocate(rows, sizeof(int32_t));
     d->route = (moe_route){allocate(slots, sizeof(int32_t)), allocate(slots, sizeof(float))};
     d->next = (moe_route){allocate(slots, sizeof(int32_t)), allocate(slots, sizeof(float))};
+    d->gate_logits = allocate(rows * c->num_experts, sizeof(float));
+    d->next_logits = allocate(rows * c->num_experts, sizeof(float));
     d->out_dtype = moe_expert_output_dtype(options->combine, backend->dtype);
     d->activations = allocate(rows, moe_row_bytes(backend->dtype, c->hidden));
     d->outputs = allocate(slots, moe_row_bytes(d->out_dtype, c->hidden));
@@ -126,7 +131,8 @@ void moe_driver_close(moe_driver *d) {
     void *const owned[] = {
         d->experts,         d->lengths,         d->views,        d->positions,          d->logit_rows,  d->counts,
         d->route.experts,   d->route.weights,   d->next.experts, d->next.weights,       d->activations, d->outputs,
-        d->combine_weights, d->assignment_rows, d->slots,        d->assignment_weights, d->ffn_out,     d->groups};
+        d->combine_weights, d->assignment_rows, d->slots,        d->assignment_weights, d->ffn_out,     d->groups,
+        d->gate_logits,     d->next_logits};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
     moe_free(d);
 }
@@ -170,6 +176,20 @@ static void run_experts(moe_driver *d, int32_t layer, const moe_route *route, in
     for (int32_t row = 0; row < rows; row++) d->counts[row] = exact ? c->top_k : 1;
 }
 
+/* The router logits that a segment tells are those which its routing comes from. */
+static void check_route(const moe_driver *d, const moe_route *route, const float *logits, int32_t rows) {
+    const moe_model_config *c = &d->model->config;
+    int32_t experts[MOE_MAX_TOP_K];
+    float weights[MOE_MAX_TOP_K];
+    for (int64_t row = 0; row < rows; row++) {
+        moe_gate_topk(moe_gate_softmax, logits + row * c->num_experts, c->num_experts, c->top_k, c->norm_topk, experts, weights);
+        for (int64_t j = 0; j < c->top_k; j++) {
+            MOE_ASSERT(route->experts[row * c->top_k + j] == experts[j]);
+            MOE_ASSERT(fabsf(route->weights[row * c->top_k + j] - weights[j]) < 1e-5f);
+        }
+    }
+}
+
 static void run_segments(moe_driver *d, moe_segment s) {
     const moe_model_config *c = &d->model->config;
     for (s.index = 0; s.index < c->num_moe_layers; s.index++) {
@@ -183,7 +203,11 @@ static void run_segments(moe_driver *d, moe_segment s) {
         }
         s.route = d->route;
         s.next = d->next;
+        s.gate_logits = d->gate_logits;
+        s.next_logits = d->next_logits;
         moe_driver_run_segment(d->backend, d->base, &s);
+        if (s.want_gate) check_route(d, &d->route, d->gate_logits, s.num_rows);
+        if (s.want_next) check_route(d, &d->next, d->next_logits, s.num_rows);
         run_experts(d, s.index, &d->route, s.num_rows);
     }
     moe_driver_run_segment(d->backend, d->base, &s);
