@@ -142,6 +142,7 @@ static moe_status open_node(const bench *b, target *t, moe_error *err) {
                                      .new_cluster = true};
     moe_status status = moe_engine_options(b->options, &config, err);
     config.gating = moe_gating_option(b->options);
+    if (status == MOE_OK) status = moe_dummy_routing_option(b->options, &config.dummy_routing, err);
     if (status == MOE_OK) status = moe_router_device_option(b->options, &config.backend.device, err);
     if (status != MOE_OK) return status;
     config.skip_tokenizer = config.skip_tokenizer || config.source.dummy;

@@ -17,6 +17,7 @@ int moe_command_eval(const moe_options *o) {
     }
     moe_status status = moe_engine_options(o, &config, &err);
     config.gating = moe_gating_option(o);
+    if (status == MOE_OK) status = moe_dummy_routing_option(o, &config.dummy_routing, &err);
     if (status == MOE_OK) status = moe_texts_read(moe_option_text(o, "data"), (int32_t)moe_option_int(o, "limit"), &texts, &err);
     moe_evaluation evaluation = {.texts = texts, .scored = true, .what = "eval"};
     if (status == MOE_OK) status = moe_evaluate(&config, &evaluation, &result, &err);

@@ -92,6 +92,16 @@ static moe_combine_mode combine_option(const moe_options *o) {
 
 moe_gating moe_gating_option(const moe_options *o) { return (moe_gating)moe_option_choice(o, "gating"); }
 
+moe_status moe_dummy_routing_option(const moe_options *o, moe_dummy_routing_spec *out, moe_error *err) {
+    const char *text = moe_option_text(o, "dummy-routing");
+    *out = (moe_dummy_routing_spec){.on = false};
+    if (!text) return MOE_OK;
+    if (strcmp(moe_option_text(o, "load-format"), "dummy") != 0)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--dummy-routing %s: goes with --load-format dummy alone; here gates choose", text);
+    if (moe_dummy_routing_parse(text, out, err) == MOE_OK) return MOE_OK;
+    return moe_fail_prefix(err, MOE_INVALID_ARGUMENT, "--dummy-routing");
+}
+
 static moe_status memory_limit(const moe_options *o, const char *name, moe_memory_limit *out, moe_error *err) {
     const char *text = moe_option_text(o, name);
     char *end;

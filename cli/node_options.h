@@ -9,6 +9,9 @@ moe_status moe_engine_options(const moe_options *options, moe_router_node_config
 
 moe_gating moe_gating_option(const moe_options *options);
 
+/* --dummy-routing; off where it is not given. INVALID_ARGUMENT. */
+moe_status moe_dummy_routing_option(const moe_options *options, moe_dummy_routing_spec *out, moe_error *err);
+
 /* --load-format, --layers, --seed; dir is borrowed. */
 moe_model_source moe_model_option(const moe_options *options, const char *dir);
 

@@ -132,6 +132,10 @@ static const moe_option_row rows[] = {
 
     {"gating", CHOICE, ENGINES & ~(TRAIN | TRACE), "Experts", "gate", 0, 0, "gate|hint|pre-gate", NULL,
      "who chooses experts: each layer's gate; the gate, with a prediction sent ahead; or the pre-gate, one layer ahead"},
+    {"dummy-routing", TEXT, ENGINES & ~TRAIN, "Experts", NULL, 0, 0, NULL, "HOW",
+     "with --load-format dummy, whose gates route almost evenly: zipf:S chooses the experts instead, skewed by Zipf's exponent S, and "
+     "each choice with probability P that of the token before; zipf:S,locality:P,recall:R,seed:N: P is 0.3 by default, R the part of "
+     "hints that is right (1)"},
     {"pre-gates", TEXT, ENGINES, "Experts", NULL, 0, 0, NULL, "FILE",
      "pre-gates that `moesaic train-pregate` wrote, instead of the checkpoint's, or next-gate: the next layer's own gate, untrained"},
     {"combine", CHOICE, ENGINES, "Experts", "auto", 0, 0, "auto|exact|partial", NULL,

@@ -18,6 +18,7 @@ static moe_status read_options(const moe_options *o, char *id, size_t id_size, c
                                moe_router_node_config *c, moe_error *err) {
     moe_status status = moe_engine_options(o, c, err);
     c->gating = moe_gating_option(o);
+    if (status == MOE_OK) status = moe_dummy_routing_option(o, &c->dummy_routing, err);
     if (status != MOE_OK) return status;
     c->served_name = moe_option_text(o, "served-model-name");
     c->skip_tokenizer = moe_option_bool(o, "skip-tokenizer-init");

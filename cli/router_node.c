@@ -237,6 +237,7 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .id = c->id,
                                 .incarnation = n->incarnation,
                                 .gating = c->gating,
+                                .dummy_routing = c->dummy_routing,
                                 .combine = c->combine,
                                 .max_num_seqs = c->max_num_seqs,
                                 .max_num_batched_tokens = c->max_num_batched_tokens,

@@ -24,6 +24,7 @@ typedef struct moe_router_node_config {
     const char *id;
 
     moe_gating gating;
+    moe_dummy_routing_spec dummy_routing; /* of generated weights */
     moe_combine_mode combine;
     int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_waiting;
     moe_tier_options tiers; /* where embedded: of the experts */

@@ -51,6 +51,7 @@ static moe_status record(const moe_options *o, moe_trace *trace, moe_error *err)
     moe_trace_recorder recorder = {.trace = trace};
     json_t *texts = NULL;
     moe_status status = moe_engine_options(o, &node, err);
+    if (status == MOE_OK) status = moe_dummy_routing_option(o, &node.dummy_routing, err);
     if (status == MOE_OK) status = moe_texts_read(moe_option_text(o, "data"), (int32_t)moe_option_int(o, "limit"), &texts, err);
     if (status == MOE_OK) status = describe(&node, trace, err);
     if (status == MOE_OK) status = record_pass(node, &recorder, texts, err);

@@ -121,6 +121,9 @@ static moe_status engine_init(moe_engine *e, moe_error *err) {
     if (status == MOE_OK) status = moe_kv_blocks_init(&e->blocks, e->config.num_kv_blocks, err);
     if (status == MOE_OK) status = moe_sampler_new(e->model->vocab, &e->sampler, err);
     if (status == MOE_OK) status = scratch_init(e, err);
+    if (status == MOE_OK && e->config.dummy_routing.on && e->model->num_moe_layers > 0)
+        status = moe_dummy_routing_new(&e->config.dummy_routing, e->model->num_moe_layers, e->model->num_experts, e->model->top_k,
+                                       &e->dummy_routing, err);
     for (int32_t i = 0; status == MOE_OK && i < e->config.micro_batches; i++)
         status = micro_batch_init(e, &e->batches[i], i, err);
     if (status == MOE_OK) status = channels_open(e, err);
@@ -191,6 +194,7 @@ void moe_engine_free(moe_engine **engine) {
     for (int32_t i = 0; e->channels && i < e->config.num_transports; i++) moe_rpc_free(&e->channels[i].rpc);
     for (int32_t i = 0; e->batches && i < e->config.micro_batches; i++) micro_batch_destroy(&e->batches[i]);
     scratch_free(&e->scratch);
+    moe_dummy_routing_free(&e->dummy_routing);
     moe_sampler_free(&e->sampler);
     moe_kv_blocks_destroy(&e->blocks);
     if (e->local) e->config.backend->ops->local_free(e->config.backend, e->local);

@@ -3,6 +3,7 @@
 #pragma once
 #include "common/backend.h"
 #include "proto/rpc.h"
+#include "router/engine/dummy_routing.h"
 #include "router/engine/request.h"
 #include "router/placement/placement.h"
 
@@ -34,6 +35,7 @@ typedef struct moe_engine_config {
     const char *cluster_uuid, *id;
     uint64_t incarnation;
     moe_gating gating;
+    moe_dummy_routing_spec dummy_routing; /* where it is on, instead of what gates choose; then there are no local steps */
     moe_combine_mode combine;
     int32_t max_num_seqs;           /* running at once */
     int32_t max_num_batched_tokens; /* rows of one micro-batch */

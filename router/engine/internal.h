@@ -63,6 +63,7 @@ typedef struct sequence {
     uint64_t death_step; /* the last step in which a worker died over this request */
     int32_t num_dead, dead_workers[MOE_POISON_WORKERS]; /* in that step; indices into engine->workers */
     int64_t submitted_ns, last_token_ns;
+    uint64_t routing_key; /* moe_dummy_routing_sequence of the prompt, where that is used */
 } sequence;
 
 typedef struct sequence_list { /* in admission order */
@@ -213,6 +214,7 @@ struct moe_engine {
     moe_base *base;
     moe_local *local;   /* NULL until the first local step */
     bool local_refused; /* it could not be made */
+    moe_dummy_routing *dummy_routing; /* NULL: gates choose */
     moe_kv *kv;
     moe_kv_blocks blocks;
     moe_sampler *sampler;
@@ -293,6 +295,10 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
 void micro_batch_destroy(micro_batch *b);
 void micro_batch_begin(micro_batch *b);
 bool micro_batch_advance(micro_batch *b); /* true when it moved */
+
+/* dummy_routing.c */
+/* Replaces what the segment that has ended routed: this layer's experts, and those foretold of the next. */
+void dummy_routing_apply(const micro_batch *b);
 
 /* local_step.c */
 bool local_step_ready(moe_engine *e);    /* the next step can be one job */

@@ -180,6 +180,7 @@ static void swap_routes(moe_route *a, moe_route *b) {
 /* After the segment of MoE layer s: `route` is what this layer uses, `next_route` what is known of the next. */
 static void settle_routes(micro_batch *b) {
     moe_gating gating = b->engine->config.gating;
+    if (b->engine->dummy_routing) dummy_routing_apply(b);
     if (gating == MOE_GATING_PRE_GATE && b->segment.index > 0) swap_routes(&b->route, &b->next_route);
     if (gating == MOE_GATING_HINT && b->have_next_route) count_hints(b);
     b->have_next_route = b->segment.want_next != MOE_ROUTE_NONE;

@@ -49,6 +49,7 @@ moe_status sequence_new(moe_engine *e, const moe_request *r, sequence **out, moe
     }
     memcpy(seq->tokens, r->prompt, (size_t)r->prompt_tokens * sizeof *seq->tokens);
     seq->num_prompt = seq->num_tokens = r->prompt_tokens;
+    if (e->dummy_routing) seq->routing_key = moe_dummy_routing_sequence(r->prompt, r->prompt_tokens);
     seq->submitted_ns = seq->last_token_ns = engine_now(e);
     *out = seq;
     return MOE_OK;

@@ -1,5 +1,6 @@
-"""`moesaic trace` on the demo model, and what `moesaic trace replay` says of the trace."""
+"""`moesaic trace` on the demo model, and what `moesaic trace replay` says of the trace; `--dummy-routing`, as traces show it."""
 import os
+import struct
 import subprocess
 import tempfile
 
@@ -37,4 +38,55 @@ def record_and_replay():
     check(run.returncode == 2 and "FILE" in run.stderr, f"no file: {run.returncode}, {run.stderr}")
 
 
-main([record_and_replay])
+def read_trace(path):
+    """Of each text its planes (gate, hint, pre-gate), as lists of experts by token, layer and choice."""
+    with open(path, "rb") as f:
+        data = f.read()
+    version, layers, experts, top_k, planes, texts = struct.unpack_from("<6I", data, 8)
+    at, out = 8 + 24 + 8, []
+    for _ in range(texts):
+        tokens = struct.unpack_from("<I", data, at)[0]
+        at += 4
+        count = tokens * layers * top_k
+        out.append([list(struct.unpack_from(f"<{count}H", data, at + 2 * count * p)) for p in range(planes)])
+        at += 2 * count * planes
+    return version, layers, top_k, [text for text in out if text[0]]
+
+
+def dummy_routing():
+    """The same routes in batches of any size, by gates, hints and pre-gates; skewed and local, which a cache lives on."""
+    with tempfile.TemporaryDirectory(prefix="moesaic-e2e-") as folder:
+        def record(name, *args):
+            out = os.path.join(folder, name)
+            run = moesaic("trace", DEMO, "--data", os.path.join(ROOT, "tests/data/valid.jsonl"), "--limit", "8", "--load-format", "dummy",
+                          "--pre-gates", "next-gate", "-o", out, *args)
+            check(run.returncode == 0, f"trace {args} ended with {run.returncode}: {run.stderr}")
+            return out
+
+        def hits(trace):
+            run = moesaic("trace", "replay", trace)
+            return float(next(line for line in run.stdout.splitlines() if line.startswith("gate      lru")).split()[7])
+
+        skewed = record("skewed", "--dummy-routing", "zipf:1.0,locality:0.6,seed:7")
+        with open(skewed, "rb") as one, open(record("chunks", "--dummy-routing", "zipf:1.0,locality:0.6,seed:7",
+                                                    "--max-num-batched-tokens", "7"), "rb") as other:
+            check(one.read() == other.read(), "other batches are routed otherwise")
+        version, layers, top_k, texts = read_trace(skewed)
+        check(version == 1 and len(texts) == 8 and layers == 6, "not such a trace")
+        for gate, hint, pre_gate in texts:
+            check(gate == hint == pre_gate, "gatings are routed otherwise")
+        gate, width = texts[0][0], layers * top_k
+        kept = sum(gate[i] in gate[i - width - i % top_k:][:top_k] for i in range(width, len(gate))) / (len(gate) - width)
+        check(0.6 < kept < 0.9, f"of each token's experts the one before has {kept}")
+        wrong = [sum(a != b for a, b in zip(gate, hint)) for gate, hint, _ in
+                 read_trace(record("wrong", "--dummy-routing", "zipf:1,recall:0.8"))[3]]
+        check(all(wrong), "hints are never wrong")
+        even, uneven = hits(record("even", "--dummy-routing", "zipf:0,locality:0")), hits(skewed)
+        check(even < 30 < 40 < uneven, f"hits at 25 %: {even} % even, {uneven} % skewed")
+    for args, says in ((("--dummy-routing", "zipf:1"), "--load-format dummy"),
+                       (("--load-format", "dummy", "--dummy-routing", "zipf:1,locality:2"), "from 0 to 0.99")):
+        run = moesaic("eval", DEMO, "--data", os.path.join(ROOT, "tests/data/valid.jsonl"), *args)
+        check(run.returncode == 1 and says in run.stderr and "--dummy-routing" in run.stderr, f"{args}: {run.returncode}, {run.stderr}")
+
+
+main([record_and_replay, dummy_routing])
