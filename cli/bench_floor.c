@@ -22,10 +22,11 @@ static void add_linear(sum *s, const moe_tensor *w, double rows) {
 
 /* `count` networks alike, `rows` rows through them in all. */
 static void add_ffn(sum *s, const moe_ffn_weights *w, double count, double rows) {
-    if (!moe_tensor_present(&w->gate)) return;
     const moe_tensor *const parts[] = {&w->gate, &w->up, &w->down};
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 3; i++) {
+        if (!moe_tensor_present(parts[i])) continue;
         add(s, count * (double)moe_tensor_bytes(parts[i]), 0, 2 * rows * (double)parts[i]->rows * (double)parts[i]->cols);
+    }
 }
 
 moe_bench_work moe_bench_floor(const moe_model *m, int64_t kv_token_bytes, const moe_bench_step *step,

@@ -130,7 +130,8 @@ typedef struct moe_ffn_group {
 } moe_ffn_group;
 
 /* Expert FFN over a batch of assignments (one assignment = one token row at one expert):
- *   f(x) = down · (silu(gate · x) ⊙ (up · x)), the down projection restricted to blocks [block_lo, block_hi).
+ *   f(x) = down · (silu(gate · x) ⊙ (up · x)), or down · relu(up · x) of experts without a gate matrix (moe_ffn_gated),
+ *          the down projection restricted to blocks [block_lo, block_hi).
  *   exact:   out[a, :] = f_expert(a)(x[row(a), :])
  *   partial: out[r, :] = Σ over the assignments a of row r, in order, fma(weight(a), f(x[r, :])) from 0 */
 typedef struct moe_ffn_batch {

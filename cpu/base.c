@@ -19,7 +19,7 @@ static moe_status load_attention(const moe_cpu_kernels *kernels, const moe_layer
 }
 
 static moe_status load_ffn(const moe_cpu_kernels *kernels, const moe_ffn_weights *w, moe_cpu_ffn *out, moe_error *err) {
-    return moe_tensor_present(&w->gate) ? moe_cpu_ffn_load(kernels, w, 0, MOE_FFN_BLOCKS, out, err) : MOE_OK;
+    return moe_ffn_present(w) ? moe_cpu_ffn_load(kernels, w, 0, MOE_FFN_BLOCKS, out, err) : MOE_OK;
 }
 
 static moe_status load_layer(const moe_cpu_kernels *kernels, const moe_layer_weights *w, moe_cpu_layer *out, moe_error *err) {

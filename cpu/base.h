@@ -39,7 +39,7 @@ struct moe_rows {
     float *qkv;               /* [(heads + 2 kv) · d] */
     float *attention;         /* [heads · d] */
     float *delta;             /* [H]: output of an attention or FFN before it is added */
-    float *gate, *up;         /* [widest dense or shared intermediate] */
+    float *inner, *up;        /* [widest dense or shared intermediate] */
     float *router;            /* [E]: router logits */
     float *cosine, *sine;     /* [head_dim / 2]: set by segment 0 */
     void *memory;             /* owned: all of the above */

@@ -15,17 +15,20 @@ typedef struct slice {
 
 static slice slice_of(const moe_cpu_ffn *ffn, const moe_ffn_weights *w) {
     int32_t lo = moe_ffn_block_start(ffn->intermediate, ffn->block_lo), hi = moe_ffn_block_start(ffn->intermediate, ffn->block_hi);
-    return (slice){lo, hi, moe_tensor_rows(&w->gate, lo, hi), moe_tensor_rows(&w->up, lo, hi)};
+    slice s = {.lo = lo, .hi = hi, .up = moe_tensor_rows(&w->up, lo, hi)};
+    if (ffn->gated) s.gate = moe_tensor_rows(&w->gate, lo, hi);
+    return s;
 }
 
 moe_cpu_ffn moe_cpu_ffn_shape(const moe_cpu_kernels *kernels, const moe_ffn_weights *w, int32_t block_lo, int32_t block_hi) {
     MOE_ASSERT(moe_ffn_slice_legal(block_lo, block_hi));
-    moe_cpu_ffn ffn = {.hidden = (int32_t)w->gate.cols,
-                       .intermediate = (int32_t)w->gate.rows,
+    moe_cpu_ffn ffn = {.hidden = (int32_t)w->up.cols,
+                       .intermediate = (int32_t)w->up.rows,
                        .block_lo = block_lo,
-                       .block_hi = block_hi};
+                       .block_hi = block_hi,
+                       .gated = moe_ffn_gated(w)};
     slice s = slice_of(&ffn, w);
-    ffn.gate = moe_cpu_matrix_shape(kernels, &s.gate, 1, 0, s.gate.cols);
+    if (ffn.gated) ffn.gate = moe_cpu_matrix_shape(kernels, &s.gate, 1, 0, s.gate.cols);
     ffn.up = moe_cpu_matrix_shape(kernels, &s.up, 1, 0, s.up.cols);
     ffn.down = moe_cpu_matrix_shape(kernels, &w->down, 1, s.lo, s.hi);
     return ffn;
@@ -98,22 +101,27 @@ typedef struct phase {
     bool down;
 } phase;
 
-static void gate_and_up(const moe_cpu_kernels *kernels, const moe_cpu_ffn_part *part, moe_cpu_linear task, int32_t row) {
-    int32_t k_bounds[2] = {0, part->ffn->hidden}, width = part->ffn->gate.n;
+static void inner(const moe_cpu_kernels *kernels, const moe_cpu_ffn_part *part, moe_cpu_linear task, int32_t row) {
+    int32_t k_bounds[2] = {0, part->ffn->hidden}, width = part->ffn->up.n;
     task.x = part->x + (int64_t)row * part->ffn->hidden;
     task.x_stride = part->ffn->hidden;
     task.y_stride = width;
     task.k_bounds = k_bounds;
     task.num_blocks = 1;
-    task.w = &part->ffn->gate;
-    task.y = part->gate + (int64_t)row * width;
+    task.w = part->ffn->gated ? &part->ffn->gate : &part->ffn->up;
+    task.y = part->inner + (int64_t)row * width;
     kernels->linear(&task);
-    task.w = &part->ffn->up;
-    task.y = part->up + (int64_t)row * width;
-    kernels->linear(&task);
+    if (part->ffn->gated) {
+        task.w = &part->ffn->up;
+        task.y = part->up + (int64_t)row * width;
+        kernels->linear(&task);
+    }
     for (int32_t r = 0; r < task.rows; r++) {
         int64_t at = (int64_t)(row + r) * width + task.n_lo;
-        kernels->silu_mul(part->gate + at, part->up + at, task.n_hi - task.n_lo);
+        if (part->ffn->gated)
+            kernels->silu_mul(part->inner + at, part->up + at, task.n_hi - task.n_lo);
+        else
+            kernels->relu(part->inner + at, task.n_hi - task.n_lo);
     }
 }
 
@@ -123,7 +131,7 @@ static void down(const moe_cpu_kernels *kernels, const moe_cpu_ffn_part *part, m
     for (int32_t b = 0; b <= task.num_blocks; b++) k_bounds[b] = slice_start(part->ffn, part->block_lo + b);
     task.k_bounds = k_bounds;
     task.w = &part->ffn->down;
-    task.x = part->gate + (int64_t)row * part->ffn->down.k;
+    task.x = part->inner + (int64_t)row * part->ffn->down.k;
     task.x_stride = part->ffn->down.k;
     task.y = part->y + (int64_t)row * part->ffn->hidden;
     task.y_stride = part->ffn->hidden;
@@ -142,7 +150,7 @@ static void phase_task(void *ctx, int32_t index, int32_t thread) {
     int32_t row = index / g.output_tasks * TASK_ROWS, n = g.n_lo + index % g.output_tasks * TASK_OUTPUTS;
     moe_cpu_linear task = {.n_lo = n, .n_hi = n + TASK_OUTPUTS < g.n_hi ? n + TASK_OUTPUTS : g.n_hi};
     task.rows = row + TASK_ROWS < part->rows ? TASK_ROWS : part->rows - row;
-    (p->down ? down : gate_and_up)(p->kernels, part, task, row);
+    (p->down ? down : inner)(p->kernels, part, task, row);
 }
 
 void moe_cpu_ffn_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_cpu_ffn_part *parts, int32_t num_parts) {
@@ -161,14 +169,14 @@ void moe_cpu_ffn_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, con
 
 typedef struct batch_memory {
     moe_cpu_ffn_part *parts;  /* [num_groups] */
-    float *x, *gate, *up, *y; /* y: partial mode only */
-    float *sums;              /* [num_rows, hidden]: of partial mode, before they are narrowed */
+    float *x, *inner, *up, *y; /* y: partial mode only */
+    float *sums;               /* [num_rows, hidden]: of partial mode, before they are narrowed */
 } batch_memory;
 
 static int64_t batch_width(const moe_ffn_batch *batch) {
     int32_t width = 0;
     for (int32_t i = 0; i < batch->num_groups; i++)
-        if (batch->groups[i].expert->ffn.gate.n > width) width = batch->groups[i].expert->ffn.gate.n;
+        if (batch->groups[i].expert->ffn.up.n > width) width = batch->groups[i].expert->ffn.up.n;
     return width;
 }
 
@@ -186,8 +194,8 @@ static moe_cpu_scratch *take_memory(moe_cpu_scratch_list *list, const moe_ffn_ba
     out->parts = scratch->data;
     out->x = (float *)(void *)((uint8_t *)scratch->data + parts_bytes);
     out->y = out->x + rows * (size_t)hidden;
-    out->gate = out->y + rows * (size_t)hidden;
-    out->up = out->gate + rows * width;
+    out->inner = out->y + rows * (size_t)hidden;
+    out->up = out->inner + rows * width;
     out->sums = out->up + rows * width;
     return scratch;
 }
@@ -209,7 +217,7 @@ static void fill_parts(const moe_ffn_batch *batch, moe_dtype dtype, int64_t hidd
         MOE_ASSERT(batch->block_lo >= ffn->block_lo && batch->block_hi <= ffn->block_hi && ffn->hidden == hidden);
         m->parts[i] = (moe_cpu_ffn_part){.ffn = ffn,
                                          .x = m->x + g->first * hidden,
-                                         .gate = m->gate + g->first * width,
+                                         .inner = m->inner + g->first * width,
                                          .up = m->up + g->first * width,
                                          .y = y + g->first * hidden,
                                          .rows = g->count,
@@ -230,10 +238,13 @@ static void add_up(const moe_cpu_kernels *kernels, moe_dtype dtype, const moe_ff
     if (dtype != MOE_F32) moe_elements_narrow(sums, dtype, count, batch->out);
 }
 
+int64_t moe_cpu_ffn_row_multiply_adds(const moe_cpu_ffn *ffn) {
+    return (ffn->gated ? 3 : 2) * (int64_t)ffn->hidden * ffn->intermediate;
+}
+
 int64_t moe_cpu_ffn_multiply_adds(const moe_ffn_batch *batch) {
     if (batch->num_groups == 0) return 0;
-    const moe_cpu_ffn *ffn = &batch->groups[0].expert->ffn;
-    return (int64_t)3 * batch->num_assignments * ffn->hidden * ffn->intermediate;
+    return batch->num_assignments * moe_cpu_ffn_row_multiply_adds(&batch->groups[0].expert->ffn);
 }
 
 moe_status moe_cpu_ffn_batch(const moe_cpu_kernels *kernels, moe_dtype dtype, moe_cpu_scratch_list *list, const moe_cpu_run *run,

@@ -1,4 +1,6 @@
-/* Feed-forward networks: experts, shared experts and dense layers. y = down · (silu(gate · x) ⊙ (up · x)). */
+/* Feed-forward networks: experts, shared experts and dense layers, in the two forms of moe_ffn_weights:
+ *   gated                  y = down · (silu(gate · x) ⊙ (up · x))
+ *   without a gate matrix  y = down · relu(up · x) */
 #pragma once
 #include "cpu/kernels.h"
 #include "cpu/runner.h"
@@ -6,17 +8,20 @@
 
 /* The blocks [block_lo, block_hi) of a network's intermediate width. */
 typedef struct moe_cpu_ffn {
-    moe_cpu_matrix gate, up, down; /* [width, hidden], [width, hidden], [hidden, width]; width of the slice */
+    moe_cpu_matrix gate;           /* [width, hidden], width of the slice; absent where the network is not gated */
+    moe_cpu_matrix up, down;       /* [width, hidden], [hidden, width] */
     int32_t hidden, intermediate;  /* intermediate: of the whole network */
     int32_t block_lo, block_hi;
-    void *memory; /* owned, of all three; NULL: they lie in a slot */
+    bool gated;   /* moe_ffn_gated */
+    void *memory; /* owned, of all matrices; NULL: they lie in a slot */
 } moe_cpu_ffn;
 
 /* One network applied to rows that lie together. */
 typedef struct moe_cpu_ffn_part {
     const moe_cpu_ffn *ffn;
     const float *x;   /* [rows, hidden] */
-    float *gate, *up; /* [rows, slice width]: working memory */
+    float *inner;     /* [rows, slice width]: working memory, what `down` is applied to */
+    float *up;        /* likewise; untouched where the network is not gated */
     float *y;         /* [rows, hidden] */
     int32_t rows;
     int32_t block_lo, block_hi; /* within the network's slice */
@@ -36,6 +41,10 @@ int64_t moe_cpu_ffn_bytes(const moe_cpu_ffn *ffn);
 /* Computes all parts, in parallel over parts, rows and outputs. */
 void moe_cpu_ffn_run(const moe_cpu_kernels *kernels, const moe_cpu_run *run, const moe_cpu_ffn_part *parts, int32_t num_parts);
 
+static inline bool moe_cpu_ffn_present(const moe_cpu_ffn *ffn) { return ffn->hidden > 0; }
+
+/* Multiply-adds of one row through the whole network, of which `ffn` may be a slice; 0 where there is none. */
+int64_t moe_cpu_ffn_row_multiply_adds(const moe_cpu_ffn *ffn);
 /* Multiply-adds of a batch, the whole width taken. */
 int64_t moe_cpu_ffn_multiply_adds(const moe_ffn_batch *batch);
 

@@ -79,6 +79,8 @@ typedef struct moe_cpu_kernels {
     void (*attend)(const moe_cpu_attention *args);
     /* gate[i] = gate[i] / (1 + exp(-gate[i])) · up[i] */
     void (*silu_mul)(float *gate, const float *up, int32_t count);
+    /* x[i] = x[i] < 0 ? 0 : x[i]; NaN stays */
+    void (*relu)(float *x, int32_t count);
     float (*sigmoid)(float x);
     /* probabilities[i] = exp(logits[i] - max) / lane sum; one row */
     void (*softmax)(const float *logits, int32_t count, float *probabilities);

@@ -418,6 +418,10 @@ KERNEL void accumulate(float weight, const float *x, int32_t count, float *y) {
     }
 }
 
+KERNEL void relu(float *x, int32_t count) {
+    for (int32_t i = 0; i < count; i += 16) store_some(x + i, lanes_max(lanes_set(0), load_some(x + i, count - i)), count - i);
+}
+
 KERNEL void clamp(float *x, float limit, int32_t count) {
     for (int32_t i = 0; i < count; i += 16) {
         lanes v = lanes_min(lanes_set(limit), load_some(x + i, count - i));
@@ -430,5 +434,5 @@ KERNEL void clamp(float *x, float limit, int32_t count) {
     {                                                                                                                         \
         .isa = LANES_ISA, .panel = MOE_CPU_LANES, .linear = linear, .rms_norm = rms_norm, .rotate = rotate, .attend = attend, \
         .silu_mul = silu_mul, .sigmoid = sigmoid, .softmax = softmax, .combine = combine, .accumulate = accumulate,           \
-        .clamp = clamp,                                                                                                       \
+        .relu = relu, .clamp = clamp,                                                                                         \
     }

@@ -116,6 +116,11 @@ static void accumulate(float weight, const float *x, int32_t count, float *y) {
     for (int32_t i = 0; i < count; i++) y[i] = fmaf(weight, x[i], y[i]);
 }
 
+static void relu(float *x, int32_t count) {
+    for (int32_t i = 0; i < count; i++)
+        if (x[i] < 0) x[i] = 0;
+}
+
 static void clamp(float *x, float limit, int32_t count) {
     for (int32_t i = 0; i < count; i++) x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
 }
@@ -129,6 +134,7 @@ const moe_cpu_kernels moe_cpu_kernels_ref = {
     .rotate = rotate,
     .attend = attend,
     .silu_mul = silu_mul,
+    .relu = relu,
     .sigmoid = sigmoid,
     .softmax = softmax,
     .combine = combine,

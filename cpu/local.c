@@ -148,6 +148,5 @@ int64_t moe_cpu_local_multiply_adds(const moe_local *local, const moe_local_step
     int64_t sum = 0;
     for (s.index = 0; s.index <= c->num_moe_layers; s.index++) sum += moe_cpu_segment_multiply_adds(local->base, &s);
     if (c->num_moe_layers == 0) return sum;
-    const moe_cpu_ffn *ffn = &local->experts[0]->ffn;
-    return sum + (int64_t)3 * c->num_moe_layers * s.num_rows * c->top_k * ffn->hidden * ffn->intermediate;
+    return sum + (int64_t)c->num_moe_layers * s.num_rows * c->top_k * moe_cpu_ffn_row_multiply_adds(&local->experts[0]->ffn);
 }

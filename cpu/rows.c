@@ -22,7 +22,7 @@ static void list_buffers(moe_rows *rows, const moe_model_config *c, row_buffer o
         {&rows->qkv, (int64_t)(c->num_heads + 2 * c->num_kv_heads) * c->head_dim},
         {&rows->attention, (int64_t)c->num_heads * c->head_dim},
         {&rows->delta, c->hidden},
-        {&rows->gate, widest(c)},
+        {&rows->inner, widest(c)},
         {&rows->up, widest(c)},
         {&rows->router, c->num_experts + 1}, /* + 1: a shared expert's gate */
         {&rows->cosine, c->head_dim / 2},

@@ -167,7 +167,7 @@ static void combine_row(const stage *s, int32_t row) {
     moe_cpu_combine args = {.outputs = outputs, .dtype = in->dtype, .weights = in->weights + slot, .count = in->counts[row]};
     args.hidden = s->config->hidden;
     args.y = row_of(s->rows->hidden, row, hidden);
-    if (s->layer->shared.gate.data) args.shared = row_of(s->rows->delta, row, hidden);
+    if (moe_cpu_ffn_present(&s->layer->shared)) args.shared = row_of(s->rows->delta, row, hidden);
     args.shared_scale = s->layer->shared_gate.data ? s->kernels->sigmoid(s->rows->router[row]) : 1.0f;
     s->kernels->combine(&args);
 }
@@ -252,7 +252,7 @@ static void attention(stage *s) {
 static void feed_forward(const stage *s, const moe_cpu_ffn *ffn) {
     moe_cpu_ffn_part part = {.ffn = ffn,
                              .x = s->rows->normed,
-                             .gate = s->rows->gate,
+                             .inner = s->rows->inner,
                              .up = s->rows->up,
                              .y = s->rows->delta,
                              .rows = s->segment->num_rows,
@@ -263,7 +263,7 @@ static void feed_forward(const stage *s, const moe_cpu_ffn *ffn) {
 /* `normed` still holds what the experts of that layer were given. */
 static void combine(stage *s, int32_t layer) {
     s->layer = &s->base->layers[layer];
-    if (s->layer->shared.gate.data) feed_forward(s, &s->layer->shared);
+    if (moe_cpu_ffn_present(&s->layer->shared)) feed_forward(s, &s->layer->shared);
     if (s->layer->shared_gate.data) linear(s, &s->layer->shared_gate, NULL, s->rows->normed, s->rows->router);
     for_each_row(s, combine_row);
 }
@@ -382,8 +382,8 @@ typedef struct part_loop {
 static int64_t matrix_size(const moe_cpu_matrix *m) { return (int64_t)m->n * m->k; }
 
 static int64_t layer_size(const moe_cpu_layer *layer) {
-    return matrix_size(&layer->qkv) + matrix_size(&layer->o) +
-           3 * (matrix_size(&layer->dense.gate) + matrix_size(&layer->shared.gate));
+    return matrix_size(&layer->qkv) + matrix_size(&layer->o) + moe_cpu_ffn_row_multiply_adds(&layer->dense) +
+           moe_cpu_ffn_row_multiply_adds(&layer->shared);
 }
 
 static bool layers_are_small(const stage *s) {

@@ -99,12 +99,12 @@ void moe_cpu_single_ffn(const moe_cpu_kernels *kernels, const float *x, const mo
                         int32_t block_hi, float *y) {
     moe_cpu_ffn ffn;
     MOE_ASSERT(moe_cpu_ffn_load(kernels, w, block_lo, block_hi, &ffn, NULL) == MOE_OK);
-    int64_t width = ffn.gate.n;
-    float *gate = floats(2 * rows * width + 1);
-    moe_cpu_ffn_part part = {.ffn = &ffn, .x = x, .gate = gate, .up = gate + rows * width, .y = y, .rows = rows};
+    int64_t width = ffn.up.n;
+    float *inner = floats(2 * rows * width + 1);
+    moe_cpu_ffn_part part = {.ffn = &ffn, .x = x, .inner = inner, .up = inner + rows * width, .y = y, .rows = rows};
     part.block_lo = block_lo;
     part.block_hi = block_hi;
     moe_cpu_ffn_run(kernels, &(moe_cpu_run){0}, &part, 1);
-    moe_free(gate);
+    moe_free(inner);
     moe_cpu_ffn_free(&ffn);
 }

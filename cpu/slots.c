@@ -48,8 +48,8 @@ moe_expert *moe_cpu_slot(const moe_slots *s, int32_t index) {
 }
 
 void moe_cpu_slot_fill(const moe_slot_fill *fill, moe_job *job) {
-    const moe_cpu_ffn *ffn = &fill->slot->ffn;
-    MOE_ASSERT(fill->slot->slots && fill->offset >= 0 && fill->bytes > 0);
-    MOE_ASSERT(fill->bytes <= moe_cpu_ffn_bytes(ffn) - fill->offset);
-    moe_cpu_copier_submit(fill->slot->slots->copier, ffn->gate.data, fill, job);
+    const moe_slots *slots = fill->slot->slots;
+    int64_t bytes = moe_cpu_ffn_bytes(&fill->slot->ffn);
+    MOE_ASSERT(slots && fill->offset >= 0 && fill->bytes > 0 && fill->bytes <= bytes - fill->offset);
+    moe_cpu_copier_submit(slots->copier, (uint8_t *)slots->memory + (fill->slot - slots->experts) * bytes, fill, job);
 }

@@ -75,6 +75,7 @@ static moe_status measure(const trial *t, moe_calibration *out, moe_error *err) 
 }
 
 static moe_tensor zeroed(const moe_tensor *like, const void *zeros) {
+    if (!moe_tensor_present(like)) return *like;
     return (moe_tensor){.data = zeros, .dtype = like->dtype, .rows = like->rows, .cols = like->cols};
 }
 
@@ -84,7 +85,7 @@ static moe_status load(trial *t, const moe_model *model, moe_error *err) {
         each > 0 && MOE_CALIBRATE_BYTES / each < MOE_CALIBRATE_EXPERTS ? MOE_CALIBRATE_BYTES / each : MOE_CALIBRATE_EXPERTS;
     if (most < 2) most = 2;
     const moe_ffn_weights *like = &model->experts[0];
-    t->zeros = moe_calloc((size_t)(like->gate.rows * like->gate.cols), sizeof(float)); /* enough for each matrix of any type */
+    t->zeros = moe_calloc((size_t)(like->up.rows * like->up.cols), sizeof(float)); /* enough for each matrix of any type */
     if (!t->zeros) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for calibration");
     const moe_ffn_weights weights = {zeroed(&like->gate, t->zeros), zeroed(&like->up, t->zeros), zeroed(&like->down, t->zeros)};
     moe_status status = MOE_OK;

@@ -16,6 +16,7 @@ static moe_ffn_weights weights_of(const moe_loader *l, const moe_loader_task *t)
     moe_tensor *const tensors[] = {&w.gate, &w.up, &w.down};
     const uint8_t *at = t->copied;
     for (int i = 0; i < 3; i++) {
+        if (!moe_tensor_present(tensors[i])) continue;
         *tensors[i] = (moe_tensor){.data = at, .dtype = tensors[i]->dtype, .rows = tensors[i]->rows, .cols = tensors[i]->cols};
         at += moe_tensor_bytes(tensors[i]);
     }

@@ -62,5 +62,5 @@ bool moe_loader_take(moe_loader *loader, moe_loader_task *out);
 /* Frees what an ended task owns, which its image is not; idempotent. */
 void moe_loader_discard(const moe_loader *loader, moe_loader_task *task);
 
-/* Of an expert's gate, up and down as stored: the length of its canonical bytes. */
+/* Of an expert's gate (where it has one), up and down as stored: the length of its canonical bytes. */
 int64_t moe_expert_canonical_bytes(const moe_ffn_weights *weights);

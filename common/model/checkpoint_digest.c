@@ -83,6 +83,7 @@ moe_status moe_checkpoint_digest(const moe_safetensors *checkpoint, uint64_t *ou
 }
 
 static void add_contents(moe_sha256 *sha, const moe_tensor *t) {
+    if (!moe_tensor_present(t)) return;
     if (t->data)
         moe_sha256_update(sha, t->data, moe_tensor_bytes(t));
     else

@@ -40,10 +40,11 @@ static void read_family(moe_fields *f, moe_model_config *c) {
 }
 
 /* Settings that change the arithmetic and for which only the plain value is built. */
-static void refuse_unbuilt(moe_fields *f) {
-    const char *act = moe_fields_text(f, "hidden_act", "silu");
-    if (strcmp(act, "silu") != 0)
-        moe_fields_fail(f, MOE_UNIMPLEMENTED, "hidden_act \"%.64s\" is not supported; only silu is", act);
+static void refuse_unbuilt(moe_fields *f, const moe_family *family) {
+    const char *built = family->relu ? "relu" : "silu", *act = moe_fields_text(f, "hidden_act", built);
+    if (strcmp(act, built) != 0)
+        moe_fields_fail(f, MOE_UNIMPLEMENTED, "hidden_act \"%.64s\" is not supported; of %s only %s is", act, family->model_type,
+                        built);
     if (moe_fields_bool(f, "mlp_bias", false)) moe_fields_fail(f, MOE_UNIMPLEMENTED, "mlp_bias true is not supported");
     if (moe_fields_bool(f, "use_sliding_window", false))
         moe_fields_fail(f, MOE_UNIMPLEMENTED, "use_sliding_window true is not supported");
@@ -165,7 +166,7 @@ static void read_experts(moe_fields *f, moe_model_config *c) {
 static void read_config(moe_fields *f, moe_model_config *c) {
     read_family(f, c);
     if (f->status != MOE_OK) return;
-    refuse_unbuilt(f);
+    refuse_unbuilt(f, c->family);
     read_layers(f, c);
     read_attention(f, c);
     read_rope(f, c);

@@ -56,7 +56,7 @@ typedef struct moe_generation_config {
 } moe_generation_config;
 
 /* Reads DIR/config.json. Every value is range-checked; an unknown model_type is refused by name, with those known.
- * Settings that would change the arithmetic and are not built (rope scaling kinds, activations other than silu, …) are
+ * Settings that would change the arithmetic and are not built (rope scaling kinds, activations other than the family's, …) are
  * refused by name too, never ignored. NOT_FOUND, INVALID_ARGUMENT or UNIMPLEMENTED with the key's name. */
 moe_status moe_model_config_read(const char *dir, moe_model_config *out, moe_error *err);
 

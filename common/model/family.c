@@ -8,6 +8,10 @@
     .expert_up_key = "mlp.experts.{E}.up_proj.weight", .expert_down_key = "mlp.experts.{E}.down_proj.weight",                    \
     .packed_gate_up_key = "mlp.experts.gate_up_proj", .packed_down_key = "mlp.experts.down_proj"
 
+/* The dense networks that all families with SwiGLU name alike. */
+#define DENSE_KEYS \
+    .dense_gate_proj_key = "mlp.gate_proj.weight", .dense_up_key = "mlp.up_proj.weight", .dense_down_key = "mlp.down_proj.weight"
+
 /* Rotary frequencies that older versions of transformers saved; they follow from rope_theta. */
 #define IGNORED_BUFFERS .ignored_suffixes = {"rotary_emb.inv_freq"}
 
@@ -23,6 +27,7 @@ static const moe_family families[] = {
         .dense_layers = true,
         .rope_theta_default = 10000,
         MLP_EXPERT_KEYS,
+        DENSE_KEYS,
         IGNORED_BUFFERS,
     },
     {
@@ -41,6 +46,7 @@ static const moe_family families[] = {
         .shared_up_key = "mlp.shared_expert.up_proj.weight",
         .shared_down_key = "mlp.shared_expert.down_proj.weight",
         .shared_expert_gate_key = "mlp.shared_expert_gate.weight",
+        DENSE_KEYS,
         IGNORED_BUFFERS,
     },
     {
@@ -78,7 +84,27 @@ static const moe_family families[] = {
         .attention_bias_key = "attention_bias",
         .o_bias = true,
         .rope_theta_default = 10000,
+        DENSE_KEYS,
         IGNORED_BUFFERS,
+    },
+    /* Not a family of Hugging Face's: decoder-only models with Switch Transformers' experts, which are encoder-decoder there.
+     * Attention and norms are llama's; every feed-forward network, of dense layers too, is down · relu(up · x); one expert a
+     * token in every decoder_sparse_step-th layer, its output times its softmax probability. No expert has a capacity: no row is
+     * dropped. */
+    {
+        .model_type = "switch_decoder",
+        .num_experts_keys = {"num_experts"},
+        .expert_intermediate_keys = {"moe_intermediate_size"},
+        .gate_kind = MOE_GATE_SOFTMAX_TOPK,
+        .relu = true,
+        .dense_layers = true,
+        .rope_theta_default = 10000,
+        .gate_key = "mlp.router.classifier.weight",
+        .pre_gate_key = "mlp.pre_gate.weight",
+        .expert_up_key = "mlp.experts.{E}.wi.weight",
+        .expert_down_key = "mlp.experts.{E}.wo.weight",
+        .dense_up_key = "mlp.wi.weight",
+        .dense_down_key = "mlp.wo.weight",
     },
 };
 

@@ -17,13 +17,16 @@ struct moe_family {
     bool qkv_bias_default;          /* where that key is absent */
     bool o_bias;                    /* the switch covers the output projection too */
     bool shared_gated;
+    bool relu; /* networks are down · relu(up · x), two matrices, and hidden_act is "relu"; else SwiGLU and "silu" */
     bool dense_layers;        /* decoder_sparse_step and mlp_only_layers make some layers dense, of width intermediate_size */
     bool sliding_window;      /* a non-null sliding_window applies to every layer */
     float rope_theta_default; /* where rope_theta is absent */
 
-    /* Tensor names below "model.layers.{L}."; {E} stands for the expert. */
+    /* Tensor names below "model.layers.{L}."; {E} stands for the expert. Where networks have two matrices, no *_gate_proj_key and
+     * no expert_gate_key. */
     const char *gate_key, *pre_gate_key;
     const char *expert_gate_key, *expert_up_key, *expert_down_key;
+    const char *dense_gate_proj_key, *dense_up_key, *dense_down_key;
     /* [E, 2I, H] (gate rows first) and [E, H, I]; tried where per-expert keys are absent. packed_gate_key is then the gate's
      * key (NULL: gate_key). These are the module names that transformers 5 saves with save_original_format=False. */
     const char *packed_gate_up_key, *packed_down_key, *packed_gate_key;

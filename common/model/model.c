@@ -114,10 +114,11 @@ static void load_attention(loader *l, int32_t layer) {
     }
 }
 
+/* gate NULL: a network of two matrices. */
 static void load_ffn(loader *l, int32_t layer, const char *gate, const char *up, const char *down, int64_t width,
                      moe_ffn_weights *out) {
     int64_t hidden = l->model->config.hidden;
-    load_matrix(l, layer, gate, width, hidden, &out->gate);
+    if (gate) load_matrix(l, layer, gate, width, hidden, &out->gate);
     load_matrix(l, layer, up, width, hidden, &out->up);
     load_matrix(l, layer, down, hidden, width, &out->down);
 }
@@ -147,8 +148,10 @@ static void load_single_experts(loader *l, int32_t layer, moe_ffn_weights *exper
     const moe_model_config *c = &l->model->config;
     for (int32_t e = 0; e < c->num_experts && l->status == MOE_OK; e++) {
         char name[MAX_KEY_BYTES];
-        format_expert_key(name, layer, c->family->expert_gate_key, e);
-        load_matrix_named(l, name, c->expert_intermediate, c->hidden, &experts[e].gate);
+        if (c->family->expert_gate_key) {
+            format_expert_key(name, layer, c->family->expert_gate_key, e);
+            load_matrix_named(l, name, c->expert_intermediate, c->hidden, &experts[e].gate);
+        }
         format_expert_key(name, layer, c->family->expert_up_key, e);
         load_matrix_named(l, name, c->expert_intermediate, c->hidden, &experts[e].up);
         format_expert_key(name, layer, c->family->expert_down_key, e);
@@ -196,8 +199,8 @@ static void load_layers(loader *l) {
         if (c->layer_is_moe[layer])
             load_moe(l, moe_index++);
         else
-            load_ffn(l, layer, "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight", c->dense_intermediate,
-                     &w->dense);
+            load_ffn(l, layer, c->family->dense_gate_proj_key, c->family->dense_up_key, c->family->dense_down_key,
+                     c->dense_intermediate, &w->dense);
     }
 }
 

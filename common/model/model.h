@@ -7,13 +7,21 @@
 #include "common/model/config.h"
 #include "common/tensor.h"
 
-typedef struct moe_ffn_weights { /* y = down · (silu(gate · x) ⊙ (up · x)) */
-    moe_tensor gate, up;         /* [I, H] each */
-    moe_tensor down;             /* [H, I] */
+/* A feed-forward network in one of two forms: gated, three matrices, y = down · (silu(gate · x) ⊙ (up · x)); or without `gate`,
+ * two matrices, y = down · relu(up · x). */
+typedef struct moe_ffn_weights {
+    moe_tensor gate; /* [I, H]; absent in the second form */
+    moe_tensor up;   /* [I, H]; absent where there is no network */
+    moe_tensor down; /* [H, I] */
 } moe_ffn_weights;
 
+static inline bool moe_ffn_present(const moe_ffn_weights *w) { return moe_tensor_present(&w->up); }
+
+/* Which of the forms it is; every layout and computation asks this. */
+static inline bool moe_ffn_gated(const moe_ffn_weights *w) { return moe_tensor_present(&w->gate); }
+
 /* Made by a generator, so that every process has them: nothing to read or to copy. */
-static inline bool moe_ffn_generated(const moe_ffn_weights *w) { return moe_tensor_present(&w->gate) && !w->gate.data; }
+static inline bool moe_ffn_generated(const moe_ffn_weights *w) { return moe_ffn_present(w) && !w->up.data; }
 
 typedef struct moe_layer_weights {
     moe_tensor input_norm;                     /* [H] */
@@ -70,8 +78,9 @@ static inline const moe_ffn_weights *moe_model_expert(const moe_model *m, int32_
  * covered by moe_expert_digest. Computed at open. */
 #define MOE_DIGEST_SAMPLE_BYTES 1024
 
-/* SHA-256 over the canonical bytes of one expert (gate, up, down as stored), first 8 bytes. Reads all of them. Of generated
- * weights: over what the elements follow from (seed, range, dtype, shape), since any two processes make the same of it. */
+/* SHA-256 over the canonical bytes of one expert (gate where it has one, up, down as stored), first 8 bytes. Reads all of them.
+ * Of generated weights: over what the elements follow from (seed, range, dtype, shape), since any two processes make the same of
+ * it. */
 moe_status moe_expert_digest(const moe_ffn_weights *expert, uint64_t *out, moe_error *err);
 
 int64_t moe_model_base_bytes(const moe_model *model); /* of all tensors but the experts', as stored; a tied embedding once */

@@ -209,7 +209,7 @@ static void bench_ffn(const bench *b, int32_t hidden, int32_t width) {
     for (int64_t i = 0; i < f.copies; i++)
         MOE_ASSERT(moe_cpu_ffn_load(b->isa->kernels, &w, 0, MOE_FFN_BLOCKS, &f.experts[i], NULL) == MOE_OK);
     float *memory = allocate((int64_t)32 * 2 * (hidden + width) * 4);
-    f.part = (moe_cpu_ffn_part){.x = memory, .gate = memory + 32 * hidden, .up = memory + 32 * (hidden + width)};
+    f.part = (moe_cpu_ffn_part){.x = memory, .inner = memory + 32 * hidden, .up = memory + 32 * (hidden + width)};
     f.part.y = memory + 32 * (hidden + 2 * width);
     f.part.block_hi = MOE_FFN_BLOCKS;
     for (int i = 0; i < 3; i++) {

@@ -345,6 +345,28 @@ static void ffn_run(const moe_ops *ops, const op_data *d, float *out) {
     ops->ffn(d->x, &w, d->rows, d->lo, d->hi, out);
 }
 
+static void relu_ffn_run(const moe_ops *ops, const op_data *d, float *out) {
+    moe_ffn_weights w = {.up = d->up, .down = d->down};
+    ops->ffn(d->x, &w, d->rows, d->lo, d->hi, out);
+}
+
+static void relu_ffn_truth(const op_data *d, double *want, double *scale) {
+    for (int64_t i = 0; i < d->out_count; i++) want[i] = scale[i] = 0;
+    for (int64_t row = 0; row < d->rows; row++)
+        for (int64_t n = moe_ffn_block_start(d->n, d->lo); n < moe_ffn_block_start(d->n, d->hi); n++) {
+            double up = 0, up_scale = 0;
+            for (int64_t k = 0; k < d->k; k++) {
+                double u = at(&d->up, n, k) * d->x[row * d->k + k];
+                up += u;
+                up_scale += fabs(u);
+            }
+            for (int64_t h = 0; h < d->k; h++) {
+                want[row * d->k + h] += at(&d->down, h, n) * (up < 0 ? 0 : up);
+                scale[row * d->k + h] += fabs(at(&d->down, h, n)) * up_scale;
+            }
+        }
+}
+
 static void ffn_truth(const op_data *d, double *want, double *scale) {
     for (int64_t i = 0; i < d->out_count; i++) want[i] = scale[i] = 0;
     for (int64_t row = 0; row < d->rows; row++)
@@ -375,6 +397,8 @@ static const op_row attention = {"attention", attention_fill, attention_run, att
 static const op_row gate_topk = {"gate_topk", gate_fill, gate_run, gate_truth, 1e-6, 1e-6, 1e-6, 1e-6};
 static const op_row combine = {"combine", combine_fill, combine_run, combine_truth, 4e-7, 1e-7, 4e-7, 4e-7};
 static const op_row ffn = {"ffn", ffn_fill, ffn_run, ffn_truth, 1e-6, 3e-7, 1e-6, 1.2e-2};
+
+static const op_row relu_ffn = {"ffn, two matrices", ffn_fill, relu_ffn_run, relu_ffn_truth, 1e-6, 3e-7, 1e-6, 1.2e-2};
 
 static const op_case cases[] = {
     {&embed, MOE_F32, {.rows = 3, .n = 7, .k = 33}},
@@ -419,6 +443,12 @@ static const op_case cases[] = {
     {&ffn, MOE_BF16, {.rows = 17, .n = 48, .k = 64, .lo = 3, .hi = 4}},
     {&ffn, MOE_F16, {.rows = 3, .n = 80, .k = 48, .lo = 2, .hi = 4}},
     {&ffn, MOE_BF16, {.rows = 70, .n = 24, .k = 20, .hi = 8}},
+    {&relu_ffn, MOE_F32, {.rows = 1, .n = 3, .k = 5, .hi = 8}},
+    {&relu_ffn, MOE_BF16, {.rows = 1, .n = 192, .k = 64, .hi = 8}},
+    {&relu_ffn, MOE_BF16, {.rows = 3, .n = 512, .k = 128, .lo = 3, .hi = 4}},
+    {&relu_ffn, MOE_BF16, {.rows = 5, .n = 100, .k = 33, .lo = 4, .hi = 8}},
+    {&relu_ffn, MOE_F16, {.rows = 3, .n = 80, .k = 48, .lo = 2, .hi = 4}},
+    {&relu_ffn, MOE_BF16, {.rows = 70, .n = 24, .k = 20, .hi = 8}},
 };
 
 /* ---- running it ---- */
@@ -522,7 +552,7 @@ static int close_backends(void **state) {
 }
 
 int main(void) {
-    const op_row *const ops[] = {&embed, &rms_norm, &linear, &rotary, &attention, &gate_topk, &combine, &ffn};
+    const op_row *const ops[] = {&embed, &rms_norm, &linear, &rotary, &attention, &gate_topk, &combine, &ffn, &relu_ffn};
     enum { OPS = sizeof ops / sizeof *ops };
     struct CMUnitTest tests[2 * OPS];
     char names[OPS][32];

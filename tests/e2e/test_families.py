@@ -1,4 +1,5 @@
-"""Every supported family's fixture served without a tokenizer, over workers: greedy tokens equal transformers'."""
+"""Every supported family's fixture served without a tokenizer, over workers: greedy tokens equal transformers' (switch_decoder's:
+numpy's, tests/tools/make_switch_checkpoint.py)."""
 import json
 import os
 
@@ -22,4 +23,5 @@ def family(name, workers):
     return test
 
 
-main([family("qwen3_moe", 2), family("qwen2_moe", 2), family("mixtral", 3), family("olmoe", 2), family("llama_dense", 0)])
+main([family("qwen3_moe", 2), family("qwen2_moe", 2), family("mixtral", 3), family("olmoe", 2), family("llama_dense", 0),
+      family("switch_decoder", 2)])

@@ -1,4 +1,5 @@
-/* Every family's tiny checkpoint against transformers: logits at six positions, 24 greedy tokens. */
+/* Every family's tiny checkpoint against transformers (switch_decoder: against numpy, tests/tools/make_switch_checkpoint.py):
+ * logits at six positions, 24 greedy tokens. */
 #include <jansson.h>
 #include <math.h>
 #include <stdlib.h>
@@ -105,7 +106,7 @@ static void run_fixture_on_cuda(void **state) {
 }
 
 int main(void) {
-    static const char *const families[] = {"llama_dense", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"};
+    static const char *const families[] = {"llama_dense", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "switch_decoder"};
     enum { FAMILIES = sizeof families / sizeof *families };
     struct CMUnitTest tests[2 * FAMILIES];
     char names[FAMILIES][32];

@@ -7,7 +7,7 @@
 #include "tests/support/polled_backend.h"
 #include "tests/support/test.h"
 
-#define FIXTURE SOURCE_DIR "/tests/data/checkpoints/qwen3_moe"
+#define FIXTURES SOURCE_DIR "/tests/data/checkpoints/"
 #define MOST_NS (INT64_C(1000000000)) /* an expert of the fixture takes microseconds */
 
 static void check(moe_backend *backend, const moe_model *model) {
@@ -19,13 +19,12 @@ static void check(moe_backend *backend, const moe_model *model) {
 }
 
 static void test_backends(void **state) {
-    (void)state;
     moe_model *model;
     moe_error err;
     moe_polled_backend polled;
     moe_gated_backend gated;
     moe_calibration cost;
-    assert_int_equal(moe_model_open(FIXTURE, &model, &err), MOE_OK);
+    assert_int_equal(moe_model_open(*state, &model, &err), MOE_OK);
     for (int i = 0; i < MOE_TEST_CPU_BACKENDS; i++) {
         for (int dtype = MOE_F32; dtype <= MOE_BF16; dtype++) {
             moe_backend *backend = moe_test_cpu_open_dtype(i, 0, (moe_dtype)dtype);
@@ -43,6 +42,7 @@ static void test_backends(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_backends)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test_prestate(test_backends, FIXTURES "qwen3_moe"),
+                                       cmocka_unit_test_prestate(test_backends, FIXTURES "switch_decoder")};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -16,7 +16,7 @@
 #define MINE 13  /* one in the middle of them */
 #define SCALAR 1 /* index of the first `cpu` path for moe_test_cpu_open */
 
-static const char *const families[] = {"llama_dense", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"};
+static const char *const families[] = {"llama_dense", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "switch_decoder"};
 
 static moe_model *open_model(const char *family) {
     char path[512];
@@ -82,10 +82,9 @@ static void check_row_batches(moe_backend *backend, const moe_model *model, floa
 }
 
 static void rows_alone_and_in_batches(void **state) {
-    moe_model *model = open_model("mixtral");
+    moe_model *model = open_model(*state);
     int64_t count = (int64_t)ROWS * model->config.hidden;
     float *first = NULL;
-    (void)state;
     for (int i = SCALAR; i < MOE_TEST_CPU_BACKENDS; i++) {
         moe_backend *backend = moe_test_cpu_open(i, 2);
         if (!backend) continue;
@@ -122,9 +121,8 @@ static void check_node(moe_backend *backend, const moe_model *model, moe_expert 
 }
 
 static void slices_added_in_tree_order(void **state) {
-    moe_model *model = open_model("qwen2_moe"); /* width 48: blocks of 6 */
+    moe_model *model = open_model(*state);
     float *x = random_floats(5, (int64_t)ROWS * model->config.hidden);
-    (void)state;
     for (int i = 0; i < MOE_TEST_CPU_BACKENDS; i++) {
         moe_backend *backend = moe_test_cpu_open(i, 2);
         if (!backend) continue;
@@ -293,10 +291,17 @@ static void chunks_batches_and_threads(void **state) {
 }
 
 int main(void) {
-    struct CMUnitTest tests[8] = {cmocka_unit_test(rows_alone_and_in_batches), cmocka_unit_test(slices_added_in_tree_order),
-                                  cmocka_unit_test(merged_batches)};
-    for (size_t i = 0; i < 5; i++)
-        tests[3 + i] = (struct CMUnitTest){
+    enum { FIRST = 5, FAMILIES = sizeof families / sizeof *families };
+    static const char gated[] = "mixtral", odd[] = "qwen2_moe" /* width 48: blocks of 6 */, two_matrices[] = "switch_decoder";
+    struct CMUnitTest tests[FIRST + FAMILIES] = {
+        cmocka_unit_test_prestate(rows_alone_and_in_batches, (void *)(uintptr_t)gated),
+        cmocka_unit_test_prestate(rows_alone_and_in_batches, (void *)(uintptr_t)two_matrices),
+        cmocka_unit_test_prestate(slices_added_in_tree_order, (void *)(uintptr_t)odd),
+        cmocka_unit_test_prestate(slices_added_in_tree_order, (void *)(uintptr_t)two_matrices),
+        cmocka_unit_test(merged_batches),
+    };
+    for (size_t i = 0; i < FAMILIES; i++)
+        tests[FIRST + i] = (struct CMUnitTest){
             .name = families[i], .test_func = chunks_batches_and_threads, .initial_state = (void *)(uintptr_t)families[i]};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

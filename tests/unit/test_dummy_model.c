@@ -145,6 +145,20 @@ static void fills_a_config(void **state) {
     moe_test_dir_free(&dir);
 }
 
+/* The sizes of Switch-Base-128's experts: two matrices, and nothing generated in place of a third. */
+static void fills_experts_without_gates(void **state) {
+    moe_model *m = open_dummy(SOURCE_DIR "/models/shapes/switch-base-128", 1, 2);
+    (void)state;
+    assert_true(m->config.num_moe_layers == 1 && m->config.num_experts == 128);
+    for (int32_t i = 0; i < 2; i++) {
+        const moe_ffn_weights *w = i ? &m->layers[0].dense : moe_model_expert(m, 0, 127);
+        assert_true(moe_ffn_generated(w) && !moe_ffn_gated(w));
+        assert_true(w->up.rows == 3072 && w->up.cols == 768 && w->down.rows == 768 && w->down.cols == 3072);
+    }
+    expect_spread(&moe_model_expert(m, 0, 5)->up, 0, 0.02);
+    moe_model_close(&m);
+}
+
 static uint64_t expert_digest(const moe_model *m, int32_t layer, int32_t expert) {
     uint64_t digest = 0;
     assert_int_equal(moe_expert_digest(moe_model_expert(m, layer, expert), &digest, NULL), MOE_OK);
@@ -210,8 +224,8 @@ static float *logits_of(moe_backend *backend, const moe_model *model) {
 }
 
 static void cpu_backends_agree(void **state) {
-    static const char *const fixtures[] = {FIXTURES "qwen3_moe", FIXTURES "qwen2_moe", FIXTURES "mixtral",
-                                           FIXTURES "llama_dense"};
+    static const char *const fixtures[] = {FIXTURES "qwen3_moe", FIXTURES "qwen2_moe", FIXTURES "mixtral", FIXTURES "llama_dense",
+                                           FIXTURES "switch_decoder"};
     (void)state;
     for (size_t f = 0; f < sizeof fixtures / sizeof *fixtures; f++) {
         moe_model *model = open_dummy(fixtures[f], 9, 0);
@@ -240,6 +254,7 @@ int main(void) {
         cmocka_unit_test(half_precision_rounds_to_nearest_even),
         cmocka_unit_test(reads_agree),
         cmocka_unit_test(fills_a_config),
+        cmocka_unit_test(fills_experts_without_gates),
         cmocka_unit_test(follows_from_name_and_seed),
         cmocka_unit_test(refusals),
         cmocka_unit_test(cpu_backends_agree),

@@ -41,6 +41,7 @@ static void expect_shape(const moe_tensor *t, int64_t rows, int64_t cols) {
 }
 
 static void expect_ffn(const moe_ffn_weights *w, int64_t width, int64_t hidden) {
+    assert_true(moe_ffn_gated(w) && moe_ffn_present(w) && !moe_ffn_generated(w));
     expect_shape(&w->gate, width, hidden);
     expect_shape(&w->up, width, hidden);
     expect_shape(&w->down, hidden, width);
@@ -114,6 +115,29 @@ static void opens_every_family(void **state) {
         moe_model_close(&m);
         assert_null(m);
     }
+}
+
+/* Networks of two matrices, dense ones and experts; digests as above, of an expert over wi and wo alone. */
+static void opens_networks_without_gates(void **state) {
+    moe_model *m = open_good(FIXTURES "switch_decoder");
+    const moe_model_config *c = &m->config;
+    uint64_t digest = 0;
+    (void)state;
+    assert_true(m->digest == UINT64_C(0xfbe1e2f399cb1b60));
+    assert_true(c->num_moe_layers == 2 && c->moe_layers[0] == 1 && c->moe_layers[1] == 3);
+    for (int32_t i = 0; i < 2 + 2 * c->num_experts; i++) {
+        const moe_ffn_weights *w = i < 2 ? &m->layers[2 * i].dense : &m->experts[i - 2];
+        int64_t width = i < 2 ? c->dense_intermediate : c->expert_intermediate;
+        assert_true(moe_ffn_present(w) && !moe_ffn_gated(w) && !moe_ffn_generated(w));
+        expect_shape(&w->up, width, c->hidden);
+        expect_shape(&w->down, c->hidden, width);
+    }
+    assert_false(moe_ffn_present(&m->layers[1].dense) || moe_ffn_present(&m->layers[0].shared));
+    assert_int_equal(moe_expert_digest(moe_model_expert(m, 1, 3), &digest, NULL), MOE_OK);
+    assert_true(digest == UINT64_C(0x3b54cf276b39a4e1));
+    int64_t attention = 64 * (64 + 32 + 32 + 64) + 2 * 64, dense = 2 * 64 * 64, gate = 4 * 64;
+    assert_int_equal(moe_model_base_bytes(m), 2 * (160 * 64 + 64 + 4 * attention + 2 * dense + 2 * gate));
+    moe_model_close(&m);
 }
 
 /* A fixture whose tensors a test changes before they are written as one file into a folder of its own. */
@@ -423,6 +447,7 @@ static void pre_gates_beside_a_checkpoint(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(opens_every_family),
+        cmocka_unit_test(opens_networks_without_gates),
         cmocka_unit_test(refuses_each_missing_tensor),
         cmocka_unit_test(refuses_each_wrong_shape),
         cmocka_unit_test(refuses_unused_tensors_unless_ignorable),

@@ -145,6 +145,9 @@ static void dense_layers_of_moe_families(void **state) {
     assert_int_equal(c.num_experts, 0);
     c = read_good("mixtral", (change[]){{"mlp_only_layers", "[1]"}, {NULL, NULL}}); /* not a key of that family */
     assert_int_equal(c.num_moe_layers, 3);
+    c = read_good("switch_decoder", (change[]){{"hidden_act", NULL}, {"norm_topk_prob", NULL}, {NULL, NULL}});
+    assert_true(c.num_moe_layers == 2 && c.moe_layers[1] == 3 && c.top_k == 1 && !c.norm_topk);
+    assert_true(c.dense_intermediate == 64 && c.expert_intermediate == 64 && c.qk_norm == MOE_QK_NORM_NONE && !c.qkv_bias);
 }
 
 static void refuses_what_is_wrong(void **state) {
@@ -167,6 +170,8 @@ static void refuses_what_is_wrong(void **state) {
          MOE_UNIMPLEMENTED,
          "layer_types \"sliding_attention\""},
         {"llama_dense", {"hidden_act", "\"gelu\""}, MOE_UNIMPLEMENTED, "hidden_act \"gelu\""},
+        {"qwen3_moe", {"hidden_act", "\"relu\""}, MOE_UNIMPLEMENTED, "of qwen3_moe only silu"},
+        {"switch_decoder", {"hidden_act", "\"silu\""}, MOE_UNIMPLEMENTED, "of switch_decoder only relu"},
         {"llama_dense", {"mlp_bias", "true"}, MOE_UNIMPLEMENTED, "mlp_bias"},
         {"llama_dense", {"quantization_config", "{\"bits\":4}"}, MOE_UNIMPLEMENTED, "quantization_config"},
         {"llama_dense",

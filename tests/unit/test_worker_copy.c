@@ -12,6 +12,7 @@
 #include "tests/support/test.h"
 
 #define CHECKPOINT SOURCE_DIR "/tests/data/checkpoints/qwen3_moe"
+#define TWO_MATRICES SOURCE_DIR "/tests/data/checkpoints/switch_decoder" /* experts without a gate matrix */
 #define UUID "00000000-0000-4000-8000-000000000001"
 #define OK(call) assert_int_equal((call), MOE_OK)
 #define WORKERS 2
@@ -105,11 +106,13 @@ static void open_with(moe_model *model, bool threads) {
     OK(moe_rpc_new(&client, &t.client, &err));
 }
 
-static void open_all(bool threads) {
+static void open_checkpoint(const char *dir, bool threads) {
     moe_model *model;
-    OK(moe_model_open(CHECKPOINT, &model, NULL));
+    OK(moe_model_open(dir, &model, NULL));
     open_with(model, threads);
 }
+
+static void open_all(bool threads) { open_checkpoint(CHECKPOINT, threads); }
 
 static void close_all(void) {
     moe_rpc_free(&t.client);
@@ -211,8 +214,8 @@ static answer stats(int worker, uint64_t known) {
 
 static void test_verified_from_checkpoint_and_peer(void **state) {
     (void)state;
-    for (int threads = 0; threads <= 1; threads++) {
-        open_all(threads);
+    for (int i = 0; i < 4; i++) {
+        open_checkpoint(i / 2 ? TWO_MATRICES : CHECKPOINT, i % 2);
         start_worker(0, t.cpu, 0, 0);
         start_worker(1, t.cpu, 0, 0);
         assert_int_equal(load_experts(0, (load){.layer = 1, .first = 0, .count = 4}).status, MOE_OK);
