@@ -2,6 +2,8 @@
 
 #include "common/status.h"
 
+#define GENERATED_AT_ONCE 1024 /* elements on their way from one type to another */
+
 const char *moe_dtype_name(moe_dtype dtype) {
     static const char *const names[MOE_DTYPE_COUNT] = {"float32", "bfloat16", "float16"};
     MOE_ASSERT((unsigned)dtype < MOE_DTYPE_COUNT);
@@ -37,45 +39,89 @@ uint16_t moe_f32_to_f16(float value) {
     return (uint16_t)(sign | ((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1)) >> 13));
 }
 
-/* A generated element as it would be stored. */
-static uint32_t generated_bits(const moe_tensor *t, int64_t index) {
-    float value = moe_generated_f32(&t->generated, index);
-    uint32_t bits;
-    if (t->dtype == MOE_BF16) return moe_f32_to_bf16(value);
-    if (t->dtype == MOE_F16) return moe_f32_to_f16(value);
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
+/* ---- generated elements, a loop for each type, so that the compiler makes vectors of them ---- */
+
+/* Elements of memory that may be unaligned. */
+typedef float loose_f32 __attribute__((aligned(1), may_alias));
+typedef uint16_t loose_u16 __attribute__((aligned(1), may_alias));
+
+/* The loops of one instruction set; all give the same bits, since nothing but integers, one product and one sum is in them. */
+typedef struct generators {
+    void (*f32)(const moe_generator *g, int64_t first, int64_t count, loose_f32 *out);
+    void (*bf16)(const moe_generator *g, int64_t first, int64_t count, loose_u16 *out);
+} generators;
+
+#define GENERATORS(name, ...)                                                                                                     \
+    __VA_ARGS__ static void f32_##name(const moe_generator *g, int64_t first, int64_t count, loose_f32 *out) {                    \
+        const moe_generator generator = *g;                                                                                       \
+        for (int64_t i = 0; i < count; i++) out[i] = moe_generated_f32(&generator, first + i);                                    \
+    }                                                                                                                             \
+    __VA_ARGS__ static void bf16_##name(const moe_generator *g, int64_t first, int64_t count, loose_u16 *out) {                   \
+        const moe_generator generator = *g;                                                                                       \
+        for (int64_t i = 0; i < count; i++) out[i] = moe_f32_to_bf16(moe_generated_f32(&generator, first + i));                   \
+    }                                                                                                                             \
+    static const generators generators_##name = {f32_##name, bf16_##name}
+
+GENERATORS(any, __attribute__((optimize("O3"))));
+#if defined(__x86_64__)
+GENERATORS(avx2, __attribute__((target("avx2"), optimize("O3"))));
+GENERATORS(avx512, __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512"), optimize("O3"))));
+#endif
+
+static const generators *widest_generators(void) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        return &generators_avx512;
+    if (__builtin_cpu_supports("avx2")) return &generators_avx2;
+#endif
+    return &generators_any;
+}
+
+/* ---- reading ---- */
+
+static void generate(const moe_tensor *t, int64_t first, int64_t count, void *out) {
+    const generators *use = widest_generators();
+    if (t->dtype == MOE_F32) {
+        use->f32(&t->generated, first, count, out);
+    } else if (t->dtype == MOE_BF16) {
+        use->bf16(&t->generated, first, count, out);
+    } else {
+        loose_u16 *half = out;
+        for (int64_t i = 0; i < count; i++) half[i] = moe_f32_to_f16(moe_generated_f32(&t->generated, first + i));
+    }
 }
 
 void moe_tensor_read(const moe_tensor *t, int64_t first, int64_t count, void *out) {
     size_t size = moe_dtype_bytes(t->dtype);
-    uint8_t *to = out;
-    if (t->data) {
+    if (t->data)
         memcpy(out, (const uint8_t *)t->data + (size_t)first * size, (size_t)count * size);
-        return;
-    }
-    for (int64_t i = 0; i < count; i++, to += size) {
-        uint32_t bits = generated_bits(t, first + i);
-        uint16_t half = (uint16_t)bits;
-        memcpy(to, size == 4 ? (const void *)&bits : &half, size);
-    }
+    else
+        generate(t, first, count, out);
 }
 
-static float widen(moe_dtype dtype, uint16_t bits) { return dtype == MOE_BF16 ? moe_bf16_to_f32(bits) : moe_f16_to_f32(bits); }
+__attribute__((optimize("O3"))) static void widen_bf16(const loose_u16 *x, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i++) out[i] = moe_bf16_to_f32(x[i]);
+}
+
+static void widen_f16(const loose_u16 *x, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i++) out[i] = moe_f16_to_f32(x[i]);
+}
 
 void moe_tensor_read_f32(const moe_tensor *t, int64_t first, int64_t count, float *out) {
-    const uint8_t *p = (const uint8_t *)t->data + (size_t)first * moe_dtype_bytes(t->dtype);
+    uint16_t narrow[GENERATED_AT_ONCE];
     if (t->dtype == MOE_F32) {
         moe_tensor_read(t, first, count, out);
         return;
     }
-    for (int64_t i = 0; i < count; i++) {
-        uint16_t bits;
-        if (t->data)
-            memcpy(&bits, p + 2 * i, sizeof bits);
-        else
-            bits = (uint16_t)generated_bits(t, first + i);
-        out[i] = widen(t->dtype, bits);
+    void (*widen)(const loose_u16 *, int64_t, float *) = t->dtype == MOE_BF16 ? widen_bf16 : widen_f16;
+    if (t->data) {
+        widen((const loose_u16 *)t->data + first, count, out);
+        return;
+    }
+    for (int64_t at = 0, part; at < count; at += part) {
+        part = count - at < GENERATED_AT_ONCE ? count - at : GENERATED_AT_ONCE;
+        generate(t, first + at, part, narrow);
+        widen(narrow, part, out + at);
     }
 }
 

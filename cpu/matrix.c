@@ -13,22 +13,6 @@ void moe_cpu_matrix_free(moe_cpu_matrix *matrix) {
     *matrix = (moe_cpu_matrix){0};
 }
 
-/* Output `n` of the matrix: columns [col, col + k) of the tensor's `row`. */
-static void pack_row(const moe_cpu_matrix *m, int64_t n, const moe_tensor *t, int64_t row, int64_t col) {
-    enum { CHUNK = 256 };
-    _Alignas(float) uint8_t chunk[CHUNK * sizeof(float)];
-    size_t size = moe_dtype_bytes(m->dtype), stride = (size_t)m->panel * size;
-    uint8_t *to = (uint8_t *)m->data + (size_t)(n / m->panel * m->panel * m->k + n % m->panel) * size;
-    for (int64_t k = 0; k < m->k; k += CHUNK) {
-        int64_t count = m->k - k < CHUNK ? m->k - k : CHUNK, first = row * t->cols + col + k;
-        if (m->dtype == t->dtype)
-            moe_tensor_read(t, first, count, chunk);
-        else
-            moe_tensor_read_f32(t, first, count, (float *)(void *)chunk);
-        for (int64_t i = 0; i < count; i++, to += stride) memcpy(to, chunk + (size_t)i * size, size);
-    }
-}
-
 moe_cpu_matrix moe_cpu_matrix_shape(const moe_cpu_kernels *kernels, const moe_tensor *parts, int num_parts, int64_t col_lo,
                                     int64_t col_hi) {
     moe_cpu_matrix m = {.panel = kernels->panel, .k = (int32_t)(col_hi - col_lo), .dtype = MOE_DTYPE_COUNT};
@@ -41,13 +25,65 @@ moe_cpu_matrix moe_cpu_matrix_shape(const moe_cpu_kernels *kernels, const moe_te
     return m;
 }
 
-/* The last panel's missing outputs are zero. */
+#define CHUNK 256 /* of K at a time: what is read of a panel's rows stays in the first-level cache */
+
+/* Rows of a panel as they were read, [panel, CHUNK]. */
+typedef union rows {
+    uint16_t narrow[MOE_CPU_LANES * CHUNK];
+    float wide[MOE_CPU_LANES * CHUNK];
+} rows;
+
+static void read_chunk(const moe_cpu_matrix *m, const moe_tensor *t, int64_t first, int64_t count, int32_t row, rows *out) {
+    if (m->dtype != t->dtype)
+        moe_tensor_read_f32(t, first, count, out->wide + row * CHUNK);
+    else
+        moe_tensor_read(t, first, count, m->dtype == MOE_F32 ? (void *)(out->wide + row * CHUNK) : out->narrow + row * CHUNK);
+}
+
+#define INTERLEAVE(name, type, field)                                                                                            \
+    static inline void name(const rows *from, int64_t count, int32_t panel, type *to) {                                          \
+        for (int64_t k = 0; k < count; k++)                                                                                      \
+            for (int32_t i = 0; i < panel; i++) to[k * panel + i] = from->field[i * CHUNK + k];                                   \
+    }
+INTERLEAVE(interleave_narrow, uint16_t, narrow)
+INTERLEAVE(interleave_wide, float, wide)
+
+/* to [count, panel] = the transposed rows; the usual panel's width is a constant for the compiler. */
+static void interleave(const moe_cpu_matrix *m, const rows *from, int64_t count, void *to) {
+    bool usual = m->panel == MOE_CPU_LANES;
+    if (m->dtype == MOE_F32)
+        usual ? interleave_wide(from, count, MOE_CPU_LANES, to) : interleave_wide(from, count, m->panel, to);
+    else
+        usual ? interleave_narrow(from, count, MOE_CPU_LANES, to) : interleave_narrow(from, count, m->panel, to);
+}
+
+/* Outputs are the rows of the parts, one part after another; those that the last panel lacks are zero. */
 void moe_cpu_matrix_fill(const moe_cpu_matrix *m, const moe_tensor *parts, int num_parts, int64_t col_lo) {
-    int64_t n = 0, panel_bytes = (int64_t)m->panel * m->k * (int64_t)moe_dtype_bytes(m->dtype);
-    if (m->n % m->panel) memset((uint8_t *)m->data + (panel_count(m) - 1) * panel_bytes, 0, (size_t)panel_bytes);
-    for (int i = 0; i < num_parts; i++)
-        for (int64_t row = 0; moe_tensor_present(&parts[i]) && row < parts[i].rows; row++)
-            pack_row(m, n++, &parts[i], row, col_lo);
+    const moe_tensor *of[MOE_CPU_LANES];
+    int64_t at[MOE_CPU_LANES], row = 0, size = (int64_t)moe_dtype_bytes(m->dtype);
+    uint8_t *to = m->data;
+    rows chunk;
+    int part = 0;
+    MOE_ASSERT(m->panel <= MOE_CPU_LANES);
+    for (int64_t n = 0; n < m->n; n += m->panel) {
+        int32_t count = 0;
+        while (count < m->panel && part < num_parts) {
+            if (!moe_tensor_present(&parts[part]) || row == parts[part].rows) {
+                part++;
+                row = 0;
+                continue;
+            }
+            of[count] = &parts[part];
+            at[count++] = row++ * parts[part].cols + col_lo;
+        }
+        if (count < m->panel) memset(&chunk, 0, sizeof chunk);
+        for (int64_t k = 0, width; k < m->k; k += width) {
+            width = m->k - k < CHUNK ? m->k - k : CHUNK;
+            for (int32_t i = 0; i < count; i++) read_chunk(m, of[i], at[i] + k, width, i, &chunk);
+            interleave(m, &chunk, width, to);
+            to += width * m->panel * size;
+        }
+    }
 }
 
 moe_status moe_cpu_matrix_pack(const moe_cpu_kernels *kernels, const moe_tensor *parts, int num_parts, int64_t col_lo,

@@ -1,5 +1,6 @@
 #include "cuda/upload.h"
 
+#include "common/elements.h"
 #include "cuda/random.h"
 
 #define CONVERT_FLOATS 1024 /* converted at a time */
@@ -54,7 +55,6 @@ moe_status moe_cuda_upload_bytes(moe_cuda_upload *upload, void *to, const void *
 /* out[0 … count) of `dtype` = elements of the tensor's flat data, rounded to nearest even. */
 static void convert(const moe_tensor *t, int64_t first, int64_t count, moe_dtype dtype, uint8_t *out) {
     float wide[CONVERT_FLOATS];
-    size_t size = moe_dtype_bytes(dtype);
     if (t->dtype == dtype) {
         moe_tensor_read(t, first, count, out);
         return;
@@ -62,10 +62,7 @@ static void convert(const moe_tensor *t, int64_t first, int64_t count, moe_dtype
     for (int64_t at = 0, part; at < count; at += part) {
         part = count - at < CONVERT_FLOATS ? count - at : CONVERT_FLOATS;
         moe_tensor_read_f32(t, first + at, part, wide);
-        for (int64_t i = 0; i < part; i++, out += size) {
-            uint16_t narrow = moe_f32_to_bf16(wide[i]);
-            memcpy(out, dtype == MOE_F32 ? (const void *)&wide[i] : &narrow, size);
-        }
+        moe_elements_narrow(wide, dtype, (size_t)part, out + (size_t)at * moe_dtype_bytes(dtype));
     }
 }
 

@@ -85,6 +85,12 @@ static void reads_agree(void **state) {
         moe_tensor_read(&t, 0, 7 * 33, stored + 1);
         moe_tensor mapped = {.data = stored + 1, .dtype = dtype, .rows = 7, .cols = 33};
         moe_tensor_read_f32(&t, 0, 7 * 33, wide);
+        for (int i = 0; i < 7 * 33; i++) { /* one by one, as the formula says */
+            float value = moe_generated_f32(&t.generated, i);
+            if (dtype == MOE_BF16) value = moe_bf16_to_f32(moe_f32_to_bf16(value));
+            if (dtype == MOE_F16) value = moe_f16_to_f32(moe_f32_to_f16(value));
+            assert_memory_equal(&wide[i], &value, sizeof value);
+        }
         moe_tensor_read_f32(&mapped, 0, 7 * 33, again);
         assert_memory_equal(wide, again, sizeof wide);
         moe_tensor rows = moe_tensor_rows(&t, 2, 5), mapped_rows = moe_tensor_rows(&mapped, 2, 5);
