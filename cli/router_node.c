@@ -145,6 +145,7 @@ static moe_status open_embedded(moe_router_node *n, moe_error *err) {
                                      .max_queued_calls = MOE_WORKER_MAX_QUEUED_CALLS,
                                      .max_batch_rows = MOE_WORKER_MAX_BATCH_ROWS,
                                      .tiers = n->config.tiers,
+                                     .threads = n->config.backend.threads,
                                      .stepped = true};
     return moe_worker_node_open(&worker, &n->worker, err);
 }

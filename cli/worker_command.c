@@ -120,7 +120,8 @@ static moe_status name_worker(const worker_settings *s, device_worker *w, int32_
     return MOE_OK;
 }
 
-static moe_status open_worker(worker_process *p, device_worker *w, moe_error *err) {
+/* One of `count` that share this process. */
+static moe_status open_worker(worker_process *p, device_worker *w, int32_t count, moe_error *err) {
     const worker_settings *s = &p->settings;
     moe_curve_keys keys = {.public_key = ""};
     moe_store *store;
@@ -153,6 +154,7 @@ static moe_status open_worker(worker_process *p, device_worker *w, moe_error *er
                                      .capacity_experts = moe_option_int(p->options, "max-experts"),
                                      .copy_bytes_per_s = moe_option_int(p->options, "copy-rate"),
                                      .tiers = tiers,
+                                     .threads = moe_threads_option(p->options) / count,
                                      .reference = p->reference->ops->single};
     return moe_worker_node_open(&config, &w->node, err);
 }
@@ -182,7 +184,7 @@ static moe_status open_leased_worker(worker_process *p, moe_error *err) {
     moe_backend_config config = moe_backend_option_on(p->options, p->lease.device);
     status = name_worker(&p->settings, w, config.device, true, err);
     if (status == MOE_OK) status = moe_backend_open(&config, &w->backend, err);
-    return status == MOE_OK ? open_worker(p, w, err) : status;
+    return status == MOE_OK ? open_worker(p, w, 1, err) : status;
 }
 
 /* One worker for each of --devices; the CPU backends have one device. */
@@ -202,7 +204,7 @@ static moe_status open_workers(worker_process *p, moe_error *err) {
         status = moe_backend_option(p->options, i, &config, NULL, err);
         if (status == MOE_OK) status = name_worker(&p->settings, w, config.device, count == 1, err);
         if (status == MOE_OK) status = moe_backend_open(&config, &w->backend, err);
-        if (status == MOE_OK) status = open_worker(p, w, err);
+        if (status == MOE_OK) status = open_worker(p, w, count, err);
     }
     return status;
 }

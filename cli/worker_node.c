@@ -83,6 +83,10 @@ static moe_calibration calibrate(const moe_worker_node_config *c) {
     return cost;
 }
 
+static int32_t load_threads(int32_t share) {
+    return share < 1 ? 1 : share < MOE_LOADER_MAX_THREADS ? share : MOE_LOADER_MAX_THREADS;
+}
+
 static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe_error *err) {
     char bound[MOE_ENDPOINT_BYTES], endpoint[MOE_ENDPOINT_BYTES], host[64];
     moe_host_name(host, sizeof host);
@@ -103,7 +107,7 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                 .max_queued_calls = c->max_queued_calls,
                                 .max_batch_rows = c->max_batch_rows,
                                 .reference = c->reference,
-                                .background_loads = !c->stepped,
+                                .load_threads = load_threads(c->threads),
                                 .copy_bytes_per_s = c->copy_bytes_per_s,
                                 .max_experts = (int32_t)c->capacity_experts,
                                 .tiers = c->tiers,

@@ -23,6 +23,7 @@ typedef struct moe_worker_node_config {
     int64_t capacity_experts;  /* held at once; 0: no limit */
     int64_t copy_bytes_per_s;  /* of what it copies from other workers; 0: no limit */
     moe_tier_options tiers;
+    int32_t threads;           /* this worker's share of the machine's, by which its first experts are packed */
     const moe_ops *reference;  /* cpu-ref's operations, for known-answer batches; NULL: none */
     bool stepped;             /* no thread of its own: moe_worker_node_step is called instead */
 } moe_worker_node_config;

@@ -18,6 +18,7 @@ typedef struct moe_control_op {
     TAILQ_ENTRY(moe_control_op) link;
     moe_rpc_call *call;
     size_t count, next;              /* next: experts done */
+    size_t begun;                    /* Load: [next, begun) are the loader's, in this order */
     uint32_t dropped;                /* Drop: experts that were held */
     uint32_t following;              /* Load: experts of the share that later calls will ask for */
     bool verify;                     /* Load: with a known-answer batch */
@@ -32,7 +33,7 @@ moe_status moe_control_init(moe_control *c, const moe_control_config *config, mo
                                       .backend = c->shard->backend,
                                       .reference = config->reference,
                                       .transport = config->transport,
-                                      .threaded = config->threaded,
+                                      .threads = config->load_threads,
                                       .tiers = c->shard->residency != NULL};
     TAILQ_INIT(&c->loads);
     TAILQ_INIT(&c->drops);
@@ -216,13 +217,26 @@ static void show_progress(moe_control *c, const control_op *op) {
     if (left == 0) moe_progress_end(&c->progress);
 }
 
+/* The call was answered. Experts that were begun for it alone are thrown away when they are ready. */
+static void forget_load(moe_control *c, control_op *op) {
+    end_op(c, &c->loads, op);
+    c->stage = moe_loader_idle(&c->loader) ? MOE_LOAD_NEXT : MOE_LOAD_CLEARS;
+}
+
+static bool clear(moe_control *c) {
+    while (moe_loader_take(&c->loader, &c->checked)) discard(c, &c->checked);
+    if (!moe_loader_idle(&c->loader)) return false;
+    c->stage = MOE_LOAD_NEXT;
+    return true;
+}
+
 static void end_load(moe_control *c, control_op *op) {
     moe_failpoint(MOE_FAILPOINT_LOAD_END);
     if (still_held(c, op))
         answer_load(c, op);
     else
         moe_rpc_fail(op->call, MOE_ABORTED, "some of the experts were dropped again while others were loaded", NULL);
-    end_op(c, &c->loads, op);
+    forget_load(c, op);
 }
 
 static void fail_load(moe_control *c, control_op *op, const moe_error *why) {
@@ -234,7 +248,7 @@ static void fail_load(moe_control *c, control_op *op, const moe_error *why) {
              "call are loaded and stay, %lld bytes are in use",
              e->expert, e->layer, (long long)expert_bytes(c, e), why->message, op->next, op->count, (long long)c->shard->bytes);
     moe_rpc_fail(op->call, err.code, err.message, NULL);
-    end_op(c, &c->loads, op);
+    forget_load(c, op);
 }
 
 static void got_expert(moe_control *c, control_op *op) {
@@ -245,17 +259,18 @@ static void got_expert(moe_control *c, control_op *op) {
 }
 
 static bool lost_expert(moe_control *c, control_op *op, const moe_error *why) {
-    c->stage = MOE_LOAD_NEXT;
     fail_load(c, op, why);
     return true;
 }
 
-static void start_packing(moe_control *c, const control_op *op, uint8_t *copied) {
-    const expert_ref *e = &op->experts[op->next];
-    if (op->next + 1 < op->count) /* the disk works while this one is hashed and packed */
-        moe_model_expert_will_need(c->shard->model, moe_model_expert(c->shard->model, e[1].layer, e[1].expert));
+static bool too_many(const moe_control *c, size_t more) {
+    return c->config.max_experts && (size_t)c->shard->num_held + more >= (size_t)c->config.max_experts;
+}
+
+/* Hands the first expert that the loader does not have to it. */
+static void pack_one(moe_control *c, control_op *op, uint8_t *copied) {
+    const expert_ref *e = &op->experts[op->begun++];
     moe_failpoint(MOE_FAILPOINT_LOAD_PACK);
-    c->stage = MOE_LOAD_PACKS;
     const moe_loader_task task = {.layer = e->layer,
                                   .expert = e->expert,
                                   .image = c->shard->residency ? moe_residency_take_image(c->shard->residency) : NULL,
@@ -265,12 +280,40 @@ static void start_packing(moe_control *c, const control_op *op, uint8_t *copied)
     moe_loader_start(&c->loader, &task);
 }
 
+static bool begun(const control_op *op, const expert_ref *e) {
+    for (size_t i = op->next; i < op->begun; i++)
+        if (op->experts[i].layer == e->layer && op->experts[i].expert == e->expert) return true;
+    return false;
+}
+
+/* The first share of a worker, of which nothing is asked yet, is packed by as many threads as there are. */
+static void pack_ahead(moe_control *c, control_op *op) {
+    if (c->serving || op->verify || op->source[0]) return;
+    while (op->begun < op->count && moe_loader_has_room(&c->loader)) {
+        const expert_ref *e = &op->experts[op->begun];
+        if (moe_shard_at(c->shard, e->layer, e->expert)->held || begun(op, e) || too_many(c, op->begun - op->next)) return;
+        pack_one(c, op, NULL);
+    }
+}
+
+static void start_packing(moe_control *c, control_op *op, uint8_t *copied) {
+    c->stage = MOE_LOAD_PACKS;
+    if (op->begun <= op->next) {
+        op->begun = op->next;
+        pack_one(c, op, copied);
+    }
+    pack_ahead(c, op);
+    if (op->begun < op->count) /* the disk works while these are hashed and packed */
+        moe_model_expert_will_need(c->shard->model, moe_model_expert(c->shard->model, op->experts[op->begun].layer,
+                                                                     op->experts[op->begun].expert));
+}
+
 static bool begin_expert(moe_control *c, control_op *op) {
     moe_error err;
     const expert_ref *e = &op->experts[op->next];
     if (op->call->cancelled) {
         moe_rpc_fail(op->call, MOE_CANCELLED, "cancelled by the caller", NULL);
-        end_op(c, &c->loads, op);
+        forget_load(c, op);
     } else if (op->next == op->count) {
         end_load(c, op);
     } else if (moe_shard_keep(c->shard, e->layer, e->expert)) {
@@ -282,7 +325,7 @@ static bool begin_expert(moe_control *c, control_op *op) {
                      (unsigned long long)e->digest);
             fail_load(c, op, &err);
         }
-    } else if (c->config.max_experts && c->shard->num_held >= c->config.max_experts) {
+    } else if (too_many(c, 0)) {
         moe_fail(&err, MOE_RESOURCE_EXHAUSTED, "this worker takes at most %d experts", c->config.max_experts);
         fail_load(c, op, &err);
     } else if (op->source[0] && !c->shard->residency && !moe_ffn_generated(moe_model_expert(c->shard->model, e->layer, e->expert))) {
@@ -296,7 +339,7 @@ static bool begin_expert(moe_control *c, control_op *op) {
 }
 
 /* The checkpoint has what the peer could not give. */
-static bool copy_expert(moe_control *c, const control_op *op) {
+static bool copy_expert(moe_control *c, control_op *op) {
     moe_fetch_state state = moe_fetch_turn(&c->fetch);
     if (state == MOE_FETCH_RUNNING && !op->call->cancelled) return false;
     if (state == MOE_FETCH_DONE) {
@@ -372,11 +415,14 @@ static bool advance_load(moe_control *c) {
             return pack_expert(c, op);
         case MOE_LOAD_CHECKS:
             return check_expert(c, op);
+        case MOE_LOAD_CLEARS:
+            return clear(c);
     }
     return false;
 }
 
 bool moe_control_has_work(moe_control *c) {
+    if (c->stage == MOE_LOAD_CLEARS) return moe_loader_done(&c->loader);
     if (TAILQ_EMPTY(&c->loads)) return false;
     if (c->stage == MOE_LOAD_PACKS) return moe_loader_done(&c->loader);
     if (c->stage == MOE_LOAD_CHECKS) return c->shard->backend->ops->poll || moe_known_check_ended(&c->check);
@@ -386,6 +432,7 @@ bool moe_control_has_work(moe_control *c) {
 bool moe_control_turn(moe_control *c) {
     int64_t end_ns = moe_now_ns(c->clock) + MOE_WORKER_LOAD_NS_PER_TURN;
     uint64_t last = c->loaded + MOE_WORKER_LOADS_PER_TURN;
+    if (c->stage == MOE_LOAD_CLEARS) clear(c);
     bool more = !TAILQ_EMPTY(&c->loads);
     while (more && c->loaded < last) {
         more = advance_load(c) && !TAILQ_EMPTY(&c->loads);

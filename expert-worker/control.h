@@ -22,13 +22,13 @@ typedef struct moe_control_config { /* all borrowed */
     const moe_ops *reference; /* cpu-ref's operations, for known answers; NULL: none */
     const char *worker_id;
     uint64_t incarnation;
-    bool threaded;            /* loads happen in a thread of their own */
+    int32_t load_threads;     /* as moe_worker_config */
     int64_t copy_bytes_per_s; /* 0: no limit */
     int32_t max_experts;      /* held at once; 0: no limit */
 } moe_control_config;
 
-/* Where the first Load is with its next expert. */
-typedef enum moe_load_stage { MOE_LOAD_NEXT, MOE_LOAD_COPIES, MOE_LOAD_PACKS, MOE_LOAD_CHECKS } moe_load_stage;
+/* Where the first Load is with its next expert; CLEARS: what an earlier one had begun is thrown away. */
+typedef enum moe_load_stage { MOE_LOAD_NEXT, MOE_LOAD_COPIES, MOE_LOAD_PACKS, MOE_LOAD_CHECKS, MOE_LOAD_CLEARS } moe_load_stage;
 
 typedef struct moe_control {
     moe_control_config config;
@@ -39,6 +39,7 @@ typedef struct moe_control {
     struct moe_control_list loads, drops;
     int32_t num_calls;
     uint64_t loaded; /* experts that Load calls got, for the progress counter */
+    bool serving;    /* the worker's: calls were computed, so that loads are to take one thread and no more */
 
     moe_load_stage stage;
     moe_fetch fetch;

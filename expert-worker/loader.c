@@ -66,86 +66,96 @@ static void run_task(const moe_loader *l, moe_loader_task *t) {
     if (t->status != MOE_OK) moe_loader_discard(l, t);
 }
 
+static moe_loader_place *place_at(moe_loader *l, int32_t index) { return &l->places[(l->first + index) % MOE_LOADER_MAX_THREADS]; }
+
 static void *run(void *arg) {
     moe_loader *l = arg;
     pthread_mutex_lock(&l->mutex);
     while (!l->stop) {
-        if (!l->started) {
+        if (l->begun == l->count) {
             pthread_cond_wait(&l->changed, &l->mutex);
             continue;
         }
-        l->started = false;
+        moe_loader_place *place = place_at(l, l->begun++);
         pthread_mutex_unlock(&l->mutex);
-        run_task(l, &l->task);
+        run_task(l, &place->task);
         pthread_mutex_lock(&l->mutex);
-        l->done = true;
+        place->done = true;
         l->config.transport->ops->wake(l->config.transport);
     }
     pthread_mutex_unlock(&l->mutex);
     return NULL;
 }
 
-moe_status moe_loader_init(moe_loader *l, const moe_loader_config *config, moe_error *err) {
-    *l = (moe_loader){.config = *config};
-    if (!config->threaded) return MOE_OK;
-    pthread_mutex_init(&l->mutex, NULL);
-    pthread_cond_init(&l->changed, NULL);
+static int start_thread(moe_loader *l) {
     sigset_t all, before;
     sigfillset(&all); /* signals are the main thread's */
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int failed = pthread_create(&l->thread, NULL, run, l);
+    int failed = pthread_create(&l->threads[l->num_threads], NULL, run, l);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!failed) l->num_threads++;
+    return failed;
+}
+
+moe_status moe_loader_init(moe_loader *l, const moe_loader_config *config, moe_error *err) {
+    MOE_ASSERT(config->threads >= 0 && config->threads <= MOE_LOADER_MAX_THREADS);
+    *l = (moe_loader){.config = *config, .open = true};
+    pthread_mutex_init(&l->mutex, NULL);
+    pthread_cond_init(&l->changed, NULL);
+    int failed = config->threads > 0 ? start_thread(l) : 0;
     if (!failed) return MOE_OK;
-    l->config.threaded = false;
-    pthread_mutex_destroy(&l->mutex);
-    pthread_cond_destroy(&l->changed);
+    moe_loader_close(l);
     return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "could not start the loader's thread: %s", strerror(failed));
 }
 
 void moe_loader_close(moe_loader *l) {
-    if (l->config.threaded) {
-        pthread_mutex_lock(&l->mutex);
-        l->stop = true;
-        pthread_cond_signal(&l->changed);
-        pthread_mutex_unlock(&l->mutex);
-        pthread_join(l->thread, NULL);
-        pthread_mutex_destroy(&l->mutex);
-        pthread_cond_destroy(&l->changed);
-        l->config.threaded = false;
-    }
-    if (l->has_task) moe_loader_discard(l, &l->task);
-    l->has_task = false;
+    if (!l->open) return;
+    l->open = false;
+    pthread_mutex_lock(&l->mutex);
+    l->stop = true;
+    pthread_cond_broadcast(&l->changed);
+    pthread_mutex_unlock(&l->mutex);
+    for (int32_t i = 0; i < l->num_threads; i++) pthread_join(l->threads[i], NULL);
+    for (int32_t i = 0; i < l->count; i++) moe_loader_discard(l, &place_at(l, i)->task);
+    pthread_mutex_destroy(&l->mutex);
+    pthread_cond_destroy(&l->changed);
+    l->count = 0;
 }
 
 void moe_loader_start(moe_loader *l, const moe_loader_task *task) {
-    MOE_ASSERT(!l->has_task);
-    l->task = *task;
-    l->has_task = true;
-    if (!l->config.threaded) {
-        run_task(l, &l->task);
-        l->done = true;
+    MOE_ASSERT(moe_loader_has_room(l));
+    moe_loader_place *place = place_at(l, l->count);
+    *place = (moe_loader_place){.task = *task};
+    if (l->config.threads == 0) {
+        run_task(l, &place->task);
+        place->done = true;
+        l->count = l->begun = 1;
         return;
     }
     pthread_mutex_lock(&l->mutex);
-    l->started = true;
+    l->count++;
     pthread_cond_signal(&l->changed);
     pthread_mutex_unlock(&l->mutex);
+    if (l->num_threads < l->count) start_thread(l); /* where there is none to be had, the others do it in turn */
 }
 
 bool moe_loader_done(moe_loader *l) {
-    if (!l->has_task) return false;
-    if (l->config.threaded) pthread_mutex_lock(&l->mutex);
-    bool done = l->done;
-    if (l->config.threaded) pthread_mutex_unlock(&l->mutex);
+    if (l->count == 0) return false;
+    pthread_mutex_lock(&l->mutex);
+    bool done = place_at(l, 0)->done;
+    pthread_mutex_unlock(&l->mutex);
     return done;
 }
 
 bool moe_loader_take(moe_loader *l, moe_loader_task *out) {
     if (!moe_loader_done(l)) return false;
-    l->done = false; /* its thread waits for the next task */
-    *out = l->task;
-    l->task = (moe_loader_task){.layer = 0};
-    l->has_task = false;
+    pthread_mutex_lock(&l->mutex);
+    *out = place_at(l, 0)->task;
+    *place_at(l, 0) = (moe_loader_place){.done = false};
+    l->first = (l->first + 1) % MOE_LOADER_MAX_THREADS;
+    l->count--;
+    l->begun--;
+    pthread_mutex_unlock(&l->mutex);
     return true;
 }
 

@@ -85,7 +85,7 @@ static moe_status open_parts(moe_residency *r, moe_error *err) {
         r->slot[i] = (residency_slot){.expert = c->backend->ops->slot(r->slots, i), .entry = -1};
     r->num_empty = r->num_slots;
     const moe_loader_config packer = {
-        .model = c->model, .backend = c->backend, .transport = c->transport, .threaded = c->tiers.threaded, .tiers = true};
+        .model = c->model, .backend = c->backend, .transport = c->transport, .threads = c->tiers.threaded, .tiers = true};
     if (status == MOE_OK) status = moe_loader_init(&r->packer, &packer, err);
     return status;
 }

@@ -41,7 +41,7 @@ static moe_status make_control(moe_worker *w, moe_error *err) {
                                         .reference = c->reference,
                                         .worker_id = c->id,
                                         .incarnation = c->incarnation,
-                                        .threaded = c->background_loads,
+                                        .load_threads = c->load_threads,
                                         .copy_bytes_per_s = c->copy_bytes_per_s,
                                         .max_experts = c->max_experts};
     moe_status status = moe_control_init(&w->control, &control, err);
@@ -75,7 +75,7 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
                                         .max_queued_calls = c->max_queued_calls,
                                         .max_batch_rows = c->max_batch_rows,
                                         .reference = c->reference,
-                                        .threaded = c->background_loads,
+                                        .threaded = c->load_threads > 0,
                                         .answer = moe_worker_answer_forward,
                                         .ctx = w};
     moe_status status = moe_shard_init(&w->shard, c->model, c->backend, err);
@@ -161,6 +161,7 @@ void moe_worker_free(moe_worker **worker) {
 
 moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
     bool more = moe_batcher_turn(&w->batcher);
+    w->control.serving = w->batcher.rows > 0;
     more |= moe_control_turn(&w->control);
     if (w->control.defect[0]) moe_recheck_condemn(&w->batcher.recheck, w->control.defect);
     moe_rpc_set_known(w->rpc, w->control.epoch, w->control.fence);

@@ -18,7 +18,8 @@ typedef struct moe_worker_config {
     int32_t max_queued_calls; /* more are refused with RESOURCE_EXHAUSTED */
     int32_t max_batch_rows;   /* assignments of calls merged into one batch; a call with more is a batch of its own */
     const moe_ops *reference; /* cpu-ref's operations, for known-answer batches; borrowed; NULL: none are computed */
-    bool background_loads;    /* experts are packed in a thread of their own; else in step, as the simulation needs */
+    int32_t load_threads;     /* pack experts: all of them until the first call was computed, then one at a time; 0: that happens
+                               * in step, as the simulation needs. MOE_LOADER_MAX_THREADS at most */
     int64_t copy_bytes_per_s; /* of what it copies from other workers; 0: no limit */
     int32_t max_experts;      /* held at once; 0: no limit */
     moe_tier_options tiers;   /* where the experts' weights live */

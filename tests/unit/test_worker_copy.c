@@ -8,6 +8,7 @@
 #include "cpu/cpu.h"
 #include "expert-worker/shard.h"
 #include "expert-worker/worker.h"
+#include "proto/forward.h"
 #include "proto/rpc.h"
 #include "tests/support/test.h"
 
@@ -40,7 +41,10 @@ static struct {
     moe_worker *workers[WORKERS];
     moe_rpc *client;
     uint64_t links[WORKERS];
-    bool threads;
+    int32_t threads; /* of each worker's loader; 0: a fake clock */
+    moe_backend crowd; /* cpu, but it counts who loads at once */
+    moe_backend_ops crowd_ops;
+    _Atomic int loading, most, meet; /* a load waits until so many have been at it at once */
 } t;
 
 static moe_status load_another(moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi, moe_expert **out,
@@ -49,7 +53,20 @@ static moe_status load_another(moe_backend *b, const moe_ffn_weights *weights, i
     (void)weights;
     return t.cpu->ops->expert_load(t.cpu, moe_model_expert(t.model, 0, 7), lo, hi, out, err);
 }
-static void faulty_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job) {
+
+static moe_status load_in_a_crowd(moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi, moe_expert **out,
+                                  moe_error *err) {
+    (void)b;
+    int now = atomic_fetch_add(&t.loading, 1) + 1, most = atomic_load(&t.most);
+    while (now > most && !atomic_compare_exchange_weak(&t.most, &most, now)) {}
+    for (int i = 0; i < 60000 && atomic_load(&t.most) < atomic_load(&t.meet); i++)
+        nanosleep(&(struct timespec){.tv_nsec = MOE_NS_PER_MS}, NULL);
+    moe_status status = t.cpu->ops->expert_load(t.cpu, weights, lo, hi, out, err);
+    atomic_fetch_sub(&t.loading, 1);
+    return status;
+}
+
+static void cpu_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job) {
     (void)b;
     t.cpu->ops->ffn_submit(t.cpu, batch, job);
 }
@@ -75,7 +92,7 @@ static void start_worker(int i, moe_backend *backend, int64_t rate, int32_t max_
                                       .max_queued_calls = 8,
                                       .max_batch_rows = 8,
                                       .reference = t.ref->ops->single,
-                                      .background_loads = t.threads,
+                                      .load_threads = t.threads,
                                       .copy_bytes_per_s = rate,
                                       .max_experts = max_experts};
     OK(moe_worker_new(&config, &t.workers[i], &err));
@@ -83,7 +100,7 @@ static void start_worker(int i, moe_backend *backend, int64_t rate, int32_t max_
 }
 
 /* `model` is taken over. */
-static void open_with(moe_model *model, bool threads) {
+static void open_with(moe_model *model, int32_t threads) {
     moe_error err;
     memset(&t, 0, sizeof t);
     t.model = model;
@@ -94,9 +111,13 @@ static void open_with(moe_model *model, bool threads) {
     OK(moe_cpu_open(&(moe_cpu_config){.threads = threads ? 1 : 0}, &t.cpu, &err));
     t.faulty_ops = *t.cpu->ops;
     t.faulty_ops.expert_load = load_another;
-    t.faulty_ops.ffn_submit = faulty_submit;
+    t.faulty_ops.ffn_submit = cpu_submit;
     t.faulty_ops.profile = faulty_profile;
     t.faulty = (moe_backend){.ops = &t.faulty_ops, .dtype = t.cpu->dtype};
+    t.crowd_ops = *t.cpu->ops;
+    t.crowd_ops.expert_load = load_in_a_crowd;
+    t.crowd_ops.ffn_submit = cpu_submit;
+    t.crowd = (moe_backend){.ops = &t.crowd_ops, .dtype = t.cpu->dtype};
     OK(moe_inproc_hub_new(t.used, 1, &t.hub, &err));
     OK(moe_inproc_open(t.hub, &t.transports[WORKERS], &err));
     const moe_rpc_config client = {
@@ -106,13 +127,13 @@ static void open_with(moe_model *model, bool threads) {
     OK(moe_rpc_new(&client, &t.client, &err));
 }
 
-static void open_checkpoint(const char *dir, bool threads) {
+static void open_checkpoint(const char *dir, int32_t threads) {
     moe_model *model;
     OK(moe_model_open(dir, &model, NULL));
     open_with(model, threads);
 }
 
-static void open_all(bool threads) { open_checkpoint(CHECKPOINT, threads); }
+static void open_all(int32_t threads) { open_checkpoint(CHECKPOINT, threads); }
 
 static void close_all(void) {
     moe_rpc_free(&t.client);
@@ -177,12 +198,14 @@ typedef struct load {
     uint32_t layer, first, count;
     const char *source; /* NULL: checkpoint */
     uint64_t digest_salt;
+    bool plain; /* a first share: no known answers, no digests but the one below */
+    uint32_t wrong; /* plain: this one's digest is told wrongly; 0: none's */
 } load;
 
 static answer load_experts(int worker, load l) {
     Moesaic__V1__LoadRequest request = MOESAIC__V1__LOAD_REQUEST__INIT;
     Moesaic__V1__ExpertId ids[8], *pointers[8];
-    uint64_t digests[8];
+    uint64_t digests[8], told[8];
     for (uint32_t i = 0; i < l.count; i++) {
         moesaic__v1__expert_id__init(&ids[i]);
         ids[i].layer = l.layer;
@@ -190,13 +213,14 @@ static answer load_experts(int worker, load l) {
         pointers[i] = &ids[i];
         OK(moe_expert_digest(moe_model_expert(t.model, (int32_t)l.layer, (int32_t)(l.first + i)), &digests[i], NULL));
         digests[i] ^= l.digest_salt;
+        told[i] = !l.plain ? digests[i] : l.wrong == i && i > 0 ? digests[i] + 1 : 0;
     }
     request.incarnation = 10 + (uint64_t)worker;
     request.experts = pointers;
     request.n_experts = l.count;
-    request.digests = digests;
+    request.digests = told;
     request.n_digests = l.count;
-    request.verify = true;
+    request.verify = !l.plain;
     if (l.source) {
         request.source_endpoint = (char *)l.source;
         request.source_incarnation = 10;
@@ -358,6 +382,109 @@ static void test_stats_lists_what_changed(void **state) {
     close_all();
 }
 
+static void open_crowd(int32_t threads, int meet) {
+    open_all(threads);
+    t.meet = meet;
+    start_worker(0, &t.crowd, 0, 0);
+}
+
+/* Each thread has an expert, and they are held in the order in which they were asked for. */
+static void test_first_share_is_packed_side_by_side(void **state) {
+    (void)state;
+    open_crowd(3, 3);
+    assert_int_equal(load_experts(0, (load){.count = 8, .plain = true}).status, MOE_OK);
+    assert_int_equal(t.most, 3);
+    assert_int_equal(load_experts(0, (load){.layer = 1, .first = 4, .count = 8, .plain = true}).status, MOE_OK);
+    assert_int_equal(load_experts(0, (load){.layer = 1, .first = 0, .count = 8, .plain = true}).status, MOE_OK); /* half are held */
+    assert_int_equal(stats(0, 0).num_loaded, 20);
+    assert_int_equal(t.most, 3);
+    close_all();
+}
+
+static void test_what_follows_a_failure_is_not_kept(void **state) {
+    (void)state;
+    open_crowd(3, 2);
+    answer a = load_experts(0, (load){.count = 8, .plain = true, .wrong = 2});
+    assert_int_equal(a.status, MOE_DATA_LOSS);
+    assert_non_null(strstr(a.message, "2 of 8 experts"));
+    assert_int_equal(stats(0, 0).num_loaded, 2);
+    assert_int_equal(load_experts(0, (load){.count = 8, .plain = true}).status, MOE_OK);
+    assert_int_equal(stats(0, 0).num_loaded, 8);
+    close_all();
+}
+
+static void test_no_more_than_may_be_held_is_begun(void **state) {
+    (void)state;
+    open_all(4);
+    start_worker(0, &t.crowd, 0, 2);
+    assert_int_equal(load_experts(0, (load){.count = 8, .plain = true}).status, MOE_RESOURCE_EXHAUSTED);
+    assert_int_equal(stats(0, 0).num_loaded, 2);
+    assert_true(t.most <= 2);
+    close_all();
+}
+
+/* A worker may end, and a call may, while threads pack. */
+static void test_ends_while_it_packs(void **state) {
+    (void)state;
+    for (int cancelled = 0; cancelled < 2; cancelled++) {
+        open_crowd(4, 4);
+        Moesaic__V1__LoadRequest request = MOESAIC__V1__LOAD_REQUEST__INIT;
+        Moesaic__V1__ExpertId ids[8], *pointers[8];
+        answer a = {0};
+        uint64_t id;
+        for (uint32_t i = 0; i < 8; i++) {
+            moesaic__v1__expert_id__init(pointers[i] = &ids[i]);
+            ids[i].expert = i;
+        }
+        request.incarnation = 10;
+        request.experts = pointers;
+        request.n_experts = 8;
+        stats(0, 0);
+        moe_peer peer = moe_rpc_peer_of_link(t.client, t.links[0])->peer;
+        OK(moe_rpc_call_start(t.client, peer, "/moesaic.v1.WorkerService/Load", &request.base, NULL, 0, INT64_MAX, on_reply, &a, &id,
+                              NULL));
+        for (int i = 0; i < 60000 && atomic_load(&t.most) < 2; i++) step();
+        if (cancelled) {
+            moe_rpc_cancel(t.client, id);
+            assert_int_equal(load_experts(0, (load){.layer = 1, .count = 8, .plain = true}).status, MOE_OK);
+        }
+        close_all();
+    }
+}
+
+static void forward(void) {
+    static float x[4096];
+    const uint32_t row = 0, expert = 0;
+    answer a = {0};
+    moe_forward_call call = {.epoch = 1,
+                             .incarnation = 10,
+                             .model_digest = t.model->digest,
+                             .cluster_uuid = UUID,
+                             .rows = 1,
+                             .assignments = 1,
+                             .block_hi = MOE_FFN_BLOCKS,
+                             .activations = x,
+                             .assignment_rows = &row,
+                             .assignment_experts = &expert};
+    moe_peer peer = moe_rpc_peer_of_link(t.client, t.links[0])->peer;
+    assert_true(t.model->config.hidden <= 4096);
+    OK(moe_forward_start(t.client, peer, &call, t.model->config.hidden, INT64_MAX, on_reply, &a, NULL, NULL));
+    for (int i = 0; i < 60000 && !a.done; i++) step();
+    assert_int_equal(a.status, MOE_OK);
+}
+
+/* What is verified is one after another, and so is everything once calls are computed. */
+static void test_one_at_a_time_beside_calls(void **state) {
+    (void)state;
+    open_crowd(4, 0);
+    assert_int_equal(load_experts(0, (load){.count = 8}).status, MOE_OK);
+    assert_int_equal(t.most, 1);
+    forward();
+    assert_int_equal(load_experts(0, (load){.layer = 1, .count = 8, .plain = true}).status, MOE_OK);
+    assert_int_equal(t.most, 1);
+    close_all();
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_verified_from_checkpoint_and_peer),
@@ -369,6 +496,11 @@ int main(void) {
         cmocka_unit_test(test_max_experts),
         cmocka_unit_test(test_fetch_validates),
         cmocka_unit_test(test_stats_lists_what_changed),
+        cmocka_unit_test(test_first_share_is_packed_side_by_side),
+        cmocka_unit_test(test_what_follows_a_failure_is_not_kept),
+        cmocka_unit_test(test_no_more_than_may_be_held_is_begun),
+        cmocka_unit_test(test_ends_while_it_packs),
+        cmocka_unit_test(test_one_at_a_time_beside_calls),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
