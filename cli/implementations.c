@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "common/model/family.h"
 #include "common/model/pre_gates.h"
 #include "common/redis/redis_store.h"
 #include "common/zmq/zmq_transport.h"
@@ -46,7 +47,7 @@ moe_status moe_backend_tune(const moe_backend_config *config, const moe_model_co
     moe_cuda_config cuda = cuda_config(config);
     if (strcmp(config->name, "cuda") != 0 || !config->tune_file)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--tune: needs --backend cuda and --tune-file FILE");
-    return moe_cuda_tune_experts(&cuda, model->hidden, model->expert_intermediate, model->num_experts, err);
+    return moe_cuda_tune_experts(&cuda, model->hidden, model->expert_intermediate, !model->family->relu, model->num_experts, err);
 }
 
 static moe_status cuda_devices(moe_device_name names[MOE_MAX_DEVICES], int32_t *count, moe_error *err) {

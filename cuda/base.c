@@ -63,7 +63,7 @@ static void pack_matrix(packer *p, const moe_tensor *parts, int num_parts, moe_c
 
 static void pack_network(packer *p, const moe_ffn_weights *w, moe_cuda_base_network *out) {
     *out = (moe_cuda_base_network){0};
-    if (!moe_tensor_present(&w->gate)) return;
+    if (!moe_ffn_present(w)) return;
     moe_cuda_network_shape shape = moe_cuda_network_shape_of(w, 0, MOE_FFN_BLOCKS, p->profile);
     out->network = moe_cuda_network_at(&shape, moe_cuda_arena_take(&p->arena, moe_cuda_network_bytes(&shape)));
     out->tables = moe_cuda_arena_take(&p->arena, 3 * sizeof(void *));

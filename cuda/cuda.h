@@ -21,8 +21,9 @@ moe_status moe_cuda_device_count(int32_t *out, moe_error *err);
 /* The name by which every process on every machine knows this GPU: "GPU-" and its UUID, as nvidia-smi shows it. UNAVAILABLE. */
 moe_status moe_cuda_device_name(int32_t device, char *out, size_t size, moe_error *err);
 
-/* Measures on config->device which kernels are best for `num_experts` experts of this shape, at how many rows, and puts that into the
- * file config->tune_file, in place of what it says of this shape. Blocks for seconds. Errors as of moe_cuda_open for the device;
- * INVALID_ARGUMENT: a shape for which there is nothing to choose, or a file that is no such table; RESOURCE_EXHAUSTED. */
-moe_status moe_cuda_tune_experts(const moe_cuda_config *config, int32_t hidden, int32_t intermediate, int32_t num_experts,
-                                 moe_error *err);
+/* Measures on config->device which kernels are best for `num_experts` experts of this shape, with gate matrices (moe_ffn_gated)
+ * or without, at how many rows, and puts that into the file config->tune_file, in place of what it says of this shape. Blocks for
+ * seconds. Errors as of moe_cuda_open for the device; INVALID_ARGUMENT: a shape for which there is nothing to choose, or a file
+ * that is no such table; RESOURCE_EXHAUSTED. */
+moe_status moe_cuda_tune_experts(const moe_cuda_config *config, int32_t hidden, int32_t intermediate, bool gated,
+                                 int32_t num_experts, moe_error *err);

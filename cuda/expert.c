@@ -3,7 +3,7 @@
 #include "common/alloc.h"
 #include "cuda/expert_kernels.h"
 
-#define ROW_GROUP 8 /* rows of gate, then of up */
+#define ROW_GROUP 8 /* rows of gate, then of up; padding is in the last group */
 #define ADVICE "hold fewer experts here (more workers, --device-memory), or leave less to the KV cache (--kv-cache-memory)"
 
 typedef struct moe_cuda_slab {
@@ -20,19 +20,22 @@ static size_t aligned(size_t bytes) { return (bytes + MOE_CUDA_ALIGNMENT - 1) / 
 
 moe_cuda_network_shape moe_cuda_network_shape_of(const moe_ffn_weights *w, int32_t block_lo, int32_t block_hi,
                                                  moe_dtype profile) {
-    moe_cuda_network_shape s = {.hidden = (int32_t)w->gate.cols, .intermediate = (int32_t)w->gate.rows};
-    bool same = w->gate.dtype == w->up.dtype && w->gate.dtype == w->down.dtype;
+    moe_cuda_network_shape s = {.hidden = (int32_t)w->up.cols, .intermediate = (int32_t)w->up.rows, .gated = moe_ffn_gated(w)};
+    bool same = w->up.dtype == w->down.dtype && (!s.gated || w->gate.dtype == w->up.dtype);
     s.block_lo = block_lo;
     s.block_hi = block_hi;
     s.width = moe_ffn_block_start(s.intermediate, block_hi) - moe_ffn_block_start(s.intermediate, block_lo);
     s.padded = (s.width + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP;
-    s.dtype = moe_cuda_weight_dtype(profile, same ? w->gate.dtype : MOE_F32);
+    s.dtype = moe_cuda_weight_dtype(profile, same ? w->up.dtype : MOE_F32);
     return s;
 }
 
-static size_t down_offset(const moe_cuda_network_shape *s) {
-    return aligned(2 * (size_t)s->padded * (size_t)s->hidden * moe_dtype_bytes(s->dtype));
+/* Of `rows` units of the intermediate width: their rows of up and, where there are any, of gate. */
+static size_t gate_up_bytes(const moe_cuda_network_shape *s, int32_t rows) {
+    return (s->gated ? 2 : 1) * (size_t)rows * (size_t)s->hidden * moe_dtype_bytes(s->dtype);
 }
+
+static size_t down_offset(const moe_cuda_network_shape *s) { return aligned(gate_up_bytes(s, s->padded)); }
 
 static size_t tail_offset(const moe_cuda_network_shape *s) {
     return down_offset(s) + aligned((size_t)s->hidden * (size_t)s->padded * moe_dtype_bytes(s->dtype));
@@ -55,14 +58,14 @@ static moe_status upload_maps(moe_cuda_upload *upload, const moe_cuda_network *n
     const moe_cuda_network_shape *s = &n->shape;
     _Alignas(64) moe_cuda_expert_maps maps;
     if (upload->device->arch != 90 || s->dtype != MOE_BF16 || !moe_cuda_expert_supported(s->hidden, s->width, 0)) return MOE_OK;
-    cudaError_t code = moe_cuda_expert_maps_make(n->gate_up, n->down, s->hidden, s->width, &maps);
+    cudaError_t code = moe_cuda_expert_maps_make(n->gate_up, n->down, s->hidden, s->width, s->gated, &maps);
     if (code != cudaSuccess) return moe_cuda_check(code, "describing an expert's matrices to the GPU", err);
     return moe_cuda_upload_bytes(upload, n->tail, &maps, sizeof maps, err);
 }
 
-/* The three matrices on their way into the network's places. */
+/* The matrices on their way into the network's places. */
 typedef struct network_planes {
-    moe_cuda_plane gate, up, down;
+    moe_cuda_plane gate, up, down; /* gate: where the network is gated */
 } network_planes;
 
 static network_planes planes_of(const moe_cuda_network *n, const moe_ffn_weights *w) {
@@ -79,7 +82,10 @@ static network_planes planes_of(const moe_cuda_network *n, const moe_ffn_weights
                                  .to = n->gate_up}};
     p.up = p.gate;
     p.up.tensor = &w->up;
-    p.up.to = (uint8_t *)n->gate_up + ROW_GROUP * (size_t)s->hidden * moe_dtype_bytes(s->dtype);
+    if (s->gated)
+        p.up.to = (uint8_t *)n->gate_up + gate_up_bytes(s, ROW_GROUP) / 2;
+    else
+        p.up.run_stride = ROW_GROUP;
     p.down = (moe_cuda_plane){.tensor = &w->down,
                               .row_hi = s->hidden,
                               .col_lo = lo,
@@ -92,9 +98,9 @@ static network_planes planes_of(const moe_cuda_network *n, const moe_ffn_weights
     return p;
 }
 
-/* The padding rows are in the last group of each of gate and up. */
+/* The padding rows are in the last group of up and, where there is one, of gate. */
 static uint8_t *last_groups(const moe_cuda_network *n, size_t *bytes) {
-    *bytes = 2 * ROW_GROUP * (size_t)n->shape.hidden * moe_dtype_bytes(n->shape.dtype);
+    *bytes = gate_up_bytes(&n->shape, ROW_GROUP);
     return (uint8_t *)n->gate_up + (size_t)(n->shape.padded / ROW_GROUP - 1) * *bytes;
 }
 
@@ -106,7 +112,7 @@ moe_status moe_cuda_network_upload(moe_cuda_upload *upload, const moe_cuda_netwo
         uint8_t *last = last_groups(n, &bytes);
         status = moe_cuda_check(cudaMemsetAsync(last, 0, bytes, upload->stream), "clearing an expert's slot", err);
     }
-    if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &p.gate, err);
+    if (status == MOE_OK && n->shape.gated) status = moe_cuda_upload_plane(upload, &p.gate, err);
     if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &p.up, err);
     if (status == MOE_OK) status = moe_cuda_upload_plane(upload, &p.down, err);
     if (status == MOE_OK) status = upload_maps(upload, n, err);
@@ -122,7 +128,7 @@ void moe_cuda_network_pack(const moe_cuda_network *n, const moe_ffn_weights *w) 
         uint8_t *last = last_groups(n, &bytes);
         memset(last, 0, bytes);
     }
-    moe_cuda_plane_pack(&p.gate);
+    if (n->shape.gated) moe_cuda_plane_pack(&p.gate);
     moe_cuda_plane_pack(&p.up);
     moe_cuda_plane_pack(&p.down);
 }

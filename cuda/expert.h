@@ -11,11 +11,14 @@ typedef struct moe_cuda_network_shape {
     int32_t hidden, intermediate; /* intermediate: of the whole network */
     int32_t block_lo, block_hi;
     int32_t width, padded; /* of the slice; padded: rounded up to 8 */
-    moe_dtype dtype;       /* of all three matrices on the device */
+    moe_dtype dtype;       /* of all matrices on the device */
+    bool gated;            /* moe_ffn_gated */
 } moe_cuda_network_shape;
 
-/* gate_up [2 · padded, hidden]: rows 16j … 16j+7 are gate rows 8j … 8j+7, rows 16j+8 … 16j+15 the up rows; down [hidden, padded],
- * at the next 256-byte boundary; then the tail. Padding is zero. */
+/* A network in device memory, and, but for the tail, its image in host memory: two matrices and the tail, each at the next
+ * 256-byte boundary. Padding is zero. gate_up  gated: [2 · padded, hidden], rows 16j … 16j+7 are gate rows 8j … 8j+7, rows 16j+8
+ * … 16j+15 the up rows; without a gate matrix: up alone, [padded, hidden], its rows in order down     [hidden, padded] tail
+ * moe_cuda_expert_maps */
 typedef struct moe_cuda_network {
     moe_cuda_network_shape shape;
     void *gate_up; /* NULL: absent */
@@ -43,7 +46,7 @@ moe_cuda_network_shape moe_cuda_network_shape_of(const moe_ffn_weights *weights,
                                                  moe_dtype profile);
 static inline bool moe_cuda_network_shape_equal(const moe_cuda_network_shape *a, const moe_cuda_network_shape *b) {
     return a->hidden == b->hidden && a->intermediate == b->intermediate && a->block_lo == b->block_lo &&
-           a->block_hi == b->block_hi && a->dtype == b->dtype;
+           a->block_hi == b->block_hi && a->dtype == b->dtype && a->gated == b->gated;
 }
 size_t moe_cuda_network_bytes(const moe_cuda_network_shape *shape);
 

@@ -2,11 +2,12 @@
  *
  * For every assignment a (one token row at one expert g):
  *   inner[a, :] = bf16(silu(gate_g · x[row(a)]) ⊙ (up_g · x[row(a)]))      sums in float32
+ *                 or, of experts without a gate matrix, bf16(relu(up_g · x[row(a)]))
  *   y[a, :]     = down_g · inner[a, :]                                     float32
  *
  * Two launches, one for each product; the second starts fetching its weights while the first ends (programmatic dependent
- * launch). Weights are the M operand (features), tokens the N operand, so that gate and up rows interleaved in groups of 8 meet in
- * one thread. Which experts have rows, and how many, is read on the device from `expert_first`.
+ * launch). Weights are the M operand (features), tokens the N operand, so that gate and up rows interleaved in groups of 8 meet
+ * in one thread. Which experts have rows, and how many, is read on the device from `expert_first`.
  *
  * All launchers are asynchronous on the stream, allocate nothing, never synchronise and can be captured into a graph. Every
  * pointer is device memory, 16-byte aligned, and is borrowed until the work has ended. */
@@ -31,9 +32,10 @@ typedef struct moe_cuda_expert_maps {
 } moe_cuda_expert_maps;
 
 /* Fills *maps, in host memory, 64-byte aligned, for an expert whose weights lie at these device addresses (256-byte aligned):
- * gate_up bf16 [2·width, hidden], gate and up rows interleaved in groups of 8; down bf16 [hidden, width]. The caller copies it to
- * the device. cudaErrorNotSupported where the driver has no such maps. Any thread; the device must be current. */
-cudaError_t moe_cuda_expert_maps_make(const void *gate_up, const void *down, int32_t hidden, int32_t width,
+ * gate_up bf16 [2·width, hidden], gate and up rows interleaved in groups of 8, or, not `gated`, up alone, [width, hidden]; down
+ * bf16 [hidden, width]. The caller copies it to the device. cudaErrorNotSupported where the driver has no such maps. Any thread;
+ * the device must be current. */
+cudaError_t moe_cuda_expert_maps_make(const void *gate_up, const void *down, int32_t hidden, int32_t width, bool gated,
                                       moe_cuda_expert_maps *maps);
 
 /* Which kernels a device runs: 90 (compute capability 9.0: TMA and wgmma) or 80 (mma.sync, cp.async; any later device too). */
@@ -53,6 +55,7 @@ static inline bool moe_cuda_expert_supported(int32_t hidden, int32_t width, int3
 /* One expert FFN over assignments sorted by group. */
 typedef struct moe_cuda_ffn {
     moe_cuda_expert_device device;
+    bool gated;              /* of all experts: gate_up has gate and up rows; else up rows alone */
     int32_t hidden;          /* H */
     int32_t width;           /* columns of the intermediate width that are computed: I, or those of a slice */
     int32_t width_first;     /* where they begin in the loaded expert */

@@ -79,8 +79,9 @@ struct fetcher {
     }
 };
 
-template <int TOKENS, int STAGES, int WARPS_N, bool SECOND>
+template <int TOKENS, int STAGES, int WARPS_N, product_kind KIND>
 __global__ void __launch_bounds__(kThreads) expert_kernel(const __grid_constant__ product p) {
+    constexpr bool SECOND = KIND == DOWN;
     using s = shape<TOKENS, STAGES, WARPS_N>;
     extern __shared__ __align__(128) uint8_t shared[];
     const tile_list list(shared + STAGES * s::stage_bytes, p.num_groups);
@@ -131,10 +132,14 @@ __global__ void __launch_bounds__(kThreads) expert_kernel(const __grid_constant_
 #pragma unroll
             for (int m = 0; m < s::blocks_m; m++) {
                 int row = t.feature + warp_row + 16 * m;
-                if (SECOND)
+                if (SECOND) {
                     store_rows(d[m][n], p, row + lane / 4, slot[0], slot[1]);
-                else
-                    store_inner(d[m][n], d[m][n] + 2, p, t.first + token, t.count - token, row / 2);
+                } else if (KIND == GATE_UP) {
+                    store_silu(d[m][n], d[m][n] + 2, p, t.first + token, t.count - token, row / 2);
+                } else if (row < p.features) {  // of all 16 rows or none
+                    store_relu(d[m][n], p, t.first + token, t.count - token, row);
+                    store_relu(d[m][n] + 2, p, t.first + token, t.count - token, row + 8);
+                }
             }
         }
     }
@@ -144,13 +149,13 @@ using kernel = void (*)(product);
 
 struct variant {
     int tokens, bytes, blocks_per_sm;
-    kernel first, second;
+    kernel gate_up, up, down;
 };
 
 template <int TOKENS, int STAGES, int WARPS_N, int BLOCKS>
 constexpr variant make_variant() {
-    return {TOKENS, shape<TOKENS, STAGES, WARPS_N>::bytes, BLOCKS, expert_kernel<TOKENS, STAGES, WARPS_N, false>,
-            expert_kernel<TOKENS, STAGES, WARPS_N, true>};
+    return {TOKENS, shape<TOKENS, STAGES, WARPS_N>::bytes, BLOCKS, expert_kernel<TOKENS, STAGES, WARPS_N, GATE_UP>,
+            expert_kernel<TOKENS, STAGES, WARPS_N, UP>, expert_kernel<TOKENS, STAGES, WARPS_N, DOWN>};
 }
 
 // Shared memory of an A100's multiprocessor is 164 KiB.
@@ -167,7 +172,7 @@ cudaError_t launch(const variant &v, kernel k, const product &p, const moe_cuda_
 
 cudaError_t moe_cuda_expert_sm80_open(void) {
     for (const variant &v : kVariants) {
-        for (kernel k : {v.first, v.second}) {
+        for (kernel k : {v.gate_up, v.up, v.down}) {
             cudaError_t error = cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      v.bytes + list_bytes(MOE_CUDA_MAX_GROUPS));
             if (error != cudaSuccess) return error;
@@ -180,8 +185,8 @@ cudaError_t moe_cuda_expert_ffn_sm80(const moe_cuda_ffn *args, cudaStream_t stre
     int tokens = args->tile_tokens < 128 ? args->tile_tokens : 128;
     for (const variant &v : kVariants) {
         if (v.tokens != tokens) continue;
-        cudaError_t error = launch(v, v.first, first_product(*args), *args, stream);
-        return error != cudaSuccess ? error : launch(v, v.second, second_product(*args), *args, stream);
+        cudaError_t error = launch(v, args->gated ? v.gate_up : v.up, first_product(*args), *args, stream);
+        return error != cudaSuccess ? error : launch(v, v.down, second_product(*args), *args, stream);
     }
     return cudaErrorInvalidValue;
 }

@@ -21,10 +21,10 @@ constexpr int kBoxFeatures = 128;  // weight rows of one copy
 
 // A kernel for tiles of FEATURES weight rows by TOKENS tokens. BULK: token rows are consecutive and come by the copy engine. Each
 // multiplying warpgroup has HALVES times 64 of the weight rows; two halves take turns at every 8 rows, so that a warp has 32 rows in
-// succession, gate rows in one half and up rows in the other.
-template <int FEATURES_, int TOKENS_, int STAGES_, bool SECOND_>
+// succession, of GATE_UP gate rows in one half and up rows in the other.
+template <int FEATURES_, int TOKENS_, int STAGES_, product_kind KIND>
 struct config {
-    enum { FEATURES = FEATURES_, TOKENS = TOKENS_, STAGES = STAGES_, SECOND = SECOND_ };
+    enum { FEATURES = FEATURES_, TOKENS = TOKENS_, STAGES = STAGES_, UP_ALONE = KIND == UP, SECOND = KIND == DOWN };
     enum { BULK = SECOND && TOKENS >= 128, HALVES = FEATURES / (64 * kConsumers) };
     enum { fetch_registers = 56, multiply_registers = 224 };                           // 128 · 56 + 256 · 224 ≤ 65536
     enum { weight_bytes = FEATURES * kTileK * 2, token_bytes = TOKENS * kTileK * 2 };  // of a stage
@@ -153,11 +153,15 @@ template <class C>
 __device__ __forceinline__ void store(const product &p, const tile &t, int feature, float (&d)[C::HALVES][C::TOKENS / 2], int j, int slot) {
     const int lane = threadIdx.x % 32, first = t.first + 8 * j, count = t.count - 8 * j;
     if (!C::SECOND && feature >= p.features) return;
-    if (!C::SECOND && C::HALVES == 1) {
-        store_inner(d[0] + 4 * j, d[0] + 4 * j + 2, p, first, count, feature / 2);
+    if (C::UP_ALONE) {
+#pragma unroll
+        for (int i = 0; i < 2 * C::HALVES; i++)
+            store_relu(d[i % C::HALVES] + 4 * j + i / C::HALVES * 2, p, first, count, feature + 8 * i);
+    } else if (!C::SECOND && C::HALVES == 1) {
+        store_silu(d[0] + 4 * j, d[0] + 4 * j + 2, p, first, count, feature / 2);
     } else if (!C::SECOND) {
-        store_inner(d[0] + 4 * j, d[C::HALVES - 1] + 4 * j, p, first, count, feature / 2);
-        store_inner(d[0] + 4 * j + 2, d[C::HALVES - 1] + 4 * j + 2, p, first, count, feature / 2 + 8);
+        store_silu(d[0] + 4 * j, d[C::HALVES - 1] + 4 * j, p, first, count, feature / 2);
+        store_silu(d[0] + 4 * j + 2, d[C::HALVES - 1] + 4 * j + 2, p, first, count, feature / 2 + 8);
     } else {
         int from = 8 * j % 32 + 2 * (lane % 4);
         int slots[2] = {__shfl_sync(0xffffffffu, slot, from), __shfl_sync(0xffffffffu, slot, from + 1)};
@@ -235,15 +239,16 @@ using kernel = void (*)(product, CUtensorMap);
 
 struct variant {
     int tile, features, tokens, bytes;
-    bool bulk;  // the second kernel reads its tokens by a map
-    kernel first, second;
+    bool bulk;  // the second product's kernel reads its tokens by a map
+    kernel gate_up, up, down;
 };
 
 template <int FEATURES, int TOKENS, int STAGES>
 constexpr variant make_variant(int tile) {
-    using first = config<FEATURES, TOKENS, STAGES, false>;
-    using second = config<FEATURES, TOKENS, STAGES, true>;
-    return {tile, FEATURES, TOKENS, first::bytes, second::BULK, expert_kernel<first>, expert_kernel<second>};
+    using gate_up = config<FEATURES, TOKENS, STAGES, GATE_UP>;
+    using up = config<FEATURES, TOKENS, STAGES, UP>;
+    using down = config<FEATURES, TOKENS, STAGES, DOWN>;
+    return {tile, FEATURES, TOKENS, gate_up::bytes, down::BULK, expert_kernel<gate_up>, expert_kernel<up>, expert_kernel<down>};
 }
 
 // As many stages as shared memory holds. The widest tile is 256 weight rows by 128 tokens rather than 128 by 256: gathering costs more
@@ -291,7 +296,7 @@ cudaError_t launch(const variant &v, kernel k, const product &p, const CUtensorM
 
 cudaError_t moe_cuda_expert_sm90_open(void) {
     for (const variant &v : kVariants) {
-        for (kernel k : {v.first, v.second}) {
+        for (kernel k : {v.gate_up, v.up, v.down}) {
             int bytes = v.bytes + list_bytes(MOE_CUDA_MAX_GROUPS);
             cudaError_t error = cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
             if (error != cudaSuccess) return error;
@@ -305,14 +310,14 @@ cudaError_t moe_cuda_expert_ffn_sm90(const moe_cuda_ffn *args, cudaStream_t stre
         if (v.tile != args->tile_tokens) continue;
         alignas(64) CUtensorMap map = {};
         cudaError_t error = !v.bulk ? cudaSuccess : make_map(args->inner, args->num_assignments, args->width, v.tokens, &map);
-        if (error == cudaSuccess) error = launch(v, v.first, first_product(*args), map, *args, stream);
-        return error != cudaSuccess ? error : launch(v, v.second, second_product(*args), map, *args, stream);
+        if (error == cudaSuccess) error = launch(v, args->gated ? v.gate_up : v.up, first_product(*args), map, *args, stream);
+        return error != cudaSuccess ? error : launch(v, v.down, second_product(*args), map, *args, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-cudaError_t moe_cuda_expert_maps_make(const void *gate_up, const void *down, int32_t hidden, int32_t width,
+cudaError_t moe_cuda_expert_maps_make(const void *gate_up, const void *down, int32_t hidden, int32_t width, bool gated,
                                       moe_cuda_expert_maps *maps) {
-    cudaError_t error = make_map(gate_up, 2 * (int64_t)width, hidden, kBoxFeatures, maps->gate_up);
+    cudaError_t error = make_map(gate_up, (gated ? 2 : 1) * (int64_t)width, hidden, kBoxFeatures, maps->gate_up);
     return error != cudaSuccess ? error : make_map(down, hidden, width, kBoxFeatures, maps->down);
 }

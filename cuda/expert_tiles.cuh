@@ -10,6 +10,10 @@ namespace moe_expert {
 constexpr int kTileK = 64;      // columns of a pipeline stage: 128 bytes
 constexpr int kTokenBand = 16;  // token tiles that run side by side over the same weights
 
+// Which product a kernel computes, and what its end does with it: the first one with gate and up rows (SwiGLU), or with up rows alone
+// (ReLU), or the second.
+enum product_kind { GATE_UP, UP, DOWN };
+
 // One product of all experts: for each group g, d[feature, token] = Σ_k a_g[feature, k] · b[token, k].
 struct product {
     const int32_t *expert_first;  // [G + 1]
@@ -18,7 +22,7 @@ struct product {
     const moe_cuda_expert_maps *const *maps;
     const void *const *weights;   // [G], a_g [features + .., a_stride]
     const __nv_bfloat16 *b;
-    void *out;                    // gate_up: bf16 [A, features / 2]; down: f32 [.., features]
+    void *out;                    // GATE_UP: bf16 [A, features / 2]; UP: bf16 [A, features]; DOWN: f32 [.., features]
     int num_groups, features, k;  // k: multiple of kTileK
     int feature_first, k_first;   // where the slice begins in a_g
     int a_stride;
@@ -94,18 +98,28 @@ __device__ __forceinline__ tile find_tile(const tile_list &list, int num_groups,
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-// End of the first product, for the 8 units × 8 tokens of which a thread holds gate and up of unit lane / 4, tokens 2·(lane % 4) + 0, 1.
-// The results turn round in registers, so that 4 lanes write 16 bytes of one token.
-__device__ __forceinline__ void store_inner(const float *gate, const float *up, const product &p, int first, int count, int unit) {
+__device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
+
+// Writes 8 units × 8 tokens of which a thread holds unit lane / 4, tokens 2·(lane % 4) + 0, 1, into rows of `units` units. They turn
+// round in registers, so that 4 lanes write 16 bytes of one token.
+__device__ __forceinline__ void store_units(float value0, float value1, void *inner, int units, int first, int count, int unit) {
     int lane = threadIdx.x & 31;
-    __nv_bfloat162 pair = __floats2bfloat162_rn(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
+    __nv_bfloat162 pair = __floats2bfloat162_rn(value0, value1);
     uint32_t turned, held;
     memcpy(&held, &pair, sizeof held);
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(held));
     if (lane / 4 < count) {
-        __nv_bfloat16 *out = static_cast<__nv_bfloat16 *>(p.out) + (int64_t)(first + lane / 4) * (p.features / 2) + unit;
+        __nv_bfloat16 *out = static_cast<__nv_bfloat16 *>(inner) + (int64_t)(first + lane / 4) * units + unit;
         *reinterpret_cast<uint32_t *>(out + 2 * (lane % 4)) = turned;
     }
+}
+
+// Ends of the first product, for 8 units × 8 tokens as store_units has them.
+__device__ __forceinline__ void store_silu(const float *gate, const float *up, const product &p, int first, int count, int unit) {
+    store_units(silu(gate[0]) * up[0], silu(gate[1]) * up[1], p.out, p.features / 2, first, count, unit);
+}
+__device__ __forceinline__ void store_relu(const float *up, const product &p, int first, int count, int unit) {
+    store_units(relu(up[0]), relu(up[1]), p.out, p.features, first, count, unit);
 }
 
 // End of the second product: `feature` is the thread's upper row, slot0 and slot1 the output rows of its two tokens, -1: none. 8 lanes
@@ -146,9 +160,9 @@ __device__ __forceinline__ void store_row_line(float (&v)[4], const product &p, 
 inline product first_product(const moe_cuda_ffn &f) {
     product p = {f.expert_first, f.sorted_rows, nullptr, f.maps, f.gate_up, static_cast<const __nv_bfloat16 *>(f.x), f.inner};
     p.num_groups = f.num_groups;
-    p.features = 2 * f.width;
+    p.features = (f.gated ? 2 : 1) * f.width;
     p.k = f.hidden;
-    p.feature_first = 2 * f.width_first;
+    p.feature_first = (f.gated ? 2 : 1) * f.width_first;
     p.a_stride = f.hidden;
     return p;
 }

@@ -14,6 +14,7 @@ static cudaError_t run_simple(const moe_cuda_groups *g, cudaStream_t stream) {
                                 .padded = s->padded,
                                 .intermediate = s->intermediate,
                                 .slice_lo = s->block_lo,
+                                .gated = s->gated,
                                 .block_lo = g->block_lo,
                                 .block_hi = g->block_hi,
                                 .num_groups = g->num_groups,
@@ -36,6 +37,7 @@ cudaError_t moe_cuda_groups_run(const moe_cuda_groups *g, cudaStream_t stream) {
         !moe_cuda_expert_supported(s->hidden, width, first))
         return run_simple(g, stream);
     moe_cuda_ffn args = {.device = *g->device,
+                         .gated = s->gated,
                          .hidden = s->hidden,
                          .width = width,
                          .width_first = first,

@@ -51,3 +51,6 @@ static __device__ __forceinline__ float moe_warp_max(float v) {
 }
 
 static __device__ __forceinline__ float moe_silu(float x) { return x / (1.0f + expf(-x)); }
+
+/* NaN stays. */
+static __device__ __forceinline__ float moe_relu(float x) { return x < 0.0f ? 0.0f : x; }

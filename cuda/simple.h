@@ -120,8 +120,8 @@ cudaError_t moe_simple_logits_top(const float *logits, int32_t rows, int32_t voc
 
 /* ---- expert FFN over assignments sorted by expert (group) ----
  * Group g has the assignments expert_first[g] … expert_first[g + 1); assignment a reads row sorted_rows[a] of x. All groups share
- * one shape: gate_up [2 · padded, hidden] in groups of 8 rows (gate, up, gate, …), down [hidden, padded], where `padded` is the
- * slice's width rounded up to 8. */
+ * one shape: gate_up [2 · padded, hidden] in groups of 8 rows (gate, up, gate, …), or, not `gated`, up alone, [padded, hidden];
+ * down [hidden, padded], where `padded` is the slice's width rounded up to 8. */
 typedef struct moe_simple_ffn_args {
     const void *x; /* [rows, hidden] of dtype */
     moe_dtype dtype, weight_dtype;
@@ -129,12 +129,13 @@ typedef struct moe_simple_ffn_args {
     int32_t intermediate;          /* of the whole network */
     int32_t slice_lo;              /* the first block that is held */
     int32_t block_lo, block_hi;    /* blocks to be computed */
+    bool gated;
     int32_t num_groups, num_assignments;
     const int32_t *expert_first;              /* [num_groups + 1] */
     const int32_t *sorted_rows;               /* [num_assignments] */
     const int32_t *slot_of;                   /* [num_assignments]: row of y; NULL: the assignment's own number */
     const void *const *gate_up, *const *down; /* [num_groups] */
-    void *inner;                              /* [num_assignments, padded] of dtype: silu(gate · x) ⊙ (up · x) */
+    void *inner; /* [num_assignments, padded] of dtype: silu(gate · x) ⊙ (up · x), or relu(up · x) */
     float *y;                                 /* [num_assignments, hidden] */
 } moe_simple_ffn_args;
 cudaError_t moe_simple_ffn_gate_up(const moe_simple_ffn_args *args, cudaStream_t stream);

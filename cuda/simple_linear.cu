@@ -91,25 +91,26 @@ static __host__ __device__ int slice_start(const moe_simple_ffn_args &a, int blo
     return block_start(a.intermediate, block) - block_start(a.intermediate, a.slice_lo);
 }
 
-template <typename T, typename W, int VEC>
+template <typename T, typename W, int VEC, bool GATED>
 static __global__ void gate_up_kernel(moe_simple_ffn_args a) {
     int lane = threadIdx.x % MOE_WARP, group = blockIdx.y, k = a.hidden;
     int i = slice_start(a, a.block_lo) + blockIdx.x * WARPS + threadIdx.x / MOE_WARP;
     if (i >= slice_start(a, a.block_hi)) return;
-    const W *gate = static_cast<const W *>(a.gate_up[group]) + (int64_t)(i / 8 * 16 + i % 8) * k, *up = gate + (int64_t)8 * k;
+    const W *gate = static_cast<const W *>(a.gate_up[group]) + (int64_t)(GATED ? i / 8 * 16 + i % 8 : i) * k;
+    const W *up = GATED ? gate + (int64_t)8 * k : gate;
     int first = a.expert_first[group], end = a.expert_first[group + 1];
     for (int at = first + blockIdx.z * TILE_ROWS; at < end; at += gridDim.z * TILE_ROWS) {
         int rows = min(TILE_ROWS, end - at);
         const T *x[TILE_ROWS];
         float gates[TILE_ROWS] = {0}, ups[TILE_ROWS] = {0};
         for (int r = 0; r < TILE_ROWS; r++) x[r] = static_cast<const T *>(a.x) + (int64_t)a.sorted_rows[min(at + r, end - 1)] * k;
-        dot_rows<T, W, VEC>(gate, x, rows, 0, k, lane, gates);
+        if (GATED) dot_rows<T, W, VEC>(gate, x, rows, 0, k, lane, gates);
         dot_rows<T, W, VEC>(up, x, rows, 0, k, lane, ups);
 #pragma unroll
         for (int r = 0; r < TILE_ROWS; r++) {
-            float g = moe_warp_sum(gates[r]), u = moe_warp_sum(ups[r]);
+            float g = GATED ? moe_warp_sum(gates[r]) : 0.0f, u = moe_warp_sum(ups[r]);
             if (lane == 0 && r < rows)
-                static_cast<T *>(a.inner)[(int64_t)(at + r) * a.padded + i] = moe_narrow<T>(moe_silu(g) * u);
+                static_cast<T *>(a.inner)[(int64_t)(at + r) * a.padded + i] = moe_narrow<T>(GATED ? moe_silu(g) * u : moe_relu(u));
         }
     }
 }
@@ -152,15 +153,15 @@ static __global__ void down_kernel(moe_simple_ffn_args a) {
     }
 }
 
-template <typename T, typename W>
+template <typename T, typename W, bool GATED>
 static void launch_gate_up(const moe_simple_ffn_args &a, cudaStream_t stream) {
     int outputs = slice_start(a, a.block_hi) - slice_start(a, a.block_lo);
     if (outputs == 0) return;
     dim3 grid((outputs + WARPS - 1) / WARPS, a.num_groups, splits(a.num_assignments, a.num_groups));
     if (wide_loads(a.hidden, a.x, NULL)) /* slots are aligned */
-        gate_up_kernel<T, W, 8><<<grid, WARPS * MOE_WARP, 0, stream>>>(a);
+        gate_up_kernel<T, W, 8, GATED><<<grid, WARPS * MOE_WARP, 0, stream>>>(a);
     else
-        gate_up_kernel<T, W, 1><<<grid, WARPS * MOE_WARP, 0, stream>>>(a);
+        gate_up_kernel<T, W, 1, GATED><<<grid, WARPS * MOE_WARP, 0, stream>>>(a);
 }
 
 template <typename T, typename W>
@@ -176,8 +177,10 @@ template <typename T, typename W>
 static void launch(const moe_simple_ffn_args &a, bool down, cudaStream_t stream) {
     if (down)
         launch_down<T, W>(a, stream);
+    else if (a.gated)
+        launch_gate_up<T, W, true>(a, stream);
     else
-        launch_gate_up<T, W>(a, stream);
+        launch_gate_up<T, W, false>(a, stream);
 }
 
 static cudaError_t dispatch(const moe_simple_ffn_args &a, bool down, cudaStream_t stream) {

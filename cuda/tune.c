@@ -121,7 +121,8 @@ static cudaError_t rig_tables(rig *r, uint8_t *weights, size_t expert_bytes, siz
         table[e] = at;
         table[pointers + (size_t)e] = at + down_at;
         table[2 * pointers + (size_t)e] = device + (size_t)e * sizeof *maps;
-        if (r->ffn.device.arch >= 90) error = moe_cuda_expert_maps_make(at, at + down_at, r->ffn.hidden, r->ffn.width, &maps[e]);
+        if (r->ffn.device.arch >= 90)
+            error = moe_cuda_expert_maps_make(at, at + down_at, r->ffn.hidden, r->ffn.width, r->ffn.gated, &maps[e]);
     }
     if (error == cudaSuccess) error = cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice);
     const void *const *on_device = (const void *const *)(const void *)(device + maps_bytes);
@@ -134,8 +135,9 @@ static cudaError_t rig_tables(rig *r, uint8_t *weights, size_t expert_bytes, siz
 
 static cudaError_t rig_make(rig *r, int32_t num_experts) {
     moe_cuda_ffn *f = &r->ffn;
-    size_t hidden = (size_t)f->hidden, width = (size_t)f->width, down_at = (4 * width * hidden + 255) / 256 * 256;
-    size_t expert_bytes = down_at + (2 * width * hidden + 255) / 256 * 256, free_bytes, total_bytes;
+    size_t hidden = (size_t)f->hidden, width = (size_t)f->width, first_bytes = (f->gated ? 4 : 2) * width * hidden;
+    size_t down_at = (first_bytes + 255) / 256 * 256, expert_bytes = down_at + (2 * width * hidden + 255) / 256 * 256, free_bytes,
+           total_bytes;
     cudaError_t error = cudaMemGetInfo(&free_bytes, &total_bytes);
     if (error != cudaSuccess) return error;
     size_t each = expert_bytes + MEASURE_MAX_ROWS * (2 * hidden + 2 * width + 4 * hidden), fit = free_bytes / 10 * 9 / each;
@@ -216,9 +218,9 @@ static cudaError_t rig_limits(rig *r, int32_t limit[MOE_CUDA_TUNE_TILES - 1]) {
     return cudaSuccess;
 }
 
-moe_status moe_cuda_tune_measure(moe_cuda_expert_device device, int32_t hidden, int32_t width, int32_t num_experts,
+moe_status moe_cuda_tune_measure(moe_cuda_expert_device device, int32_t hidden, int32_t width, bool gated, int32_t num_experts,
                                  moe_cuda_tune_row *row, moe_error *err) {
-    rig r = {.ffn = {.device = device, .hidden = hidden, .width = width, .width_loaded = width}};
+    rig r = {.ffn = {.device = device, .gated = gated, .hidden = hidden, .width = width, .width_loaded = width}};
     if (!moe_cuda_expert_supported(hidden, width, 0) || num_experts < 1 || num_experts > MOE_CUDA_MAX_GROUPS)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "no expert kernels to tune for %d experts of %d x %d", num_experts, hidden, width);
     *row = (moe_cuda_tune_row){.hidden = hidden, .width = width};

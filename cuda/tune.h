@@ -35,8 +35,9 @@ moe_status moe_cuda_tune_read(const char *path, moe_cuda_tune *tune, moe_error *
 /* Writes all rows, replacing the file at once. UNAVAILABLE: it cannot be written. */
 moe_status moe_cuda_tune_write(const char *path, const moe_cuda_tune *tune, moe_error *err);
 
-/* Times every tile at 1 to 512 rows an expert for `num_experts` experts of this shape, on the current device with weights and rows of
- * its own (as many experts as fit, at least one), and fills *row. Blocks for about a second. RESOURCE_EXHAUSTED: out of device
- * memory; INTERNAL: a CUDA call failed; INVALID_ARGUMENT: a shape that these kernels do not support. */
-moe_status moe_cuda_tune_measure(moe_cuda_expert_device device, int32_t hidden, int32_t width, int32_t num_experts,
+/* Times every tile at 1 to 512 rows an expert for `num_experts` experts of this shape, with gate matrices or without, on the
+ * current device with weights and rows of its own (as many experts as fit, at least one), and fills *row. Blocks for about a
+ * second. RESOURCE_EXHAUSTED: out of device memory; INTERNAL: a CUDA call failed; INVALID_ARGUMENT: a shape that these kernels do
+ * not support. */
+moe_status moe_cuda_tune_measure(moe_cuda_expert_device device, int32_t hidden, int32_t width, bool gated, int32_t num_experts,
                                  moe_cuda_tune_row *row, moe_error *err);

@@ -2,7 +2,7 @@
  *
  * usage: bench_cuda_ffn [-a sm80] [-s shape] [-r rows,rows,…] [-t] [-n repeats]
  *   -t  every token tile, not only the one that the thresholds choose, and the thresholds that tuning would write
- * Shapes: mixtral, olmoe, qwen3 (experts of Mixtral 8x7B, OLMoE 1B-7B, Qwen3 30B-A3B).
+ * Shapes: mixtral, olmoe, qwen3, switch (experts of Mixtral 8x7B, OLMoE 1B-7B, Qwen3 30B-A3B; of Switch-Base-128: two matrices, ReLU).
  *
  * Medians; the second-level cache is filled with other clean data before every run. Bytes: active experts' weights, x once, the
  * intermediate written and read, y written. `cublas`: both products alone, one cuBLASLt call an expert in one stream. */
@@ -39,9 +39,12 @@ static const int kMaxRows = 512, kMaxDecode = 256, kChain = 16;
 struct shape {
     const char *name;
     int experts, hidden, width, top_k;
+    bool gated;
+    int matrices() const { return gated ? 3 : 2; }
 };
 static const shape kShapes[] = {
-    {"mixtral", 8, 4096, 14336, 2}, {"olmoe", 64, 2048, 1024, 8}, {"qwen3", 128, 2048, 768, 8}};
+    {"mixtral", 8, 4096, 14336, 2, true}, {"olmoe", 64, 2048, 1024, 8, true}, {"qwen3", 128, 2048, 768, 8, true},
+    {"switch", 128, 768, 3072, 1, false}};
 
 static int repeats = 21;
 static double copy_gbs, dense_tflops;
@@ -179,7 +182,7 @@ struct rig {
 };
 
 static void open_rig(rig &r, const shape &s, moe_cuda_expert_device device) {
-    size_t up_bytes = (size_t)s.width * s.hidden * 4, down_bytes = (size_t)s.width * s.hidden * 2, e = s.experts;
+    size_t down_bytes = (size_t)s.width * s.hidden * 2, up_bytes = down_bytes * (s.gated ? 2 : 1), e = s.experts;
     r.s = s;
     r.device = device;
     std::vector<uint8_t> host(e * (sizeof(moe_cuda_expert_maps) + 3 * sizeof(void *)));
@@ -191,7 +194,7 @@ static void open_rig(rig &r, const shape &s, moe_cuda_expert_device device) {
         r.down.push_back((uint8_t *)device_memory(down_bytes));
         fill(r.gate_up[i], up_bytes / 2, 10 + 2 * i, 2 / sqrtf((float)s.hidden));
         fill(r.down[i], down_bytes / 2, 11 + 2 * i, 2 / sqrtf((float)s.width));
-        CHECK(moe_cuda_expert_maps_make(r.gate_up[i], r.down[i], s.hidden, s.width, &maps));
+        CHECK(moe_cuda_expert_maps_make(r.gate_up[i], r.down[i], s.hidden, s.width, s.gated, &maps));
         memcpy(host.data() + i * sizeof maps, &maps, sizeof maps);
         pointers[i] = r.gate_up[i];
         pointers[e + i] = r.down[i];
@@ -212,7 +215,7 @@ static void open_rig(rig &r, const shape &s, moe_cuda_expert_device device) {
     r.y = device_memory(a * s.hidden * 4);
     fill(r.x, (int64_t)r.max_tokens * s.hidden, 3, 1);
     r.permute = {0, s.top_k, s.experts, r.ids, nullptr, r.expert_first, r.sorted_rows, r.slot_of, nullptr, r.scratch};
-    r.ffn = {device, s.hidden, s.width, 0, s.width, s.experts, 0, 0, r.expert_first, r.sorted_rows, r.slot_of,
+    r.ffn = {device, s.gated, s.hidden, s.width, 0, s.width, s.experts, 0, 0, r.expert_first, r.sorted_rows, r.slot_of,
              (const moe_cuda_expert_maps *const *)(on_device + 2 * e), on_device, on_device + e, r.x, r.inner, (float *)r.y};
 }
 
@@ -253,7 +256,7 @@ static int route_randomly(rig &r, int tokens, unsigned seed, int32_t *ids_on_dev
     return (int)std::count(active.begin(), active.end(), 1);
 }
 
-static double expert_bytes(const shape &s) { return 6.0 * s.hidden * s.width; }
+static double expert_bytes(const shape &s) { return 2.0 * s.matrices() * s.hidden * s.width; }
 
 static double ffn_bytes(const shape &s, int active, double tokens) {
     double a = tokens * s.top_k;
@@ -267,7 +270,7 @@ static double check_one(rig &r, int assignment, int rows) {
     int expert = assignment / rows;
     CHECK(cudaMemcpy(&slot, r.slot_of + assignment, 4, cudaMemcpyDeviceToHost));
     CHECK(cudaMemcpy(&row, r.sorted_rows + assignment, 4, cudaMemcpyDeviceToHost));
-    std::vector<uint16_t> up(2 * (size_t)s.width * s.hidden), down((size_t)s.width * s.hidden), x(s.hidden);
+    std::vector<uint16_t> up((s.gated ? 2 : 1) * (size_t)s.width * s.hidden), down((size_t)s.width * s.hidden), x(s.hidden);
     std::vector<float> y(s.hidden), inner(s.width);
     CHECK(cudaMemcpy(up.data(), r.gate_up[expert], up.size() * 2, cudaMemcpyDeviceToHost));
     CHECK(cudaMemcpy(down.data(), r.down[expert], down.size() * 2, cudaMemcpyDeviceToHost));
@@ -280,9 +283,10 @@ static double check_one(rig &r, int assignment, int rows) {
     };
     auto wide = [](uint16_t v) { return (double)moe_bf16_to_f32(v); };
     for (int i = 0; i < s.width; i++) {
-        const uint16_t *gate = &up[(size_t)(i / 8 * 16 + i % 8) * s.hidden];
-        double g = dot(gate, x.data(), s.hidden, wide), u = dot(gate + 8 * (size_t)s.hidden, x.data(), s.hidden, wide);
-        inner[i] = moe_bf16_to_f32(moe_f32_to_bf16((float)(g / (1 + exp(-g)) * u)));
+        size_t gate_row = i / 8 * 16 + i % 8, up_row = s.gated ? gate_row + 8 : i;
+        double g = s.gated ? dot(&up[gate_row * s.hidden], x.data(), s.hidden, wide) : 0;
+        double u = dot(&up[up_row * s.hidden], x.data(), s.hidden, wide);
+        inner[i] = moe_bf16_to_f32(moe_f32_to_bf16((float)(s.gated ? g / (1 + exp(-g)) * u : std::max(u, 0.0))));
     }
     double error = 0, norm = 0;
     for (int h = 0; h < s.hidden; h++) {
@@ -319,7 +323,7 @@ static void check_tiles(rig &r, int rows) {
 
 // Both products alone, one cuBLASLt call an expert.
 static double cublas_us(rig &r, int rows) {
-    matmul first(2 * r.s.width, rows, r.s.hidden), second(r.s.hidden, rows, r.s.width);
+    matmul first((r.s.gated ? 2 : 1) * r.s.width, rows, r.s.hidden), second(r.s.hidden, rows, r.s.width);
     uint8_t *x = (uint8_t *)r.y;  // any data of the right size
     return time_us([&] {
         for (int e = 0; e < r.s.experts; e++) first.run(r.gate_up[e], r.x, x);
@@ -331,7 +335,7 @@ static void bench_rows(rig &r, const std::vector<int> &all_rows, bool all_tiles)
     printf("%-8s %5s %5s %9s %8s %6s %9s %6s %9s\n", "shape", "rows", "tile", "us", "GB/s", "copy", "TFLOP/s", "dense", "cublas us");
     for (int rows : all_rows) {
         route_evenly(r, rows);
-        double flop = 6.0 * r.ffn.num_assignments * r.s.hidden * r.s.width;
+        double flop = 2.0 * r.s.matrices() * r.ffn.num_assignments * r.s.hidden * r.s.width;
         double bytes = ffn_bytes(r.s, r.s.experts, r.permute.rows), cublas = cublas_us(r, rows);
         int chosen = moe_cuda_tune_tile(NULL, r.s.hidden, r.s.width, r.ffn.num_assignments, r.s.experts);
         for (int tile = 0; tile < MOE_CUDA_TUNE_TILES; tile++) {
@@ -442,7 +446,7 @@ int main(int argc, char **argv) {
         bench_permute(r);
         close_rig(r);
         moe_cuda_tune_row row;
-        if (all_tiles && moe_cuda_tune_measure(device, s.hidden, s.width, s.experts, &row, NULL) == MOE_OK)
+        if (all_tiles && moe_cuda_tune_measure(device, s.hidden, s.width, s.gated, s.experts, &row, NULL) == MOE_OK)
             printf("%-8s tuned: %d %d %d %d %d\n", s.name, row.hidden, row.width, row.limit[0], row.limit[1], row.limit[2]);
     }
     return 0;

@@ -71,10 +71,10 @@ static void run_rows(moe_backend *backend, moe_expert *expert, const void *x, in
 
 /* ---- identity ---- */
 
-static void rows_alone_and_in_batches(void **state) {
-    moe_backend *backend = moe_test_cuda_open((moe_dtype)(intptr_t)*state, true);
+static void check_rows(moe_dtype dtype, const char *family) {
+    moe_backend *backend = moe_test_cuda_open(dtype, true);
     if (!backend) skip();
-    moe_model *model = open_model("mixtral");
+    moe_model *model = open_model(family);
     int64_t hidden = model->config.hidden;
     void *x = random_rows(backend->dtype, 1, ROWS * hidden);
     float *want = random_rows(MOE_F32, 2, ROWS * hidden), *got = random_rows(MOE_F32, 3, ROWS * hidden);
@@ -93,12 +93,16 @@ static void rows_alone_and_in_batches(void **state) {
     free(got);
 }
 
+static void rows_alone_and_in_batches(void **state) {
+    check_rows((moe_dtype)(intptr_t)*state, "mixtral");
+    check_rows((moe_dtype)(intptr_t)*state, "switch_decoder");
+}
+
 /* A node of the tree equals the sum of its two halves, from the whole expert or from slices of it; float32. */
-static void slices_added_in_tree_order(void **state) {
-    (void)state;
+static void check_slices(const char *family) {
     moe_backend *backend = moe_test_cuda_open(MOE_F32, true);
     if (!backend) skip();
-    moe_model *model = open_model("qwen2_moe"); /* width 48: blocks of 6 */
+    moe_model *model = open_model(family);
     int64_t count = (int64_t)ROWS * model->config.hidden;
     float *x = random_rows(MOE_F32, 5, count), *parts[3];
     moe_expert *whole = load_expert(backend, model, 0, 0, MOE_FFN_BLOCKS);
@@ -118,6 +122,12 @@ static void slices_added_in_tree_order(void **state) {
     backend->ops->expert_free(backend, whole);
     backend->ops->close(backend);
     moe_model_close(&model);
+}
+
+static void slices_added_in_tree_order(void **state) {
+    (void)state;
+    check_slices("qwen2_moe"); /* width 48: blocks of 6 */
+    check_slices("switch_decoder");
 }
 
 /* Chunked prefill, and rows of other sequences beside: the same logits, bit for bit. */

@@ -18,6 +18,7 @@
 
 /* One problem: weights, rows, routing, on the host and on the device. */
 typedef struct problem {
+    bool gated;
     int32_t experts, hidden, width, rows, top_k, assignments;
     uint16_t *gate_up[MAX_EXPERTS], *down[MAX_EXPERTS], *x;
     int32_t *ids;
@@ -65,15 +66,16 @@ static void random_routing(problem *p, moe_random *random) {
 }
 
 static void make_experts(problem *p, moe_random *random) {
-    size_t up = 2 * (size_t)p->width * (size_t)p->hidden, e = (size_t)p->experts;
+    size_t one = (size_t)p->width * (size_t)p->hidden, up = p->gated ? 2 * one : one, e = (size_t)p->experts;
     const void *gate_up[MAX_EXPERTS], *down[MAX_EXPERTS], *maps[MAX_EXPERTS];
     for (size_t i = 0; i < e; i++) {
         _Alignas(64) moe_cuda_expert_maps host_maps = {0};
         p->gate_up[i] = random_bf16(random, up, 2 / sqrtf((float)p->hidden));
-        p->down[i] = random_bf16(random, up / 2, 2 / sqrtf((float)p->width));
+        p->down[i] = random_bf16(random, one, 2 / sqrtf((float)p->width));
         gate_up[i] = to_device(p, p->gate_up[i], up * 2);
-        down[i] = to_device(p, p->down[i], up);
-        if (p->ffn.device.arch == 90) CHECK(moe_cuda_expert_maps_make(gate_up[i], down[i], p->hidden, p->width, &host_maps));
+        down[i] = to_device(p, p->down[i], one * 2);
+        if (p->ffn.device.arch == 90)
+            CHECK(moe_cuda_expert_maps_make(gate_up[i], down[i], p->hidden, p->width, p->gated, &host_maps));
         if (i == 0) maps[0] = device_memory(p, e * sizeof host_maps);
         maps[i] = (const moe_cuda_expert_maps *)maps[0] + i;
         CHECK(cudaMemcpy((void *)(uintptr_t)maps[i], &host_maps, sizeof host_maps, cudaMemcpyHostToDevice));
@@ -83,12 +85,17 @@ static void make_experts(problem *p, moe_random *random) {
     p->ffn.maps = to_device(p, maps, e * sizeof *maps);
 }
 
-static problem make_problem(moe_cuda_expert_device device, int32_t experts, int32_t hidden, int32_t width, int32_t rows, int32_t top_k,
-                            uint64_t seed) {
-    problem p = {experts, hidden, width, rows, top_k, rows * top_k, .num_allocations = 0};
+static problem make_problem(moe_cuda_expert_device device, bool gated, int32_t experts, int32_t hidden, int32_t width,
+                            int32_t rows, int32_t top_k, uint64_t seed) {
+    problem p = {gated, experts, hidden, width, rows, top_k, rows * top_k, .num_allocations = 0};
     moe_random random = {seed};
     size_t a = (size_t)p.assignments, e = (size_t)experts;
-    p.ffn = (moe_cuda_ffn){.device = device, .hidden = hidden, .width = width, .width_loaded = width, .num_groups = experts,
+    p.ffn = (moe_cuda_ffn){.device = device,
+                           .gated = gated,
+                           .hidden = hidden,
+                           .width = width,
+                           .width_loaded = width,
+                           .num_groups = experts,
                            .num_assignments = p.assignments};
     p.ids = calloc(a, sizeof *p.ids);
     p.weights = calloc(a, sizeof *p.weights);
@@ -149,10 +156,10 @@ static void truth(const problem *p, int32_t slot, int32_t first, int32_t width, 
     const uint16_t *x = p->x + (int64_t)(slot / p->top_k) * p->hidden;
     uint16_t *inner = malloc((size_t)width * sizeof *inner);
     for (int32_t i = 0; i < width; i++) {
-        int32_t gate_row = (first + i) / 8 * 16 + (first + i) % 8;
-        double gate = dot(gate_up + (int64_t)gate_row * p->hidden, x, p->hidden);
-        double up = dot(gate_up + (int64_t)(gate_row + 8) * p->hidden, x, p->hidden);
-        inner[i] = moe_f32_to_bf16((float)(gate / (1 + exp(-gate)) * up));
+        int32_t gate_row = (first + i) / 8 * 16 + (first + i) % 8, up_row = p->gated ? gate_row + 8 : first + i;
+        double gate = p->gated ? dot(gate_up + (int64_t)gate_row * p->hidden, x, p->hidden) : 0;
+        double up = dot(gate_up + (int64_t)up_row * p->hidden, x, p->hidden);
+        inner[i] = moe_f32_to_bf16((float)(p->gated ? gate / (1 + exp(-gate)) * up : up < 0 ? 0 : up));
     }
     for (int32_t h = 0; h < p->hidden; h++) y[h] = dot(down + (int64_t)h * p->width + first, inner, width);
     free(inner);
@@ -235,8 +242,9 @@ static void each_arch(void (*check)(moe_cuda_expert_device device)) {
 }
 
 /* Every tile against the truth, and bit for bit against each other. */
-static void check_tiles(moe_cuda_expert_device device, int32_t experts, int32_t hidden, int32_t width, int32_t rows, int32_t top_k) {
-    problem p = make_problem(device, experts, hidden, width, rows, top_k, 1);
+static void check_tiles(moe_cuda_expert_device device, bool gated, int32_t experts, int32_t hidden, int32_t width, int32_t rows,
+                        int32_t top_k) {
+    problem p = make_problem(device, gated, experts, hidden, width, rows, top_k, 1);
     float *want = run(&p, 32);
     compare(&p, want, 0, width, p.assignments / 200 + 1);
     for (int32_t tile = 0; tile <= 256; tile = tile ? 2 * tile : 64) {
@@ -249,12 +257,15 @@ static void check_tiles(moe_cuda_expert_device device, int32_t experts, int32_t 
 }
 
 static void shapes(moe_cuda_expert_device device) {
-    check_tiles(device, 8, 256, 192, 1, 2);
-    check_tiles(device, 8, 64, 64, 5, 1);
-    check_tiles(device, 4, 320, 128, 1500, 2); /* hidden is no multiple of a tile; groups of more than one tile */
-    check_tiles(device, 64, 512, 256, 300, 8);
-    check_tiles(device, 2, 128, 192, 9000, 1);  /* more than one band of token tiles */
-    check_tiles(device, 4, 1024, 448, 4000, 2); /* several of the widest tiles for each multiprocessor */
+    for (int gated = 0; gated <= 1; gated++) {
+        check_tiles(device, gated, 8, 256, 192, 1, 2); /* without a gate, a width that is no multiple of a tile */
+        check_tiles(device, gated, 8, 64, 64, 5, 1);
+        check_tiles(device, gated, 4, 320, 128, 1500, 2); /* hidden is no multiple of a tile; groups of more than one tile */
+        check_tiles(device, gated, 64, 512, 256, 300, 8);
+        check_tiles(device, gated, 2, 128, 192, 9000, 1);  /* more than one band of token tiles */
+        check_tiles(device, gated, 4, 1024, 448, 4000, 2); /* several of the widest tiles for each multiprocessor */
+    }
+    check_tiles(device, false, 16, 768, 3072, 200, 1); /* Switch-Base's experts */
 }
 
 static void test_shapes(void **state) {
@@ -264,7 +275,7 @@ static void test_shapes(void **state) {
 
 /* A row alone has the bits that it has in a batch. */
 static void alone(moe_cuda_expert_device device) {
-    problem p = make_problem(device, 16, 512, 256, 200, 4, 2);
+    problem p = make_problem(device, true, 16, 512, 256, 200, 4, 2);
     float *all = run(&p, 0);
     p.permute.rows = 1;
     p.assignments = p.ffn.num_assignments = p.top_k;
@@ -280,8 +291,8 @@ static void test_alone(void **state) {
     each_arch(alone);
 }
 
-static void slices(moe_cuda_expert_device device) {
-    problem p = make_problem(device, 8, 256, 512, 100, 2, 3);
+static void check_slices(moe_cuda_expert_device device, bool gated) {
+    problem p = make_problem(device, gated, 8, 256, 512, 100, 2, 3);
     for (int32_t first = 0; first < 512; first += 192) {
         p.ffn.width_first = first;
         p.ffn.width = first + 192 <= 512 ? 192 : 128;
@@ -292,6 +303,30 @@ static void slices(moe_cuda_expert_device device) {
     free_problem(&p);
 }
 
+static void slices(moe_cuda_expert_device device) {
+    check_slices(device, true);
+    check_slices(device, false);
+}
+
+/* Values that are no numbers stay so through the ReLU, which the maximum of a number and NaN would hide. */
+static void not_a_number(moe_cuda_expert_device device) {
+    problem p = make_problem(device, false, 4, 128, 128, 40, 1, 7);
+    uint16_t nan = 0x7fc0;
+    CHECK(cudaMemcpy((uint16_t *)(uintptr_t)p.ffn.x + 3 * p.hidden + 5, &nan, sizeof nan, cudaMemcpyHostToDevice));
+    for (int32_t tile = 32; tile <= 256; tile *= 2) {
+        float *y = run(&p, tile);
+        for (int32_t row = 0; row < p.rows; row++)
+            for (int32_t h = 0; h < p.hidden; h++) assert_int_equal(isnan(y[(int64_t)row * p.hidden + h]) != 0, row == 3);
+        free(y);
+    }
+    free_problem(&p);
+}
+
+static void test_not_a_number(void **state) {
+    (void)state;
+    each_arch(not_a_number);
+}
+
 static void test_slices(void **state) {
     (void)state;
     each_arch(slices);
@@ -299,7 +334,7 @@ static void test_slices(void **state) {
 
 /* The weighted sum of slots, with and without counts, in both element types. */
 static void partial(moe_cuda_expert_device device) {
-    problem p = make_problem(device, 8, 256, 128, 50, 4, 4);
+    problem p = make_problem(device, true, 8, 256, 128, 50, 4, 4);
     float *y = run(&p, 0), *sums = malloc((size_t)p.rows * (size_t)p.hidden * 4);
     int32_t counts[50];
     for (int32_t r = 0; r < p.rows; r++) counts[r] = r % 5;
@@ -334,8 +369,8 @@ static void test_partial_sum(void **state) {
 }
 
 /* Captured once, replayed with other routing of the same size. */
-static void graph(moe_cuda_expert_device device) {
-    problem p = make_problem(device, 16, 256, 128, 64, 4, 5);
+static void check_graph(moe_cuda_expert_device device, bool gated) {
+    problem p = make_problem(device, gated, 16, 256, 128, 64, 4, 5);
     cudaStream_t stream;
     cudaGraph_t captured;
     cudaGraphExec_t executable;
@@ -365,6 +400,11 @@ static void graph(moe_cuda_expert_device device) {
     free_problem(&p);
 }
 
+static void graph(moe_cuda_expert_device device) {
+    check_graph(device, true);
+    check_graph(device, false);
+}
+
 static void test_graph(void **state) {
     (void)state;
     each_arch(graph);
@@ -372,8 +412,9 @@ static void test_graph(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_permute), cmocka_unit_test(test_shapes),      cmocka_unit_test(test_alone),
-        cmocka_unit_test(test_slices),  cmocka_unit_test(test_partial_sum), cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_permute),      cmocka_unit_test(test_shapes),      cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_slices),       cmocka_unit_test(test_partial_sum), cmocka_unit_test(test_graph),
+        cmocka_unit_test(test_not_a_number),
     };
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {

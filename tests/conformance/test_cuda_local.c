@@ -36,6 +36,12 @@ static const char *const shapes[] = {
     " \"sliding_window\": 70, \"vocab_size\": 500, \"max_position_embeddings\": 4096, \"rms_norm_eps\": 1e-5,"
     " \"rope_theta\": 1000000.0, \"hidden_act\": \"silu\", \"tie_word_embeddings\": false, \"initializer_range\": 0.05,"
     " \"torch_dtype\": \"bfloat16\"}",
+    /* networks of two matrices, whose width is no multiple of a tile's 128 rows; one expert a token; dense layers between */
+    "{\"model_type\": \"switch_decoder\", \"hidden_size\": 256, \"intermediate_size\": 320, \"moe_intermediate_size\": 192,"
+    " \"num_hidden_layers\": 4, \"decoder_sparse_step\": 2, \"num_attention_heads\": 4, \"num_key_value_heads\": 4,"
+    " \"num_experts\": 16, \"num_experts_per_tok\": 1, \"vocab_size\": 700, \"max_position_embeddings\": 4096,"
+    " \"rms_norm_eps\": 1e-6, \"hidden_act\": \"relu\", \"tie_word_embeddings\": true, \"initializer_range\": 0.05,"
+    " \"torch_dtype\": \"bfloat16\"}",
     /* norms over all heads, no renormalisation; head_dim 48: the simple kernels */
     "{\"model_type\": \"olmoe\", \"hidden_size\": 96, \"intermediate_size\": 80, \"num_hidden_layers\": 2,"
     " \"num_attention_heads\": 2, \"num_key_value_heads\": 2, \"num_experts\": 8, \"num_experts_per_tok\": 8,"
