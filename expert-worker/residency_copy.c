@@ -77,8 +77,11 @@ static int32_t slot_for(moe_residency *r, residency_wish wish) {
     slot = moe_eviction_victim(r->eviction, r->num_slots, not_wanted, r);
     if (slot < 0 && wish == WISH_NEEDED) slot = moe_eviction_victim(r->eviction, r->num_slots, not_needed, r);
     if (slot < 0) return wish == WISH_NEEDED ? take_over(r) : -1;
-    if (wish != WISH_NEEDED && moe_eviction_announced(r->eviction, r->slot[slot].entry)) return -1;
-    residency_empty_slot(r, &r->entries[r->slot[slot].entry]);
+    residency_entry *e = &r->entries[r->slot[slot].entry];
+    bool announced = moe_eviction_announced(r->eviction, residency_number(r, e));
+    if (wish != WISH_NEEDED && announced) return -1;
+    residency_empty_slot(r, e);
+    if (e->expected > 0 || announced) residency_set_wish(r, e, e->expected > 0 ? WISH_EXPECTED : WISH_HINTED); /* it is to come back */
     return slot;
 }
 
@@ -217,14 +220,16 @@ void residency_collect(moe_residency *r) {
     take_packed(r);
 }
 
-/* Brings the expert a piece further; false where that must wait for an image or a slot. */
-static bool advance(moe_residency *r, residency_entry *e, residency_piece *p) {
+/* Brings the expert a piece further; false where that must wait for an image or a slot. *full: no slot is to be had for a wish of
+ * this level, so that others need not look for one. */
+static bool advance(moe_residency *r, residency_entry *e, residency_piece *p, bool *full) {
     if (!e->image) {
         pack(r, e);
         return false;
     }
     if (e->slot < 0) {
-        int32_t slot = slot_for(r, (residency_wish)e->wish);
+        int32_t slot = *full ? -1 : slot_for(r, (residency_wish)e->wish);
+        *full = slot < 0;
         if (slot < 0) return false;
         residency_slot *s = &r->slot[slot];
         if (s->state == SLOT_EMPTY) r->num_empty--;
@@ -238,12 +243,13 @@ static bool advance(moe_residency *r, residency_entry *e, residency_piece *p) {
 void residency_copy(moe_residency *r) {
     for (int level = 0; level < WISH_NONE && r->failure.code == MOE_OK; level++) {
         residency_entry *e, *following;
+        bool full = false;
         for (e = TAILQ_FIRST(&r->wishes[level]); e; e = following) {
             following = TAILQ_NEXT(e, link);
             while (e->wish == level) {
                 residency_piece *p = free_piece(r);
                 if (!p) return;
-                if (!advance(r, e, p)) break;
+                if (!advance(r, e, p, &full)) break;
             }
         }
     }

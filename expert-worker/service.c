@@ -126,8 +126,10 @@ static void take_hints(moe_worker *w, uint64_t step, int32_t layer, const uint32
 static void queue_forward(moe_worker *w, moe_rpc_call *call, const moe_forward_call *forward) {
     moe_error err;
     uint64_t step = step_of(call, forward->step, forward->micro_batch);
+    moe_status status = moe_batcher_add(&w->batcher, forward, call, &err);
+    /* The call's experts are expected by now, so that their copies go on; what else was announced is not copied further. */
     if (w->residency) moe_residency_reached(w->residency, step, forward->layer);
-    if (moe_batcher_add(&w->batcher, forward, call, &err) != MOE_OK)
+    if (status != MOE_OK)
         moe_rpc_fail(call, err.code, err.message, NULL);
     else if (w->residency)
         take_hints(w, step, forward->layer + 1, forward->hints, (size_t)forward->num_hints);

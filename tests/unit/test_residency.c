@@ -181,9 +181,9 @@ static void hints_that_fail(void **state) {
     moe_residency_turn(r.residency);
     assert_int_equal(r.slow.num_fills, MOE_RESIDENCY_PIECES);
     /* the layer is reached, and wants expert 1 alone: the two that no copy was begun for are forgotten */
-    moe_residency_reached(r.residency, STEP, 1);
     moe_residency_expect(r.residency, 1, 1);
     moe_residency_expect(r.residency, 0, 7); /* resident since the start */
+    moe_residency_reached(r.residency, STEP, 1);
     moe_residency_turn(r.residency);
     while (r.slow.num_fills) end_one(&r);
     assert_int_equal(r.slow.fills_ended, 8 + MOE_RESIDENCY_PIECES);
@@ -235,6 +235,46 @@ static void announced_stays(void **state) {
     close_tiers(&r);
 }
 
+/* What was announced is late, and no miss, when its layer comes before its copy has begun: the copy is still to come. */
+static void announced_in_vain_is_late(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 8, 0);
+    for (int32_t e = 0; e < MOE_RESIDENCY_PIECES + 2; e++) moe_residency_hint(r.residency, STEP, 1, e);
+    moe_residency_turn(r.residency);
+    for (int32_t e = 0; e < MOE_RESIDENCY_PIECES + 2; e++) moe_residency_expect(r.residency, 1, e);
+    moe_residency_reached(r.residency, STEP, 1);
+    while (r.slow.num_fills) end_one(&r);
+    moe_residency_counts counts = moe_residency_counted(r.residency);
+    assert_int_equal(counts.late_hits, MOE_RESIDENCY_PIECES + 2);
+    assert_int_equal(counts.misses, 0);
+    assert_int_equal(counts.wasted_bytes, (MOE_RESIDENCY_PIECES + 2) * r.image_bytes); /* of what made room, unused */
+    for (int32_t e = 0; e < MOE_RESIDENCY_PIECES + 2; e++) {
+        assert_true(resident(&r, 1, e));
+        moe_residency_unexpect(r.residency, 1, e);
+    }
+    close_tiers(&r);
+}
+
+/* What had to make room for a batch comes back while it is still announced. */
+static void announced_comes_back(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 5, 0);
+    for (int32_t e = 0; e < 5; e++) moe_residency_hint(r.residency, STEP, 1, e);
+    moe_residency_turn(r.residency);
+    while (r.slow.num_fills) end_one(&r);
+    moe_residency_need(r.residency, 0, 0);
+    moe_residency_turn(r.residency);
+    end_one(&r);
+    assert_true(resident(&r, 0, 0));
+    moe_residency_unneed(r.residency, 0, 0);
+    moe_residency_turn(r.residency);
+    while (r.slow.num_fills) end_one(&r);
+    for (int32_t e = 0; e < 5; e++) assert_true(resident(&r, 1, e));
+    close_tiers(&r);
+}
+
 /* What a call waits for stays, though its hint has ended and nobody has used it yet, but for what a batch needs. */
 static void expected_stays(void **state) {
     (void)state;
@@ -243,8 +283,8 @@ static void expected_stays(void **state) {
     for (int32_t e = 0; e < 5; e++) moe_residency_hint(r.residency, STEP, 1, e);
     moe_residency_turn(r.residency);
     while (r.slow.num_fills) end_one(&r);
-    moe_residency_reached(r.residency, STEP, 1);
     for (int32_t e = 0; e < 5; e++) moe_residency_expect(r.residency, 1, e);
+    moe_residency_reached(r.residency, STEP, 1);
     assert_int_equal(moe_residency_counted(r.residency).hits, 5);
     moe_residency_hint(r.residency, STEP, 2, 0);
     moe_residency_expect(r.residency, 2, 1);
@@ -505,7 +545,7 @@ static void out_of_memory(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(refusals),        cmocka_unit_test(urgent_first),   cmocka_unit_test(hints_that_fail),
-        cmocka_unit_test(announced_stays), cmocka_unit_test(expected_stays), cmocka_unit_test(users_keep_slots), cmocka_unit_test(drop_meanwhile),
+        cmocka_unit_test(announced_stays), cmocka_unit_test(announced_in_vain_is_late), cmocka_unit_test(announced_comes_back), cmocka_unit_test(expected_stays), cmocka_unit_test(users_keep_slots), cmocka_unit_test(drop_meanwhile),
         cmocka_unit_test(lost_device),     cmocka_unit_test(passes),         cmocka_unit_test(give_up_passes),
         cmocka_unit_test(out_of_memory),
     };
