@@ -21,7 +21,8 @@ static const moe_metric stage_metrics[MOE_BENCH_STAGES] = {
 typedef struct reading {
     int64_t at_ns, tokens, sum_ns[MOE_BENCH_STAGES], count[MOE_BENCH_STAGES];
     int64_t steps, layers, layer_experts, call_bytes;
-    int64_t hits, late_hits, misses, copied_bytes, wasted_bytes;
+    int64_t hits, late_hits, misses, first_misses, copied_bytes, wasted_bytes;
+    int64_t first_stall_ns, first_stalls;
     int32_t leader_tokens; /* of the first request */
 } reading;
 
@@ -55,6 +56,9 @@ static void take_reading(const measurement *m, reading *out) {
     out->hits = moe_metric_value(MOE_METRIC_EXPERT_HITS);
     out->late_hits = moe_metric_value(MOE_METRIC_EXPERT_LATE_HITS);
     out->misses = moe_metric_value(MOE_METRIC_EXPERT_MISSES);
+    out->first_misses = moe_metric_value(MOE_METRIC_EXPERT_FIRST_MISSES);
+    out->first_stall_ns = moe_metric_sum(MOE_METRIC_FIRST_STALL);
+    out->first_stalls = moe_metric_value(MOE_METRIC_FIRST_STALL);
     out->copied_bytes = moe_metric_value(MOE_METRIC_EXPERT_COPIED_BYTES);
     out->wasted_bytes = moe_metric_value(MOE_METRIC_EXPERT_WASTED_BYTES);
     out->leader_tokens = m->leader_tokens;
@@ -120,6 +124,9 @@ static void subtract(const measurement *m, moe_bench_sample *out) {
     out->hits = to->hits - from->hits;
     out->late_hits = to->late_hits - from->late_hits;
     out->misses = to->misses - from->misses;
+    out->first_misses = to->first_misses - from->first_misses;
+    int64_t first_stalls = to->first_stalls - from->first_stalls;
+    out->first_stall_ns = first_stalls > 0 ? (double)(to->first_stall_ns - from->first_stall_ns) / (double)first_stalls : 0;
     out->copied_bytes = to->copied_bytes - from->copied_bytes;
     out->wasted_bytes = to->wasted_bytes - from->wasted_bytes;
     for (int s = 0; s < MOE_BENCH_STAGES; s++) {

@@ -39,6 +39,8 @@ typedef struct moe_bench_sample {
     double layer_experts;              /* mean number of distinct experts of a MoE layer of a micro-batch */
     double context;                    /* of a decode: mean number of tokens of a sequence in the KV cache */
     int64_t hits, late_hits, misses, copied_bytes, wasted_bytes; /* of workers with tiers; see moe_residency_counts */
+    int64_t first_misses;              /* of these, at the first MoE layer */
+    double first_stall_ns;             /* mean stall of the first MoE layer of one micro-batch */
     int64_t call_bytes;                /* payloads of the calls to expert workers, both ways */
     double stage_ns[MOE_BENCH_STAGES]; /* mean of one layer of one micro-batch; logits, sample, step: of one micro-batch */
 } moe_bench_sample;

@@ -34,8 +34,9 @@ typedef struct bench {
     target targets[MAX_TARGETS];
     int32_t num_targets;
     moe_bench_case cases[MAX_CASES];
-    int32_t num_cases, runs;
-    moe_bench_series *series; /* [num_cases, num_targets] */
+    moe_bench_setting settings[MOE_BENCH_MAX_SETTINGS];
+    int32_t num_cases, num_settings, runs;
+    moe_bench_series *series; /* [num_settings, num_cases, num_targets] */
     FILE *csv;
 } bench;
 
@@ -105,8 +106,12 @@ static moe_status read_options(bench *b, moe_error *err) {
     if (status == MOE_OK) status = each_of(b, moe_option_text(o, "concurrency"), add_concurrency, err);
     if (status == MOE_OK) status = each_of(b, moe_option_text(o, "prefill-tokens"), add_prefill, err);
     if (status != MOE_OK) return status;
+    status = moe_bench_settings(o, b->settings, &b->num_settings, err);
+    if (status != MOE_OK) return status;
+    if (moe_option_text(o, "sweep") && (b->num_targets != 1 || strcmp(b->targets[0].name, "inproc") != 0))
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--sweep: settings change in this process alone: give --experts inproc");
     b->runs = (int32_t)moe_option_int(o, "runs");
-    b->series = moe_calloc((size_t)b->num_cases * (size_t)b->num_targets, sizeof *b->series);
+    b->series = moe_calloc((size_t)b->num_settings * (size_t)b->num_cases * (size_t)b->num_targets, sizeof *b->series);
     if (!b->series) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     for (int32_t t = 0; t < b->num_targets; t++)
         if (strcmp(b->targets[t].name, "inproc") != 0 && b->targets[t].workers == 0)
@@ -141,8 +146,9 @@ static moe_status open_node(const bench *b, target *t, moe_error *err) {
                                      .initial_workers = t->workers,
                                      .new_cluster = true};
     moe_status status = moe_engine_options(b->options, &config, err);
-    config.gating = moe_gating_option(b->options);
-    if (status == MOE_OK) status = moe_dummy_routing_option(b->options, &config.dummy_routing, err);
+    config.gating = b->settings[0].node.gating;
+    config.dummy_routing = b->settings[0].node.dummy_routing;
+    config.tiers.device = b->settings[0].node.device;
     if (status == MOE_OK) status = moe_router_device_option(b->options, &config.backend.device, err);
     if (status != MOE_OK) return status;
     config.skip_tokenizer = config.skip_tokenizer || config.source.dummy;
@@ -182,10 +188,18 @@ static void close_targets(bench *b) {
 
 /* ---- measuring ---- */
 
-static moe_status measure_one(bench *b, int32_t round, int32_t index, int32_t target_index, moe_error *err) {
+static int64_t device_used(const bench *b, const target *t) {
+    moe_memory_info info;
+    moe_error err;
+    if (strcmp(moe_option_text(b->options, "backend"), "cuda") != 0 || moe_router_node_memory(t->node, &info, &err) != MOE_OK) return 0;
+    return info.total_bytes - info.free_bytes;
+}
+
+static moe_status measure_one(bench *b, int32_t setting, int32_t round, int32_t index, int32_t target_index, moe_error *err) {
     const target *t = &b->targets[target_index];
-    moe_bench_series *series = &b->series[index * b->num_targets + target_index];
+    moe_bench_series *series = &b->series[(setting * b->num_cases + index) * b->num_targets + target_index];
     moe_bench_sample sample;
+    series->setting = &b->settings[setting];
     series->experts = t->name;
     series->workers = t->workers;
     series->threads = t->threads;
@@ -198,21 +212,49 @@ static moe_status measure_one(bench *b, int32_t round, int32_t index, int32_t ta
     moe_status status = moe_bench_run(moe_router_node_inference(t->node), &series->c, &sample, err);
     if (status != MOE_OK || round < 0) return status;
     series->runs[series->num_runs++] = sample;
+    series->device_used_bytes = device_used(b, t);
     if (b->csv) moe_bench_csv_run(b->csv, series, round);
     return MOE_OK;
 }
 
-static moe_status measure_all(bench *b, moe_error *err) {
-    moe_status status = MOE_OK;
+/* Changes the node of a sweep, which has one. */
+static moe_status apply_setting(bench *b, int32_t setting, moe_error *err) {
+    double rate;
+    if (!moe_option_text(b->options, "sweep")) return MOE_OK;
+    moe_status status = moe_router_node_set(b->targets[0].node, &b->settings[setting].node, &rate, err);
+    for (int32_t i = 0; i < b->num_cases; i++) b->series[setting * b->num_cases + i].copy_bytes_per_s = rate;
+    return status;
+}
+
+/* One warming round, then those that count: each in turn with all cases and places. */
+static moe_status measure_setting(bench *b, int32_t setting, moe_error *err) {
     bool show = isatty(STDERR_FILENO);
-    if (b->csv) moe_bench_csv_header(b->csv);
+    moe_status status = apply_setting(b, setting, err);
     for (int32_t round = -1; round < b->runs && status == MOE_OK; round++) {
-        if (show) fprintf(stderr, "\rbench: round %d of %d", round + 1, b->runs);
+        if (show) fprintf(stderr, "\rbench: setting %d of %d, round %d of %d ", setting + 1, b->num_settings, round + 1, b->runs);
         for (int32_t i = 0; i < b->num_cases && status == MOE_OK; i++)
-            for (int32_t t = 0; t < b->num_targets && status == MOE_OK; t++) status = measure_one(b, round, i, t, err);
+            for (int32_t t = 0; t < b->num_targets && status == MOE_OK; t++) status = measure_one(b, setting, round, i, t, err);
     }
     if (show) fputc('\n', stderr);
     return status;
+}
+
+static moe_status measure_all(bench *b, moe_error *err) {
+    moe_status status = MOE_OK;
+    if (b->csv) moe_bench_csv_header(b->csv);
+    for (int32_t s = 0; s < b->num_settings && status == MOE_OK; s++) status = measure_setting(b, s, err);
+    return status;
+}
+
+static void print_tables(const bench *b) {
+    int32_t each = b->num_cases * b->num_targets;
+    for (int32_t s = 0; s < b->num_settings; s++) {
+        const moe_bench_setting *setting = &b->settings[s];
+        if (b->num_settings > 1)
+            printf("%s%s, %s of the experts on the device, %s\n", s ? "\n" : "", setting->gating,
+                   setting->device_memory[0] ? setting->device_memory : "all", setting->dummy_routing);
+        moe_bench_tables(stdout, b->series + s * each, each);
+    }
 }
 
 /* --tune: nothing else is measured. */
@@ -243,7 +285,7 @@ int moe_command_bench(const moe_options *o) {
     moe_status status = read_options(&b, &err);
     if (status == MOE_OK) status = open_targets(&b, &err);
     if (status == MOE_OK) status = measure_all(&b, &err);
-    if (status == MOE_OK) moe_bench_tables(stdout, b.series, b.num_cases * b.num_targets);
+    if (status == MOE_OK) print_tables(&b);
     close_targets(&b);
     if (b.csv && fclose(b.csv) != 0 && status == MOE_OK)
         status = moe_fail(&err, MOE_UNAVAILABLE, "cannot write %s: %s", moe_option_text(o, "csv"), strerror(errno));

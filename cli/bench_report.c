@@ -51,7 +51,9 @@ void moe_bench_csv_header(FILE *out) {
             "ms_per_token,step_ms,micro_batches,layer_experts,wire_bytes_per_token,weight_bytes,kv_bytes,flop,floor_ms,"
             "of_floor");
     for (int s = 0; s < MOE_BENCH_STAGES; s++) fprintf(out, ",%s_us", moe_bench_stage_names[s]);
-    fprintf(out, ",wire_us,expert_hits,expert_late_hits,expert_misses,copied_bytes,wasted_bytes\n");
+    fprintf(out,
+            ",wire_us,expert_hits,expert_late_hits,expert_misses,copied_bytes,wasted_bytes,first_misses,first_stall_us,moe_layers,gating,"
+            "device_memory,dummy_routing,copy_gb_per_s,device_used_bytes\n");
 }
 
 void moe_bench_csv_run(FILE *out, const moe_bench_series *series, int32_t run) {
@@ -68,8 +70,12 @@ void moe_bench_csv_run(FILE *out, const moe_bench_series *series, int32_t run) {
     else
         fprintf(out, ",,");
     for (int i = 0; i < MOE_BENCH_STAGES; i++) fprintf(out, ",%.3f", s->stage_ns[i] / 1e3);
-    fprintf(out, ",%.3f,%lld,%lld,%lld,%lld,%lld\n", wire_ns(s) / 1e3, (long long)s->hits, (long long)s->late_hits,
-            (long long)s->misses, (long long)s->copied_bytes, (long long)s->wasted_bytes);
+    fprintf(out, ",%.3f,%lld,%lld,%lld,%lld,%lld,%lld,%.3f,%d", wire_ns(s) / 1e3, (long long)s->hits, (long long)s->late_hits,
+            (long long)s->misses, (long long)s->copied_bytes, (long long)s->wasted_bytes, (long long)s->first_misses,
+            s->first_stall_ns / 1e3, series->model->config.num_moe_layers);
+    fprintf(out, ",%s,%s,\"%s\",%.3f,%lld\n", series->setting->gating, series->setting->device_memory, series->setting->dummy_routing,
+            series->copy_bytes_per_s / 1e9, (long long)series->device_used_bytes);
+    fflush(out);
 }
 
 /* ---- tables ---- */

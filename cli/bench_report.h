@@ -4,6 +4,7 @@
 
 #include "cli/bench.h"
 #include "cli/bench_floor.h"
+#include "cli/bench_sweep.h"
 
 #define MOE_BENCH_MAX_RUNS 101
 
@@ -16,6 +17,9 @@ typedef struct moe_bench_series {
     const moe_model *model;  /* borrowed, as long as the series is reported */
     int64_t kv_token_bytes;  /* keys and values of a token in all layers */
     moe_bench_bounds bounds; /* of the machine */
+    const moe_bench_setting *setting; /* borrowed */
+    double copy_bytes_per_s;          /* whole experts from host memory to the device; 0: not measured */
+    int64_t device_used_bytes;        /* of a GPU's memory, by whomever, at the end of the newest run; 0 elsewhere */
     int32_t num_runs;
     moe_bench_sample runs[MOE_BENCH_MAX_RUNS];
 } moe_bench_series;

@@ -95,18 +95,19 @@ moe_gating moe_gating_option(const moe_options *o) { return (moe_gating)moe_opti
 moe_status moe_dummy_routing_option(const moe_options *o, moe_dummy_routing_spec *out, moe_error *err) {
     const char *text = moe_option_text(o, "dummy-routing");
     *out = (moe_dummy_routing_spec){.on = false};
-    if (!text) return MOE_OK;
+    return text ? moe_dummy_routing_text(o, text, out, err) : MOE_OK;
+}
+
+moe_status moe_dummy_routing_text(const moe_options *o, const char *text, moe_dummy_routing_spec *out, moe_error *err) {
     if (strcmp(moe_option_text(o, "load-format"), "dummy") != 0)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--dummy-routing %s: goes with --load-format dummy alone; here gates choose", text);
     if (moe_dummy_routing_parse(text, out, err) == MOE_OK) return MOE_OK;
     return moe_fail_prefix(err, MOE_INVALID_ARGUMENT, "--dummy-routing");
 }
 
-static moe_status memory_limit(const moe_options *o, const char *name, moe_memory_limit *out, moe_error *err) {
-    const char *text = moe_option_text(o, name);
+moe_status moe_memory_limit_parse(const char *name, const char *text, moe_memory_limit *out, moe_error *err) {
     char *end;
     *out = (moe_memory_limit){.bytes = 0};
-    if (!text) return MOE_OK;
     double percent = strtod(text, &end);
     if (end != text && strcmp(end, "%") == 0 && percent > 0 && percent <= 100) {
         out->part = percent / 100;
@@ -114,6 +115,12 @@ static moe_status memory_limit(const moe_options *o, const char *name, moe_memor
     }
     if (moe_option_parse_bytes(text, &out->bytes) && out->bytes > 0) return MOE_OK;
     return moe_fail(err, MOE_INVALID_ARGUMENT, "--%s: '%s' is neither a size such as 8GiB nor a percentage such as 25%%", name, text);
+}
+
+static moe_status memory_limit(const moe_options *o, const char *name, moe_memory_limit *out, moe_error *err) {
+    const char *text = moe_option_text(o, name);
+    *out = (moe_memory_limit){.bytes = 0};
+    return text ? moe_memory_limit_parse(name, text, out, err) : MOE_OK;
 }
 
 moe_status moe_tier_option(const moe_options *o, moe_tier_options *out, moe_error *err) {

@@ -11,6 +11,8 @@ moe_gating moe_gating_option(const moe_options *options);
 
 /* --dummy-routing; off where it is not given. INVALID_ARGUMENT. */
 moe_status moe_dummy_routing_option(const moe_options *options, moe_dummy_routing_spec *out, moe_error *err);
+/* The same for a text from elsewhere. */
+moe_status moe_dummy_routing_text(const moe_options *options, const char *text, moe_dummy_routing_spec *out, moe_error *err);
 
 /* --load-format, --layers, --seed; dir is borrowed. */
 moe_model_source moe_model_option(const moe_options *options, const char *dir);
@@ -53,6 +55,9 @@ int64_t moe_poll_us_option(const moe_options *options, int32_t processes);
 
 /* Prints "moesaic: message" and returns the exit status of a command that failed. */
 int moe_command_failed(const moe_error *err);
+
+/* "8GiB" or "25%", as the value of --`name`. INVALID_ARGUMENT. */
+moe_status moe_memory_limit_parse(const char *name, const char *text, moe_memory_limit *out, moe_error *err);
 
 /* --device-memory, --host-memory, --eviction; the text is borrowed from the options. INVALID_ARGUMENT. */
 moe_status moe_tier_option(const moe_options *options, moe_tier_options *out, moe_error *err);

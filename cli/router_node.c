@@ -374,6 +374,19 @@ void moe_router_node_close(moe_router_node **node) {
     moe_free(n);
 }
 
+moe_status moe_router_node_set(moe_router_node *n, const moe_router_node_setting *s, double *copy_bytes_per_s, moe_error *err) {
+    double rate = 0;
+    moe_engine_stop(n->engine); /* it steps the worker, too */
+    moe_status status = moe_engine_reroute(n->engine, s->gating, &s->dummy_routing, err);
+    if (status == MOE_OK && moe_memory_limited(s->device)) status = moe_worker_node_resize(n->worker, s->device, &rate, err);
+    if (copy_bytes_per_s) *copy_bytes_per_s = rate;
+    return status == MOE_OK ? moe_engine_start(n->engine, err) : status;
+}
+
+moe_status moe_router_node_memory(moe_router_node *n, moe_memory_info *out, moe_error *err) {
+    return n->backend->ops->memory_info(n->backend, out, err);
+}
+
 void moe_router_node_drain(moe_router_node *n) {
     if (n->http) moe_http_server_drain(n->http);
     if (n->rpc) moe_rpc_front_drain(n->rpc);

@@ -56,6 +56,19 @@ typedef struct moe_router_node_config {
 moe_status moe_router_node_open(const moe_router_node_config *config, moe_router_node **out, moe_error *err);
 void moe_router_node_close(moe_router_node **node); /* NULLs; idempotent */
 
+/* What can change while nothing is in flight, with nothing loaded again. */
+typedef struct moe_router_node_setting {
+    moe_gating gating;
+    moe_dummy_routing_spec dummy_routing;
+    moe_memory_limit device; /* of an embedded worker with tiers, as in `tiers`; no limit: it stays as it is */
+} moe_router_node_setting;
+/* Blocks; *copy_bytes_per_s (may be NULL) as of moe_residency_resize, 0 where the slots stay. After a failure the node is to be
+ * closed. */
+moe_status moe_router_node_set(moe_router_node *node, const moe_router_node_setting *setting, double *copy_bytes_per_s, moe_error *err);
+
+/* Of the device, or of the machine. */
+moe_status moe_router_node_memory(moe_router_node *node, moe_memory_info *out, moe_error *err);
+
 void moe_router_node_drain(moe_router_node *node); /* no new requests */
 bool moe_router_node_idle(moe_router_node *node);  /* nothing in flight */
 bool moe_router_node_ready(moe_router_node *node);

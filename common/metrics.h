@@ -64,6 +64,9 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
       "Experts of calls to workers with tiers: in a device slot, on their way, or neither")                                      \
     X(EXPERT_LATE_HITS, COUNTER, "moesaic_expert_residency_total", "outcome=\"late_hit\"", "")                                    \
     X(EXPERT_MISSES, COUNTER, "moesaic_expert_residency_total", "outcome=\"miss\"", "")                                           \
+    X(EXPERT_FIRST_MISSES, COUNTER, "moesaic_expert_first_layer_misses_total", "",                                               \
+      "Of the misses: those at the first MoE layer, which nothing foretells")                                                    \
+    X(FIRST_STALL, HISTOGRAM_S, "moesaic_first_layer_stall_seconds", "", "Of the stage stall: that of the first MoE layer")      \
     X(EXPERT_COPIED_BYTES, COUNTER, "moesaic_expert_copied_bytes_total", "", "Expert weights copied to workers' devices")        \
     X(EXPERT_WASTED_BYTES, COUNTER, "moesaic_expert_wasted_bytes_total", "", "Of those, of experts that left again unused")      \
     X(PREFETCHES, COUNTER, "moesaic_prefetches_total", "", "Prefetch calls: hints to workers without tokens of a layer")         \

@@ -36,7 +36,7 @@ static moe_status too_little(const moe_residency *r, const char *option, int64_t
         100.0 * (double)least / share_of(r), share_of(r));
 }
 
-static moe_status count_places(moe_residency *r, moe_error *err) {
+moe_status residency_count_places(moe_residency *r, moe_error *err) {
     char why[96];
     int32_t least = r->config.model->config.top_k + MOE_RESIDENCY_SPARE_SLOTS;
     if (least > r->num_entries) least = r->num_entries;
@@ -66,24 +66,41 @@ static moe_status check_alike(const moe_residency *r, moe_error *err) {
 
 /* ---- making and freeing ---- */
 
-static moe_status open_parts(moe_residency *r, moe_error *err) {
+moe_status residency_open_slots(moe_residency *r, moe_error *err) {
     const moe_residency_config *c = &r->config;
-    const moe_ffn_weights *like = moe_model_expert(c->model, 0, 0);
-    r->entries = moe_calloc((size_t)r->num_entries, sizeof *r->entries);
-    r->slot = moe_calloc((size_t)r->num_slots, sizeof *r->slot);
-    r->images = moe_calloc((size_t)r->num_images, sizeof *r->images);
-    if (!r->entries || !r->slot || !r->images)
-        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %d experts", r->num_entries);
-    for (int32_t i = 0; i < r->num_entries; i++) r->entries[i] = (residency_entry){.wish = WISH_NONE, .slot = -1};
-    for (int32_t i = 0; i < r->num_images; i++) r->images[i].expert = -1;
     const moe_eviction_config eviction = {
         .policy = c->tiers.eviction, .num_experts = r->num_entries, .half_life = MOE_EVICTION_HALF_LIFE_BATCHES};
+    r->slot = moe_calloc((size_t)r->num_slots, sizeof *r->slot);
+    if (!r->slot) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %d slots", r->num_slots);
     moe_status status = moe_eviction_new(&eviction, &r->eviction, err);
     if (status == MOE_OK)
-        status = c->backend->ops->slots_create(c->backend, like, 0, MOE_FFN_BLOCKS, r->num_slots, &r->slots, err);
+        status = c->backend->ops->slots_create(c->backend, moe_model_expert(c->model, 0, 0), 0, MOE_FFN_BLOCKS, r->num_slots, &r->slots,
+                                               err);
     for (int32_t i = 0; status == MOE_OK && i < r->num_slots; i++)
         r->slot[i] = (residency_slot){.expert = c->backend->ops->slot(r->slots, i), .entry = -1};
     r->num_empty = r->num_slots;
+    r->num_ready = 0;
+    return status;
+}
+
+void residency_close_slots(moe_residency *r) {
+    if (r->slots) r->config.backend->ops->slots_free(r->config.backend, r->slots);
+    moe_free(r->slot);
+    moe_eviction_free(&r->eviction);
+    r->slots = NULL;
+    r->slot = NULL;
+    r->num_slots = r->num_empty = r->num_ready = 0;
+}
+
+static moe_status open_parts(moe_residency *r, moe_error *err) {
+    const moe_residency_config *c = &r->config;
+    r->entries = moe_calloc((size_t)r->num_entries, sizeof *r->entries);
+    r->images = moe_calloc((size_t)r->num_images, sizeof *r->images);
+    if (!r->entries || !r->images)
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %d experts", r->num_entries);
+    for (int32_t i = 0; i < r->num_entries; i++) r->entries[i] = (residency_entry){.wish = WISH_NONE, .slot = -1};
+    for (int32_t i = 0; i < r->num_images; i++) r->images[i].expert = -1;
+    moe_status status = residency_open_slots(r, err);
     const moe_loader_config packer = {
         .model = c->model, .backend = c->backend, .transport = c->transport, .threads = c->tiers.threaded, .tiers = true};
     if (status == MOE_OK) status = moe_loader_init(&r->packer, &packer, err);
@@ -102,7 +119,7 @@ moe_status moe_residency_new(const moe_residency_config *config, moe_residency *
     for (int level = 0; level < WISH_NONE; level++) TAILQ_INIT(&r->wishes[level]);
     r->size = config->backend->ops->expert_size(config->backend, moe_model_expert(config->model, 0, 0), 0, MOE_FFN_BLOCKS);
     moe_status status = check_alike(r, err);
-    if (status == MOE_OK) status = count_places(r, err);
+    if (status == MOE_OK) status = residency_count_places(r, err);
     if (status == MOE_OK) status = open_parts(r, err);
     if (status == MOE_OK)
         *out = r;
@@ -111,25 +128,27 @@ moe_status moe_residency_new(const moe_residency_config *config, moe_residency *
     return status;
 }
 
-void moe_residency_free(moe_residency **residency) {
-    moe_residency *r = *residency;
-    *residency = NULL;
-    if (!r) return;
+void residency_await_pieces(moe_residency *r) {
     moe_backend *backend = r->config.backend;
     while (r->pieces_out > 0) {
         if (backend->ops->poll) backend->ops->poll(backend);
         residency_collect(r);
         if (r->pieces_out > 0) nanosleep(&(struct timespec){.tv_nsec = POLL_NS}, NULL);
     }
+}
+
+void moe_residency_free(moe_residency **residency) {
+    moe_residency *r = *residency;
+    *residency = NULL;
+    if (!r) return;
+    residency_await_pieces(r);
     pthread_mutex_lock(&r->mutex); /* whoever ended the last piece has left it */
     pthread_mutex_unlock(&r->mutex);
     pthread_mutex_destroy(&r->mutex);
     moe_loader_close(&r->packer);
-    if (r->slots) backend->ops->slots_free(backend, r->slots);
-    for (int32_t i = 0; r->images && i < r->num_images; i++) backend->ops->host_free(backend, r->images[i].memory);
-    moe_eviction_free(&r->eviction);
+    residency_close_slots(r);
+    for (int32_t i = 0; r->images && i < r->num_images; i++) r->config.backend->ops->host_free(r->config.backend, r->images[i].memory);
     moe_free(r->entries);
-    moe_free(r->slot);
     moe_free(r->images);
     moe_free(r);
 }

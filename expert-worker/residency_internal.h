@@ -80,6 +80,12 @@ static inline bool residency_ready(const moe_residency *r, const residency_entry
     return e->slot >= 0 && r->slot[e->slot].state == SLOT_READY;
 }
 
+/* residency.c */
+moe_status residency_count_places(moe_residency *r, moe_error *err); /* sets num_slots, num_images */
+moe_status residency_open_slots(moe_residency *r, moe_error *err);   /* num_slots of them, and the policy that goes with them */
+void residency_close_slots(moe_residency *r);                        /* nothing is in them or on its way to them; idempotent */
+void residency_await_pieces(moe_residency *r);                       /* until none is on its way */
+
 /* residency_copy.c */
 void residency_set_wish(moe_residency *r, residency_entry *e, residency_wish wish); /* replaces the one there was */
 void residency_give_up(moe_residency *r, residency_entry *e); /* its copy, if one is under way; the wish stays */

@@ -118,6 +118,7 @@ static void note_residency(micro_batch *b, engine_worker *w, const moe_forward_r
     moe_metric_add(MOE_METRIC_EXPERT_HITS, (int64_t)r->hits);
     moe_metric_add(MOE_METRIC_EXPERT_LATE_HITS, (int64_t)r->late_hits);
     moe_metric_add(MOE_METRIC_EXPERT_MISSES, (int64_t)r->misses);
+    if (b->segment.index == 0) moe_metric_add(MOE_METRIC_EXPERT_FIRST_MISSES, (int64_t)r->misses);
     moe_metric_add(MOE_METRIC_EXPERT_COPIED_BYTES, (int64_t)r->copied_bytes);
     moe_metric_add(MOE_METRIC_EXPERT_WASTED_BYTES, (int64_t)r->wasted_bytes);
 }

@@ -102,6 +102,13 @@ static moe_status load_base(moe_engine *e, moe_error *err) {
     return status;
 }
 
+/* *out is NULL where gates choose. */
+static moe_status open_dummy_routing(const moe_engine *e, const moe_dummy_routing_spec *spec, moe_dummy_routing **out, moe_error *err) {
+    *out = NULL;
+    if (!spec->on || e->model->num_moe_layers == 0) return MOE_OK;
+    return moe_dummy_routing_new(spec, e->model->num_moe_layers, e->model->num_experts, e->model->top_k, out, err);
+}
+
 static moe_status engine_init(moe_engine *e, moe_error *err) {
     moe_backend *backend = e->config.backend;
     e->max_logit_rows = logit_rows_for(e);
@@ -121,9 +128,7 @@ static moe_status engine_init(moe_engine *e, moe_error *err) {
     if (status == MOE_OK) status = moe_kv_blocks_init(&e->blocks, e->config.num_kv_blocks, err);
     if (status == MOE_OK) status = moe_sampler_new(e->model->vocab, &e->sampler, err);
     if (status == MOE_OK) status = scratch_init(e, err);
-    if (status == MOE_OK && e->config.dummy_routing.on && e->model->num_moe_layers > 0)
-        status = moe_dummy_routing_new(&e->config.dummy_routing, e->model->num_moe_layers, e->model->num_experts, e->model->top_k,
-                                       &e->dummy_routing, err);
+    if (status == MOE_OK) status = open_dummy_routing(e, &e->config.dummy_routing, &e->dummy_routing, err);
     for (int32_t i = 0; status == MOE_OK && i < e->config.micro_batches; i++)
         status = micro_batch_init(e, &e->batches[i], i, err);
     if (status == MOE_OK) status = channels_open(e, err);
@@ -148,6 +153,21 @@ moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe
     if (status != MOE_OK) moe_engine_free(&e);
     *out = e;
     return status;
+}
+
+moe_status moe_engine_reroute(moe_engine *e, moe_gating gating, const moe_dummy_routing_spec *dummy, moe_error *err) {
+    moe_engine_config config = e->config;
+    moe_dummy_routing *routing;
+    MOE_ASSERT(!e->started && e->running.count == 0 && e->waiting.count == 0);
+    config.gating = gating;
+    config.dummy_routing = *dummy;
+    moe_status status = check_config(&config, err);
+    if (status == MOE_OK) status = open_dummy_routing(e, dummy, &routing, err);
+    if (status != MOE_OK) return status;
+    moe_dummy_routing_free(&e->dummy_routing);
+    e->dummy_routing = routing;
+    e->config = config;
+    return MOE_OK;
 }
 
 static bool job_outstanding(const micro_batch *b) {
@@ -267,6 +287,7 @@ static void *engine_thread(void *ctx) {
 }
 
 moe_status moe_engine_start(moe_engine *e, moe_error *err) {
+    atomic_store(&e->stopping, false);
     if (pthread_create(&e->thread, NULL, engine_thread, e) != 0)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "cannot start the engine's thread");
     e->started = true;

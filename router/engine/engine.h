@@ -65,6 +65,9 @@ typedef struct moe_engine_config {
 moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe_error *err);
 void moe_engine_free(moe_engine **engine); /* every live request ends with CANCELLED first; NULLs; idempotent */
 
+/* Without a thread and without requests: other routing from now on. Errors as of moe_engine_new; then nothing has changed. */
+moe_status moe_engine_reroute(moe_engine *engine, moe_gating gating, const moe_dummy_routing_spec *dummy, moe_error *err);
+
 /* Any thread. Queues a request; on_output is then called until its last event (not from inside this function). The request is
  * checked: prompt of 1 … max_model_len - 1 tokens, ids in the vocabulary (INVALID_ARGUMENT); RESOURCE_EXHAUSTED when the queue is
  * full; UNAVAILABLE while there is no placement map or the engine drains. */

@@ -1,11 +1,11 @@
-"""`moesaic bench` on the demo model, tiny: sane figures for each place of the experts, in the table and in the CSV."""
+"""`moesaic bench` on the demo model, tiny: sane figures for each place of the experts, in the table and in the CSV; sweeps."""
 import csv
 import glob
 import os
 import subprocess
 import tempfile
 
-from harness import BIN, DEMO, check, main
+from harness import BIN, DEMO, ROOT, check, main
 
 MOESAIC = os.path.join(BIN, "moesaic")
 REQUESTS, PROMPT, OUTPUT, PREFILL, RUNS = (1, 3), 8, 12, (40, 70), 2
@@ -73,6 +73,34 @@ def table_and_csv():
         check(not glob.glob(os.path.join(folder, "moesaic-*")), "a run folder is left")
 
 
+def a_sweep():
+    """Settings in one process: each with its own experts on the device, gating and routing, and the table made of it."""
+    settings = [("gate", "100%", ""), ("gate", "25%", ""), ("pre-gate", "25%", "zipf:1.5,seed:3"), ("pre-gate", "100%", "zipf:1.5,seed:3"),
+                ("gate", "25%", "zipf:1.5,seed:3")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "sweep.csv")
+        sweep = "; ".join(f"gating={g} device-memory={d}" + (f" dummy-routing={r}" if r else "") for g, d, r in settings)
+        run = bench(folder, "--load-format", "dummy", "--pre-gates", "next-gate", "--experts", "inproc", "--concurrency", "2", "--prompt-tokens", "8",
+                    "--output-tokens", "8", "--prefill-tokens", "16", "--runs", "2", "--sweep", sweep, "--csv", path)
+        check(run.returncode == 0, f"bench ended with {run.returncode}: {run.stderr[-2000:]}")
+        with open(path, encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f))
+        check([(r["gating"], r["device_memory"], r["dummy_routing"]) for r in rows] == [s for s in settings for _ in range(4)], "settings")
+        for row in rows:
+            hits, late, misses = (int(row[f"expert_{name}"]) for name in ("hits", "late_hits", "misses"))
+            check(float(row["copy_gb_per_s"]) > 0 and hits + late + misses > 0 and int(row["moe_layers"]) == 6, f"copies: {row}")
+            check((int(row["copied_bytes"]) == 0 and misses == 0) == (row["device_memory"] == "100%"), f"copies: {row}")
+            check(row["gating"] == "gate" and late == 0 or misses == int(row["first_misses"]), f"pre-gates foretell all but the first layer: {row}")
+        table = subprocess.run(["python3", os.path.join(ROOT, "tests", "bench", "residency_table.py"), path], capture_output=True, text=True, timeout=60)
+        lines = table.stdout.splitlines()
+        check(table.returncode == 0 and lines[0].endswith("GB/s") and sum(line.startswith("| decode x2") for line in lines) == 5, f"table: {table}")
+        for args, word in (((sweep, "ipc"), "inproc"), (("gating=gate device-memory=25%;gating=gate", "inproc"), "every setting"),
+                           (("gating=gates", "inproc"), "pre-gate"), (("gating=gate device-memory=1%", "inproc"), "at least"), (("x=1", "inproc"), "none of"),
+                           (("device-memory=25% dummy-routing=zipf", "inproc"), "zipf:S")):
+            run = bench(folder, "--load-format", "dummy", "--sweep", args[0], "--experts", args[1])
+            check(run.returncode == 1 and word in run.stderr, f"{args}: {run.returncode} {run.stderr}")
+
+
 def mistakes_are_told():
     with tempfile.TemporaryDirectory() as folder:
         for arguments, word in ((("--experts", "shm"), "shm"), (("--concurrency", "1,x"), "x"), (("--concurrency", "0"), "--max-num-seqs"),
@@ -82,4 +110,4 @@ def mistakes_are_told():
             check(run.returncode != 0 and word in run.stderr, f"{arguments}: {run.returncode} {run.stderr}")
 
 
-main([table_and_csv, mistakes_are_told])
+main([table_and_csv, a_sweep, mistakes_are_told])

@@ -35,6 +35,8 @@ def expect_counts(cluster, gating, workers, args):
     check(all(0.5 < recall <= 1 for recall in recalls), f"the checkpoint's pre-gates predict better: {recalls}")
     if gating == "pre-gate" and "--host-memory" not in args:  # what must be packed first is often late
         check(misses < hits + late, f"pre-gates know what comes, and yet: {hits} hits, {late} late, {misses} misses")
+    if gating == "pre-gate" and workers == 0:  # what is announced is late at worst
+        check(misses == value["moesaic_expert_first_layer_misses_total"], f"{misses} misses, not of the first layer alone: {value}")
     if workers == 3 and gating != "gate":
         check(value["moesaic_prefetches_total"] > 0, "no hint went to a worker without tokens")
 
