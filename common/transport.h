@@ -1,4 +1,5 @@
-/* Message transport between peers, by endpoint. Implementations: common/inproc (also the seeded fault injector), common/zmq.
+/* Message transport between peers, by endpoint. Implementations: common/inproc (also the seeded fault injector), common/shm (processes
+ * of one host), common/zmq.
  *
  * A transport belongs to one thread; only `wake` may be called from others. A transport may listen at one endpoint, connect
  * to any number, or both. Peers are numbered by the transport: a number is never used again within a process, so a reply to
@@ -16,7 +17,7 @@
 
 typedef uint64_t moe_peer; /* 0: none */
 
-/* Who the peer proved to be. LOCAL: an unauthenticated endpoint (inproc, ipc in a folder of mode 0700): may do anything. */
+/* Who the peer proved to be. LOCAL: an unauthenticated endpoint (inproc; shm, ipc in a folder of mode 0700): may do anything. */
 typedef enum moe_role { MOE_ROLE_LOCAL, MOE_ROLE_ROUTER, MOE_ROLE_WORKER, MOE_ROLE_OPERATOR, MOE_ROLE_COUNT } moe_role;
 
 typedef struct moe_frame {
@@ -46,7 +47,7 @@ typedef struct moe_transport moe_transport;
 typedef struct moe_transport_ops {
     const char *name;
     void (*close)(moe_transport *t); /* drops what is queued after at most the configured linger; frees */
-    /* True when this transport can reach an endpoint of that form ("inproc:…", "ipc:…", "tcp:…"). */
+    /* True when this transport can reach an endpoint of that form ("inproc:…", "shm:…", "ipc:…", "tcp:…"). */
     bool (*can_reach)(const moe_transport *t, const char *endpoint);
     /* Listens; `bound` (MOE_ENDPOINT_BYTES) receives the address in use (tcp port 0 is filled in). */
     moe_status (*listen)(moe_transport *t, const char *endpoint, char *bound, moe_error *err);

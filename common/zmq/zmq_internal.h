@@ -3,6 +3,7 @@
 #include <stdatomic.h>
 #include <zmq.h>
 
+#include "common/adaptive_wait.h"
 #include "common/zmq/zmq_transport.h"
 
 /* A peer's number is serial × PEER_SLOTS + slot: the slot is found without a search and the serial never comes again.
@@ -78,7 +79,8 @@ typedef struct zmq_transport {
     int64_t refusal_logged_ns;
     int wake_fd;
     int epoll_fd;         /* of wake_fd and the descriptors of all watched sockets */
-    bool poll_pays;       /* the last wait took less than config.poll_ns */
+    moe_adaptive_wait wait;
+    bool woken; /* by wake or a signal, in this poll */
     uint64_t last_number; /* serials of peers, links, monitors */
     zmq_listener listener;
     zmq_connection *connections[MOE_ZMQ_MAX_CONNECTIONS]; /* by slot; NULL where free */

@@ -4,42 +4,20 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include "common/alloc.h"
+#include "common/socket_file.h"
 #include "common/zmq/zmq_internal.h"
 
 #define DEAD_KEPT_NS MOE_NS_PER_S /* far longer than a message can lie between libzmq's network thread and poll */
 
 /* ---- listening ---- */
 
-static bool somebody_accepts(const char *path) {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0) return true;
-    bool accepts = connect(fd, (struct sockaddr *)&address, sizeof address) == 0 || errno == EAGAIN || errno == EINPROGRESS;
-    close(fd);
-    return accepts;
-}
-
-/* libzmq unlinks whatever has the name before it binds; only a socket file that nobody serves any more may go. */
-static moe_status check_socket_file(const char *path, moe_error *err) {
-    struct stat status;
-    if (lstat(path, &status) != 0) return MOE_OK; /* absent, or bind will say what is wrong */
-    if (!S_ISSOCK(status.st_mode)) {
-        return moe_fail(err, MOE_ALREADY_EXISTS, "%s exists and is not a socket; remove it or listen elsewhere", path);
-    }
-    if (somebody_accepts(path)) return moe_fail(err, MOE_ALREADY_EXISTS, "another process listens at %s", path);
-    return MOE_OK;
-}
-
 static moe_status bind_endpoint(zmq_listener *l, const zmq_endpoint *endpoint, moe_error *err) {
-    if (!endpoint->tcp) {
-        moe_status status = check_socket_file(endpoint->address + strlen("ipc://"), err);
+    if (!endpoint->tcp) { /* libzmq unlinks whatever has the name before it binds */
+        moe_status status = moe_socket_file_check(endpoint->address + strlen("ipc://"), err);
         if (status != MOE_OK) return status;
     }
     if (strchr(endpoint->address, '[')) moe_zmq_set_int(l->router, ZMQ_IPV6, 1);

@@ -2,8 +2,6 @@
 #include "common/zmq/zmq_transport.h"
 
 #include <errno.h>
-#include <limits.h>
-#include <sched.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -93,66 +91,47 @@ static int64_t next_timer_ns(const zmq_transport *t) {
     return next_ns;
 }
 
-static int timeout_ms(int64_t until_ns, int64_t now_ns) {
-    if (until_ns <= now_ns) return 0;
-    int64_t ms = (until_ns - now_ns) / MOE_NS_PER_MS;
-    return ms >= INT_MAX ? INT_MAX : (int)ms + ((until_ns - now_ns) % MOE_NS_PER_MS != 0);
-}
-
 static void drain_wake(int fd) {
     uint64_t count;
     ssize_t got = read(fd, &count, sizeof count);
     (void)got; /* EAGAIN: somebody else's wake was taken with the last one */
 }
 
-/* Notes which sockets may have something to receive, sleeping at most sleep_ms for the first. *any: there was something, or a
- * wake or a signal, and then *woken, too. */
-static moe_status look(zmq_transport *t, int sleep_ms, bool *any, bool *woken, moe_error *err) {
+/* Notes which sockets may have something to receive. A moe_look; a wake or a signal is something, too, and sets t->woken. */
+static moe_status look(void *transport, int sleep_ms, bool *any, moe_error *err) {
+    zmq_transport *t = transport;
     struct epoll_event events[MAX_EVENTS_PER_LOOK];
     int count = epoll_wait(t->epoll_fd, events, MAX_EVENTS_PER_LOOK, sleep_ms);
     *any = count != 0;
-    *woken = count < 0;
+    if (count < 0) t->woken = true;
     if (count < 0) return errno == EINTR ? MOE_OK : moe_zmq_fail(err, "poll", "the sockets");
     for (int i = 0; i < count; i++) {
         if (events[i].data.ptr) {
             *(bool *)events[i].data.ptr = true;
         } else {
             drain_wake(t->wake_fd);
-            *woken = true;
+            t->woken = true;
         }
     }
     return MOE_OK;
 }
 
-/* Waits until something may be received, at most until `until_ns`. *woken: by wake or a signal. When the last wait was short, it
- * polls before it sleeps, in turns with whatever else wants the core: to wake a thread, and a core, takes longer than to yield.
- */
-static moe_status wait_ready(zmq_transport *t, int64_t until_ns, int64_t now_ns, bool *woken, moe_error *err) {
-    bool any;
+/* Waits until something may be received, at most until `until_ns`. */
+static moe_status wait_ready(zmq_transport *t, int64_t until_ns, int64_t now_ns, moe_error *err) {
     t->events_since_wait = 0;
-    moe_status status = look(t, 0, &any, woken, err);
-    if (status != MOE_OK || any || until_ns <= now_ns) return status;
-    int64_t began_ns = now_ns, poll_until_ns = t->poll_pays && !t->base.computing ? now_ns + t->config.poll_ns : now_ns;
-    if (poll_until_ns > until_ns) poll_until_ns = until_ns;
-    while (!any && status == MOE_OK && now_ns < poll_until_ns) {
-        sched_yield();
-        status = look(t, 0, &any, woken, err);
-        now_ns = moe_now_ns(t->config.clock);
-    }
-    if (!any && status == MOE_OK && now_ns < until_ns) status = look(t, timeout_ms(until_ns, now_ns), &any, woken, err);
-    t->poll_pays = any && moe_now_ns(t->config.clock) - began_ns <= t->config.poll_ns;
-    return status;
+    return moe_wait_adaptively(&t->wait, now_ns, until_ns, t->base.computing, look, t, err);
 }
 
 static moe_status zmq_poll_op(moe_transport *transport, int64_t deadline_ns, moe_event *event, moe_error *err) {
     zmq_transport *t = (zmq_transport *)transport;
     moe_zmq_release_held(t);
     *event = (moe_event){.kind = MOE_EVENT_NONE};
-    bool last = false, woken;
+    t->woken = false;
     if (t->events_since_wait >= MAX_EVENTS_WITHOUT_WAIT) {
-        moe_status status = wait_ready(t, 0, 0, &last, err);
+        moe_status status = wait_ready(t, 0, 0, err);
         if (status != MOE_OK) return status;
     }
+    bool last = t->woken;
     for (;;) {
         int64_t now_ns = moe_now_ns(t->config.clock);
         if (take_event(t, now_ns, event)) {
@@ -161,9 +140,9 @@ static moe_status zmq_poll_op(moe_transport *transport, int64_t deadline_ns, moe
         }
         if (last) return MOE_OK;
         int64_t timer_ns = next_timer_ns(t);
-        moe_status status = wait_ready(t, timer_ns < deadline_ns ? timer_ns : deadline_ns, now_ns, &woken, err);
+        moe_status status = wait_ready(t, timer_ns < deadline_ns ? timer_ns : deadline_ns, now_ns, err);
         if (status != MOE_OK) return status;
-        last = woken || moe_now_ns(t->config.clock) >= deadline_ns;
+        last = t->woken || moe_now_ns(t->config.clock) >= deadline_ns;
     }
 }
 
@@ -217,6 +196,7 @@ moe_status moe_zmq_open(const moe_zmq_config *config, moe_transport **out, moe_e
     if (!t) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "zmq transport: out of memory");
     t->base.ops = &zmq_ops;
     t->config = *config;
+    t->wait = (moe_adaptive_wait){.clock = config->clock, .poll_ns = config->poll_ns};
     if (config->keys) t->keys = *config->keys;
     t->config.keys = config->keys ? &t->keys : NULL;
     t->config.handshake_timeout_ms = value_or(config->handshake_timeout_ms, MOE_ZMQ_HANDSHAKE_TIMEOUT_MS);

@@ -1,6 +1,6 @@
 /* Echo round trips over each transport: p50 and p99 in microseconds, and payload bytes per second both ways together.
  *
- * inproc: two threads; zmq over ipc and over tcp with CURVE on the loopback: two processes. One message in flight: a header frame
+ * inproc: two threads; shm, and zmq over ipc and over tcp with CURVE on the loopback: two processes. One message in flight: a header frame
  * of 64 bytes and a payload frame. Then exchanges: one message to each of N workers in processes of their own, until all have
  * answered: what a layer costs beside its computation. Usage: bench_transport [ROUND_TRIPS [WORKERS [SENT RECEIVED]]], by default
  * 4000 (fewer for large payloads), 2 workers, and the bytes of a layer of the demo model: 1024 sent to each (one row), 1024
@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "common/inproc/inproc.h"
+#include "common/shm/shm_transport.h"
 #include "common/zmq/zmq_transport.h"
 
 #define DEFAULT_ROUND_TRIPS 4000
@@ -128,10 +129,15 @@ static void bench_inproc(int round_trips) {
     moe_inproc_hub_free(&hub);
 }
 
-/* The side that asks polls as a router does by itself; the one that answers as a worker on few cores: not at all. */
-static moe_transport *open_zmq(const moe_curve_keys *keys, int64_t poll_us) {
+/* For an endpoint. The side that asks polls as a router does by itself; the one that answers as a worker on few cores: not at all. */
+static moe_transport *open_for(const char *endpoint, const moe_curve_keys *keys, int64_t poll_us) {
     moe_error err;
     moe_transport *t;
+    const moe_shm_config shm = {.clock = moe_clock_real(), .linger_ms = 1000, .poll_ns = poll_us * MOE_NS_PER_US};
+    if (strncmp(endpoint, "shm:", 4) == 0) {
+        check(moe_shm_open(&shm, &t, &err), "open", &err);
+        return t;
+    }
     const moe_zmq_config config = {
         .clock = moe_clock_real(), .keys = keys, .linger_ms = 1000, .poll_ns = poll_us * MOE_NS_PER_US};
     check(moe_zmq_open(&config, &t, &err), "open", &err);
@@ -141,7 +147,7 @@ static moe_transport *open_zmq(const moe_curve_keys *keys, int64_t poll_us) {
 static _Noreturn void echo_process(const char *endpoint, const moe_curve_keys *keys, size_t bytes, int out) {
     moe_error err;
     char bound[MOE_ENDPOINT_BYTES] = "";
-    moe_transport *t = open_zmq(keys, 0);
+    moe_transport *t = open_for(endpoint, keys, 0);
     check(t->ops->listen(t, endpoint, bound, &err), "listen", &err);
     if (write(out, bound, sizeof bound) != sizeof bound) die("echo", "the parent is gone");
     answer(t, bytes);
@@ -167,11 +173,11 @@ static void await_exit(pid_t pid) {
     if (waitpid(pid, &status, 0) != pid || status != 0) die("echo", "its process failed");
 }
 
-static void bench_zmq(const char *name, const char *endpoint, const moe_curve_keys *server, const moe_curve_keys *client,
+static void bench_processes(const char *name, const char *endpoint, const moe_curve_keys *server, const moe_curve_keys *client,
                       int round_trips) {
     char bound[MOE_ENDPOINT_BYTES];
     pid_t pid = start_echo(endpoint, server, 0, bound);
-    moe_transport *t = open_zmq(client, MOE_ZMQ_POLL_US);
+    moe_transport *t = open_for(endpoint, client, MOE_ZMQ_POLL_US);
     measure_all(name, t, bound, round_trips);
     t->ops->close(t);
     await_exit(pid);
@@ -215,7 +221,7 @@ static void measure_exchange(const char *name, moe_transport *t, const moe_peer 
     free(times_ns);
 }
 
-/* Over ipc the worker's number is put behind `endpoint`. */
+/* Where the endpoint is a file the worker's number is put behind `endpoint`. */
 static void bench_exchange(const char *name, const char *endpoint, const moe_curve_keys *server, const moe_curve_keys *client,
                            const exchange *x) {
     pid_t pids[MAX_WORKERS];
@@ -229,7 +235,7 @@ static void bench_exchange(const char *name, const char *endpoint, const moe_cur
             snprintf(own, sizeof own, "%.200s%d", endpoint, w);
         pids[w] = start_echo(own, server, x->received, bound[w]);
     }
-    moe_transport *t = open_zmq(client, MOE_ZMQ_POLL_US);
+    moe_transport *t = open_for(endpoint, client, MOE_ZMQ_POLL_US);
     for (int w = 0; w < x->workers; w++) {
         moe_error err;
         moe_event event;
@@ -256,10 +262,12 @@ int main(int argc, char **argv) {
     printf("%-10s %9s %8s %10s %10s %10s\n", "transport", "bytes", "trips", "p50 us", "p99 us", "MB/s");
     bench_inproc(round_trips);
 
-    char folder[] = "/tmp/moe-bench-XXXXXX", endpoint[MOE_ENDPOINT_BYTES];
+    char folder[] = "/tmp/moe-bench-XXXXXX", endpoint[MOE_ENDPOINT_BYTES], shm[MOE_ENDPOINT_BYTES];
     if (!mkdtemp(folder)) die("mkdtemp", "cannot make a folder");
+    snprintf(shm, sizeof shm, "shm:%s/shm.sock", folder);
+    bench_processes("shm", shm, NULL, NULL, round_trips);
     snprintf(endpoint, sizeof endpoint, "ipc://%s/echo.sock", folder);
-    bench_zmq("ipc", endpoint, NULL, NULL, round_trips);
+    bench_processes("ipc", endpoint, NULL, NULL, round_trips);
 
     moe_error err;
     moe_curve_keys worker = {.public_key = ""}, router = {.public_key = ""};
@@ -267,9 +275,10 @@ int main(int argc, char **argv) {
     check(moe_curve_keypair(router.public_key, router.secret_key, &err), "keys", &err);
     memcpy(worker.role_keys[MOE_ROLE_ROUTER], router.public_key, MOE_CURVE_KEY_BYTES);
     memcpy(router.role_keys[MOE_ROLE_WORKER], worker.public_key, MOE_CURVE_KEY_BYTES);
-    bench_zmq("tcp+curve", "tcp://127.0.0.1:0", &worker, &router, round_trips);
+    bench_processes("tcp+curve", "tcp://127.0.0.1:0", &worker, &router, round_trips);
 
     printf("\n%-10s %9s %9s %9s %10s %10s\n", "exchange", "workers", "sent", "received", "p50 us", "p99 us");
+    bench_exchange("shm", shm, NULL, NULL, &x);
     bench_exchange("ipc", endpoint, NULL, NULL, &x);
     bench_exchange("tcp+curve", "tcp://127.0.0.1:0", &worker, &router, &x);
     rmdir(folder);

@@ -24,6 +24,7 @@
 #include "common/log.h"
 #include "common/metrics.h"
 #include "common/random.h"
+#include "common/shm/shm_transport.h"
 #include "common/zmq/zmq_transport.h"
 
 /* libzmq as packaged is not built for the thread sanitizer, which takes its own synchronisation for races. */
@@ -951,6 +952,39 @@ static const implementation zmq_ipc = {"zmq-ipc", ipc_setup, ipc_teardown, ipc_o
 static const implementation zmq_polling = {"zmq-polling", ipc_setup, ipc_teardown, polling_open, ZMQ_QUEUE_LIMIT_BYTES, false};
 static const implementation zmq_tcp = {"zmq-tcp", tcp_setup, tcp_teardown, tcp_open, ZMQ_QUEUE_LIMIT_BYTES, false};
 
+/* ---- shared memory ---- */
+
+static void shm_setup(world *w) {
+    ipc_setup(w);
+    snprintf(w->endpoint, sizeof w->endpoint, "shm:%s/worker.sock", w->folder);
+}
+
+static moe_transport *open_shm(int64_t poll_ns) {
+    moe_transport *t;
+    moe_error err;
+    const moe_shm_config config = {
+        .clock = moe_clock_real(), .linger_ms = 100, .max_queued_bytes = ZMQ_QUEUE_LIMIT_BYTES, .poll_ns = poll_ns};
+    if (moe_shm_open(&config, &t, &err) != MOE_OK) fail_msg("open: %s", err.message);
+    return t;
+}
+
+static moe_transport *shm_open_sleeping(world *w, bool listener) {
+    (void)w;
+    (void)listener;
+    return open_shm(0);
+}
+
+static moe_transport *shm_open_polling(world *w, bool listener) {
+    (void)w;
+    (void)listener;
+    return open_shm(POLL_NS);
+}
+
+static const implementation shm = {"shm", shm_setup, ipc_teardown, shm_open_sleeping, ZMQ_QUEUE_LIMIT_BYTES, false};
+static const implementation shm_polling = {"shm-polling", shm_setup, ipc_teardown, shm_open_polling, ZMQ_QUEUE_LIMIT_BYTES, false};
+
+/* ---- in other processes ---- */
+
 /* A node on a configuration of its own. */
 static int open_node_with(world *w, const moe_zmq_config *config) {
     int index = open_node(w, false);
@@ -1482,9 +1516,19 @@ static int run_inproc(void) {
     return cmocka_run_group_tests_name("inproc only", tests, NULL, NULL);
 }
 
-static int run_zmq(void) {
 #define ON(impl, test) \
     { #impl "/" #test, test, setup, teardown, (void *)&(impl) }
+
+static int run_shm(void) {
+    const struct CMUnitTest tests[] = {
+        ON(shm, test_listener_process_dies),
+        ON(shm, test_client_process_dies),
+        ON(shm_polling, test_polls_while_it_pays),
+    };
+    return cmocka_run_group_tests_name("shm only", tests, NULL, NULL);
+}
+
+static int run_zmq(void) {
     const struct CMUnitTest tests[] = {
         ON(zmq_ipc, test_listener_process_dies),
         ON(zmq_tcp, test_listener_process_dies),
@@ -1505,13 +1549,12 @@ static int run_zmq(void) {
         ON(zmq_ipc, test_key_files),
         ON(zmq_ipc, test_zmq_out_of_memory),
     };
-#undef ON
     return cmocka_run_group_tests_name("zmq only", tests, NULL, NULL);
 }
 
 int main(void) {
     moe_log_init(MOE_LOG_ERROR, "test");
-    int failed = run_every(&inproc) + run_inproc();
+    int failed = run_every(&inproc) + run_inproc() + run_every(&shm) + run_every(&shm_polling) + run_shm();
     if (TEST_ZMQ) failed += run_every(&zmq_ipc) + run_every(&zmq_polling) + run_every(&zmq_tcp) + run_zmq();
     return failed;
 }

@@ -71,7 +71,7 @@ def check_includes(path, text):
         first = header.split("/")[0]
         if match.group(1) == '"' and top in MAY_INCLUDE and "/" in header and first != top and first not in MAY_INCLUDE[top]:
             fault(path, number, f"{top}/ may not include {header}")
-        if top in ("router", "expert-worker", "training", "proto", "cpu", "cuda") and re.match(r"common/(inproc|zmq|memory|redis)/", header):
+        if top in ("router", "expert-worker", "training", "proto", "cpu", "cuda") and re.match(r"common/(inproc|shm|zmq|memory|redis)/", header):
             fault(path, number, f"only cli/ and tests/ name implementations: {header}")
 
 

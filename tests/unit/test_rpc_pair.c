@@ -16,6 +16,7 @@
 #include "common/log.h"
 #include "common/metrics.h"
 #include "common/random.h"
+#include "common/shm/shm_transport.h"
 #include "common/zmq/zmq_transport.h"
 #include "proto/rpc.h"
 #include "tests/support/temp_dir.h"
@@ -41,6 +42,7 @@ typedef struct node {
 typedef struct world {
     moe_clock clock;
     moe_inproc_hub *hub;
+    bool shm; /* where there is no hub: shared memory, else zmq */
     node server, client;
 } world;
 
@@ -119,6 +121,8 @@ static const moe_rpc_method methods[] = {{CHECK, hold, 0}, {TOKENIZE, echo, 0}, 
 static void node_open(world *w, node *n, const moe_clock *clock, const char *id, uint64_t incarnation) {
     if (w->hub)
         assert_int_equal(moe_inproc_open(w->hub, &n->transport, NULL), MOE_OK);
+    else if (w->shm)
+        assert_int_equal(moe_shm_open(&(moe_shm_config){.clock = clock}, &n->transport, NULL), MOE_OK);
     else
         assert_int_equal(moe_zmq_open(&(moe_zmq_config){.clock = clock}, &n->transport, NULL), MOE_OK);
     moe_rpc_config config = {.transport = n->transport,
@@ -433,7 +437,7 @@ static void *serve(void *arg) {
     return NULL;
 }
 
-/* Calls between two threads over the transports of `w`: a hub, or zmq where there is none. */
+/* Calls between two threads over the transports of `w`: a hub, or what `w` says where there is none. */
 static void call_across_threads(world w, const char *endpoint) {
     enum { CALLS = 2000, WINDOW = 64 };
     server_thread server = {0};
@@ -484,6 +488,15 @@ static void test_threads_over_ipc(void **state) {
     moe_test_dir_free(&dir);
 }
 
+static void test_threads_over_shm(void **state) {
+    (void)state;
+    moe_test_dir dir = moe_test_dir_new();
+    char endpoint[sizeof dir.path + 16];
+    snprintf(endpoint, sizeof endpoint, "shm:%s/server", dir.path);
+    call_across_threads((world){.shm = true}, endpoint);
+    moe_test_dir_free(&dir);
+}
+
 int main(void) {
     moe_log_init(MOE_LOG_OFF, "test");
 #define T(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
@@ -499,6 +512,7 @@ int main(void) {
         T(test_faults),
         cmocka_unit_test(test_threads_over_inproc),
         cmocka_unit_test(test_threads_over_ipc),
+        cmocka_unit_test(test_threads_over_shm),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
