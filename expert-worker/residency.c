@@ -114,6 +114,7 @@ moe_status moe_residency_new(const moe_residency_config *config, moe_residency *
     moe_residency *r = moe_calloc(1, sizeof *r);
     if (!r) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the experts' tiers");
     r->config = *config;
+    if (r->config.tiers.piece_bytes == 0) r->config.tiers.piece_bytes = MOE_RESIDENCY_PIECE_BYTES;
     pthread_mutex_init(&r->mutex, NULL);
     r->num_entries = model->num_moe_layers * model->num_experts;
     for (int level = 0; level < WISH_NONE; level++) TAILQ_INIT(&r->wishes[level]);

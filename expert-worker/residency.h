@@ -28,6 +28,7 @@ typedef struct moe_tier_options {
     double share;         /* part of the model's experts that limits may be a part of; 0: all */
     const char *eviction; /* a policy's name; borrowed */
     bool threaded;        /* what is wanted from the checkpoint is packed in a thread of its own; the simulation has none */
+    int64_t piece_bytes;  /* 0: MOE_RESIDENCY_PIECE_BYTES; the simulation's experts are small */
 } moe_tier_options;
 
 typedef struct moe_residency_config {

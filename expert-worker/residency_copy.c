@@ -174,7 +174,7 @@ static residency_piece *free_piece(moe_residency *r) {
 static void submit_piece(moe_residency *r, residency_entry *e, residency_piece *p) {
     residency_slot *s = &r->slot[e->slot];
     int64_t left = r->size.image_bytes - s->submitted_bytes;
-    int64_t bytes = left < MOE_RESIDENCY_PIECE_BYTES ? left : MOE_RESIDENCY_PIECE_BYTES;
+    int64_t bytes = left < r->config.tiers.piece_bytes ? left : r->config.tiers.piece_bytes;
     p->fill = (moe_slot_fill){s->expert, e->image->memory, s->submitted_bytes, bytes};
     p->job = (moe_job){.done = on_piece, .owner = p};
     p->residency = r;

@@ -1,4 +1,5 @@
-/* Thousands of seeds over the scenarios below; in each seed the faults, their moments and the cluster's size are drawn.
+/* Thousands of seeds over the scenarios below; in each seed the faults, their moments and the cluster's size are drawn; in some also
+ * how many experts fit the workers' devices and host memory.
  *
  * Oracles: O1, O2 and O4 by sim_check (tests/support/sim_fixture.h): right tokens, one end a request, epochs and maps. No request may
  * fail but those whose router was killed, since each seed has two replicas and one failure at a time. O3 and O5 by the sanitizer
@@ -12,6 +13,8 @@
 #include <unistd.h>
 
 #include "common/clock.h"
+#include "expert-worker/eviction.h"
+#include "tests/support/residency_check.h"
 #include "tests/support/sim_fixture.h"
 #include "tests/support/test.h"
 
@@ -31,13 +34,16 @@
 
 #define TOKENS 5
 #define LIMIT_NS (120 * MOE_NS_PER_S)
-#define REPLAYED_SEEDS 10
+#define REPLAYED_SEEDS 20
+#define TIERS_EVERY 6  /* of so many seeds of a scenario, one has workers whose experts do not all fit */
+#define NUM_POLICIES 3
 
 typedef enum scenario { KILLS, NETWORK, MIGRATION, ROUTERS, STORE, SCENARIOS } scenario;
 static const char *const names[] = {"kills", "network", "migration", "routers", "store"};
 
 static uint64_t running; /* the seed */
 static bool ended;       /* the test, well */
+static moe_residency_counts tiers_counted;
 
 static void say_replay(void) {
     char line[128];
@@ -179,10 +185,27 @@ static void store(sim_cluster *sim) {
     sim_restart(sim, victim);
 }
 
+/* Workers whose experts do not all fit: slots and images for some, with hints or without. Some workers hold all. */
+static void draw_tiers(moe_random *random, sim_config *config, moe_tier_options *tiers) {
+    const moe_model_config *m = &sim_fx.model->config;
+    int32_t all = m->num_moe_layers * m->num_experts, least = m->top_k + MOE_RESIDENCY_SPARE_SLOTS;
+    config->gating = moe_random_below(random, 3) ? MOE_GATING_HINT : MOE_GATING_GATE;
+    for (int32_t i = 0; i < config->workers; i++) {
+        int32_t slots = least + (int32_t)moe_random_below(random, (uint64_t)(all - least) / 2),
+                images = MOE_RESIDENCY_MIN_IMAGES + (int32_t)moe_random_below(random, (uint64_t)all / 2);
+        tiers[i] = (moe_tier_options){.device.part = (double)slots / all, .piece_bytes = 1024 << moe_random_below(random, 6)};
+        if (moe_random_below(random, 2)) tiers[i].host.part = (double)images / all;
+        tiers[i].eviction = moe_eviction_policy_name((int32_t)moe_random_below(random, NUM_POLICIES));
+        if (moe_random_below(random, 4) == 0) tiers[i].device.part = 0;
+    }
+    config->tiers = tiers;
+}
+
 /* The hash of the seed's history. */
 static uint64_t run_seed(uint64_t seed) {
     static void (*const scenarios[])(sim_cluster *) = {kills, network, migration, routers, store};
     moe_random random = {moe_mix64(seed + 1)};
+    moe_tier_options tiers[SIM_MAX_WORKERS];
     running = seed;
     sim_config config = sim_fixture_config(seed);
     config.new_cluster = true;
@@ -191,6 +214,7 @@ static uint64_t run_seed(uint64_t seed) {
     config.layout = moe_random_below(&random, 2) ? MOE_PLACEMENT_RANDOM : MOE_PLACEMENT_BALANCED;
     config.balance = (moe_balance_config){
         .automatic = seed % SCENARIOS == MIGRATION, .interval_ns = MOE_NS_PER_S, .dwell_ns = MOE_NS_PER_S, .redundant = 2};
+    if (seed / SCENARIOS % TIERS_EVERY == TIERS_EVERY - 1) draw_tiers(&random, &config, tiers);
     sim_cluster *sim = sim_new(&config);
     scenarios[seed % SCENARIOS](sim);
     assert_true(sim_run_until_idle(sim, LIMIT_NS));
@@ -202,6 +226,8 @@ static uint64_t run_seed(uint64_t seed) {
     for (int32_t i = 0; i < sim->num_requests; i++) abandoned += sim->requests[i].abandoned;
     assert_int_equal(sim_check(sim, 0) + abandoned, sim->num_requests);
     uint64_t history = sim->history;
+    for (int32_t i = 0; i < config.workers; i++) sim_kill(sim, i);
+    residency_counts_add(&tiers_counted, &sim->tiers);
     sim_free(&sim);
     return history;
 }
@@ -224,6 +250,11 @@ static void test_seeds(void **state) {
     double seconds = (double)(moe_now_ns(moe_clock_real()) - began) / 1e9;
     print_message("figure: simulation: %llu seeds, %.0f a second, all oracles held\n", (unsigned long long)seeds(),
                   (double)seeds() / seconds);
+    const moe_residency_counts *c = &tiers_counted;
+    print_message("figure: of them, tiers: %llu hits, %llu late, %llu misses; %llu MB copied, %llu MB in vain; %llu packed again\n",
+                  (unsigned long long)c->hits, (unsigned long long)c->late_hits, (unsigned long long)c->misses,
+                  (unsigned long long)c->copied_bytes >> 20, (unsigned long long)c->wasted_bytes >> 20, (unsigned long long)c->packed);
+    assert_true(c->hits && c->late_hits && c->misses && c->wasted_bytes && c->packed); /* all of it happened */
     ended = true;
 }
 

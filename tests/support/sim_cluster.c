@@ -5,12 +5,16 @@
 #include <string.h>
 
 #include "common/alloc.h"
+#include "expert-worker/worker_internal.h"
+#include "tests/support/residency_check.h"
 
 #define SIM_START_NS (1000 * MOE_NS_PER_S)
 #define SIM_TICK_NS (2 * MOE_NS_PER_MS)       /* the clock jumps to the next delivery, by this much at most */
 #define SIM_IDLE_TICK_NS (10 * MOE_NS_PER_MS) /* or this, where no request is live */
 #define SIM_LOOK_NS (20 * MOE_NS_PER_MS)      /* between two looks at whether the cluster is healed */
 #define SIM_STEP_NS (20 * MOE_NS_PER_US)      /* and by this at least */
+#define SIM_COPY_NS (50 * MOE_NS_PER_US)      /* the clock's most while copies are on their way */
+#define SIM_COPY_ODDS 3                       /* of so many steps, one ends a worker's copy or batch */
 #define SIM_BOOT_LIMIT_NS (60 * MOE_NS_PER_S)
 
 static void must(moe_status status, const moe_error *err) {
@@ -34,10 +38,19 @@ static void note(sim_cluster *s, sim_event event, uint64_t a, uint64_t b) {
 
 /* ---- parts ---- */
 
+static bool has_tiers(const sim_cluster *s, int32_t index) {
+    return s->config.tiers && moe_memory_limited(s->config.tiers[index].device);
+}
+
 static void start_worker(sim_cluster *s, int32_t index) {
     sim_worker *w = &s->workers[index];
     moe_backend *backend = s->config.worker_backend ? s->config.worker_backend : s->config.backend;
     if (s->config.own_backend[index]) backend = s->config.own_backend[index];
+    if (has_tiers(s, index)) {
+        moe_slow_init(&w->slow, backend);
+        w->slow.slow_batches = true;
+        backend = &w->slow.base;
+    }
     moe_error err;
     char bound[MOE_ENDPOINT_BYTES];
     uint64_t incarnation = moe_random_next(&s->random) | 1;
@@ -54,6 +67,7 @@ static void start_worker(sim_cluster *s, int32_t index) {
                                 .max_queued_calls = 64,
                                 .max_batch_rows = 4096,
                                 .reference = s->config.reference};
+    if (has_tiers(s, index)) config.tiers = s->config.tiers[index];
     must(moe_worker_new(&config, &w->worker, &err), &err);
     moe_registration_config registration = {.store = w->store,
                                             .clock = &s->clock,
@@ -74,6 +88,11 @@ void sim_kill(sim_cluster *s, int32_t index) {
     sim_worker *w = &s->workers[index];
     if (!w->worker) return;
     note(s, SIM_WORKER_DIES, (uint64_t)index, 0);
+    if (has_tiers(s, index)) {
+        moe_slow_hurry(&w->slow);
+        const moe_residency_counts counted = moe_residency_counted(w->worker->residency);
+        residency_counts_add(&s->tiers, &counted);
+    }
     moe_registration_free(&w->registration);
     moe_worker_free(&w->worker);
     w->transport->ops->close(w->transport);
@@ -189,6 +208,20 @@ void sim_stop_router(sim_cluster *s, int32_t index, bool resigns) {
 
 /* ---- time ---- */
 
+/* Some of what the workers' devices have to do ends; true while more is left. What a worker does next sees it. */
+static bool step_devices(sim_cluster *s) {
+    bool left = false;
+    for (int32_t i = 0; i < s->config.workers; i++) {
+        sim_worker *w = &s->workers[i];
+        if (!w->worker || !has_tiers(s, i)) continue;
+        residency_check(w->worker->residency);
+        if (w->slow.num_fills && moe_random_below(&s->dice, SIM_COPY_ODDS) == 0) moe_slow_end(&w->slow);
+        if (w->slow.num_batches && moe_random_below(&s->dice, SIM_COPY_ODDS) == 0) moe_slow_end_batch(&w->slow);
+        left = left || w->slow.num_fills || w->slow.num_batches || moe_worker_has_work(w->worker);
+    }
+    return left;
+}
+
 static void step_all(sim_cluster *s) {
     moe_error err;
     for (int32_t i = 0; i < SIM_MAX_ROUTERS; i++) {
@@ -203,7 +236,7 @@ static void step_all(sim_cluster *s) {
         if (moe_registration_next_ns(w->registration) <= s->clock.fake_now_ns) moe_registration_step(w->registration, &err);
     }
     int64_t now = s->clock.fake_now_ns, due = moe_inproc_next_due_ns(s->hub);
-    int64_t tick = s->num_live ? SIM_TICK_NS : SIM_IDLE_TICK_NS, next = due < now + tick ? due : now + tick;
+    int64_t tick = step_devices(s) ? SIM_COPY_NS : s->num_live ? SIM_TICK_NS : SIM_IDLE_TICK_NS, next = due < now + tick ? due : now + tick;
     s->clock.fake_now_ns = next > now + SIM_STEP_NS ? next : now + SIM_STEP_NS;
 }
 
@@ -254,6 +287,7 @@ sim_cluster *sim_new(const sim_config *config) {
     s->config = *config;
     s->clock = moe_clock_fake(SIM_START_NS);
     s->random = (moe_random){config->seed};
+    s->dice = (moe_random){moe_mix64(config->seed)};
     snprintf(s->uuid, sizeof s->uuid, "00000000-0000-4000-8000-%012llx", (unsigned long long)config->seed & 0xffffffffffffULL);
     must(moe_inproc_hub_new(&s->clock, config->seed, &s->hub, &err), &err);
     must(moe_memory_hub_new(&s->clock, &s->memory, &err), &err);

@@ -8,6 +8,7 @@
 #include "expert-worker/worker.h"
 #include "router/engine/engine.h"
 #include "router/placement/controller.h"
+#include "tests/support/slow_backend.h"
 
 #define SIM_MAX_WORKERS 8
 #define SIM_MAX_ROUTERS 3
@@ -20,6 +21,7 @@ typedef struct sim_worker {
     moe_worker *worker; /* NULL: dead */
     moe_registration *registration;
     char id[16], endpoint[32];
+    moe_slow_backend slow; /* with tiers, in front of its backend */
 } sim_worker;
 
 typedef struct sim_router {
@@ -63,13 +65,15 @@ typedef struct sim_config {
     moe_placement_kind layout;
     const char *state_dir; /* of the router; NULL: none */
     bool starved;          /* steps may fail for want of memory, and go on afterwards */
+    const moe_tier_options *tiers; /* [workers]: those with a device limit have slots, into which copies take a while, as their
+                                    * batches do; NULL: none has */
     bool local;            /* local steps with the experts of the only worker, which is never killed */
 } sim_config;
 
 typedef struct sim_cluster {
     sim_config config;
     moe_clock clock;
-    moe_random random;
+    moe_random random, dice; /* dice: of copies and batches that end */
     char uuid[MOE_UUID_BYTES];
     moe_inproc_hub *hub;
     moe_memory_hub *memory;
@@ -81,6 +85,7 @@ typedef struct sim_cluster {
     sim_request requests[SIM_MAX_REQUESTS];
     int32_t num_requests, num_live;
     uint64_t history; /* hash of it so far */
+    moe_residency_counts tiers; /* of the workers that have ended */
 } sim_cluster;
 
 /* Aborts the test on failure to build. The cluster is returned when its first map is in use. */

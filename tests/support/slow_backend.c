@@ -14,7 +14,31 @@ static moe_status expert_load(moe_backend *b, const moe_ffn_weights *weights, in
 static void expert_free(moe_backend *b, moe_expert *expert) { real_of(b)->ops->expert_free(slow_of(b)->real, expert); }
 
 static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job) {
-    real_of(b)->ops->ffn_submit(slow_of(b)->real, batch, job);
+    moe_slow_backend *s = slow_of(b);
+    if (!s->slow_batches) {
+        s->real->ops->ffn_submit(s->real, batch, job);
+        return;
+    }
+    MOE_ASSERT(s->num_batches < MOE_SLOW_MAX_BATCHES);
+    s->batches[s->num_batches] = batch;
+    s->batch_jobs[s->num_batches++] = job;
+}
+
+void moe_slow_end_batch(moe_slow_backend *s) {
+    MOE_ASSERT(s->num_batches > 0);
+    const moe_ffn_batch *batch = s->batches[0];
+    moe_job *job = s->batch_jobs[0];
+    s->num_batches--;
+    memmove(s->batches, s->batches + 1, (size_t)s->num_batches * sizeof *s->batches);
+    memmove(s->batch_jobs, s->batch_jobs + 1, (size_t)s->num_batches * sizeof *s->batch_jobs);
+    s->real->ops->ffn_submit(s->real, batch, job);
+}
+
+void moe_slow_hurry(moe_slow_backend *s) {
+    s->at_once = true;
+    s->slow_batches = false;
+    while (s->num_fills) moe_slow_end(s);
+    while (s->num_batches) moe_slow_end_batch(s);
 }
 
 static moe_expert_size expert_size(const moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi) {
