@@ -10,12 +10,12 @@
 
 #define END_POLL_NS (20 * MOE_NS_PER_MS) /* how often the end of a measurement is looked for; it does not enter the result */
 
-const char *const moe_bench_stage_names[MOE_BENCH_STAGES] = {"attention", "handoff", "plan",   "wait",   "copy", "stall",
-                                                             "expert",    "combine", "logits", "sample", "step"};
+const char *const moe_bench_stage_names[MOE_BENCH_STAGES] = {"attention", "handoff", "plan",   "wait",   "copy",   "stall",
+                                                             "host",      "expert",    "combine", "logits", "sample", "step"};
 
 static const moe_metric stage_metrics[MOE_BENCH_STAGES] = {
     MOE_METRIC_STAGE_ATTENTION, MOE_METRIC_STAGE_HANDOFF, MOE_METRIC_STAGE_PLAN,    MOE_METRIC_STAGE_WAIT,
-    MOE_METRIC_STAGE_COPY,      MOE_METRIC_STAGE_STALL,   MOE_METRIC_STAGE_EXPERT,  MOE_METRIC_STAGE_COMBINE,
+    MOE_METRIC_STAGE_COPY,      MOE_METRIC_STAGE_STALL,   MOE_METRIC_STAGE_HOST,    MOE_METRIC_STAGE_EXPERT,  MOE_METRIC_STAGE_COMBINE,
     MOE_METRIC_STAGE_LOGITS,    MOE_METRIC_STAGE_SAMPLE,  MOE_METRIC_STAGE_STEP};
 
 typedef struct reading {
@@ -23,6 +23,7 @@ typedef struct reading {
     int64_t steps, layers, layer_experts, call_bytes;
     int64_t hits, late_hits, misses, first_misses, copied_bytes, wasted_bytes;
     int64_t first_stall_ns, first_stalls;
+    int64_t host_experts, host_rows;
     int32_t leader_tokens; /* of the first request */
 } reading;
 
@@ -61,6 +62,8 @@ static void take_reading(const measurement *m, reading *out) {
     out->first_stalls = moe_metric_value(MOE_METRIC_FIRST_STALL);
     out->copied_bytes = moe_metric_value(MOE_METRIC_EXPERT_COPIED_BYTES);
     out->wasted_bytes = moe_metric_value(MOE_METRIC_EXPERT_WASTED_BYTES);
+    out->host_experts = moe_metric_value(MOE_METRIC_EXPERT_HOST);
+    out->host_rows = moe_metric_value(MOE_METRIC_EXPERT_HOST_ROWS);
     out->leader_tokens = m->leader_tokens;
     for (int s = 0; s < MOE_BENCH_STAGES; s++) {
         out->sum_ns[s] = moe_metric_sum(stage_metrics[s]);
@@ -129,6 +132,8 @@ static void subtract(const measurement *m, moe_bench_sample *out) {
     out->first_stall_ns = first_stalls > 0 ? (double)(to->first_stall_ns - from->first_stall_ns) / (double)first_stalls : 0;
     out->copied_bytes = to->copied_bytes - from->copied_bytes;
     out->wasted_bytes = to->wasted_bytes - from->wasted_bytes;
+    out->host_experts = to->host_experts - from->host_experts;
+    out->host_rows = to->host_rows - from->host_rows;
     for (int s = 0; s < MOE_BENCH_STAGES; s++) {
         int64_t count = to->count[s] - from->count[s];
         out->stage_ns[s] = count > 0 ? (double)(to->sum_ns[s] - from->sum_ns[s]) / (double)count : 0;

@@ -12,6 +12,7 @@ typedef enum moe_bench_stage {
     MOE_BENCH_WAIT,
     MOE_BENCH_COPY,
     MOE_BENCH_STALL, /* of workers' computation, for experts on their way to the device */
+    MOE_BENCH_HOST,  /* cold experts on workers' hosts, part of the next or beside it */
     MOE_BENCH_EXPERT,
     MOE_BENCH_COMBINE,
     MOE_BENCH_LOGITS,
@@ -41,6 +42,7 @@ typedef struct moe_bench_sample {
     int64_t hits, late_hits, misses, copied_bytes, wasted_bytes; /* of workers with tiers; see moe_residency_counts */
     int64_t first_misses;              /* of these, at the first MoE layer */
     double first_stall_ns;             /* mean stall of the first MoE layer of one micro-batch */
+    int64_t host_experts, host_rows;   /* of batches, see moe_residency_counts */
     int64_t call_bytes;                /* payloads of the calls to expert workers, both ways */
     double stage_ns[MOE_BENCH_STAGES]; /* mean of one layer of one micro-batch; logits, sample, step: of one micro-batch */
 } moe_bench_sample;

@@ -138,7 +138,8 @@ static moe_status report(void *ctx, moe_cluster_status *out, moe_error *err) {
                                                 (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_LATE_HITS),
                                                 (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_MISSES),
                                                 (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_COPIED_BYTES),
-                                                (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_WASTED_BYTES)};
+                                                (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_WASTED_BYTES),
+                                                (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_HOST)};
         out->num_operations = s->controller.num_operations;
         memcpy(out->operations, s->controller.operations, sizeof out->operations);
         snprintf(out->migration, sizeof out->migration, "%s", s->controller.migration);

@@ -95,6 +95,19 @@ moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out,
     return moe_fail(err, MOE_INVALID_ARGUMENT, "no backend is called '%s'; there are: cpu, cpu-ref, cuda", config->name);
 }
 
+moe_status moe_host_backend_open(const moe_backend_config *config, moe_backend *device, moe_backend **out, moe_error *err) {
+    *out = NULL;
+    if (strcmp(config->name, "cuda") == 0)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--cold-experts: the host does not compute for --backend cuda; give fetch");
+    *out = device;
+    return MOE_OK;
+}
+
+void moe_host_backend_close(moe_backend **host, const moe_backend *device) {
+    if (*host && *host != device) (*host)->ops->close(*host);
+    *host = NULL;
+}
+
 moe_status moe_network_open(const char *keys_dir, moe_role role, int64_t poll_us, moe_transport **out, moe_error *err) {
     moe_curve_keys keys;
     bool authenticated = keys_dir && *keys_dir;

@@ -30,6 +30,11 @@ typedef struct moe_backend_config {
 /* Another name is INVALID_ARGUMENT, naming those built in; a dtype or device that the backend lacks is the backend's error. */
 moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err);
 
+/* The backend that computes experts from images in host memory beside `device` (--cold-experts): a CPU backend is its own. NULL for
+ * moe_host_backend_close. INVALID_ARGUMENT: cuda. */
+moe_status moe_host_backend_open(const moe_backend_config *config, moe_backend *device, moe_backend **out, moe_error *err);
+void moe_host_backend_close(moe_backend **host, const moe_backend *device); /* where it is another one; NULLs; idempotent */
+
 /* The GPUs that this process sees, for --devices auto; *count at most MOE_MAX_DEVICES. INVALID_ARGUMENT: another backend than cuda;
  * UNIMPLEMENTED: not built; UNAVAILABLE: no driver, or no GPU. */
 moe_status moe_backend_devices(const char *backend, moe_device_name names[MOE_MAX_DEVICES], int32_t *count, moe_error *err);

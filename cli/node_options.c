@@ -124,7 +124,9 @@ static moe_status memory_limit(const moe_options *o, const char *name, moe_memor
 }
 
 moe_status moe_tier_option(const moe_options *o, moe_tier_options *out, moe_error *err) {
-    *out = (moe_tier_options){.eviction = moe_option_text(o, "eviction"), .threaded = true};
+    *out = (moe_tier_options){.eviction = moe_option_text(o, "eviction"),
+                              .cold = (moe_cold_experts)moe_option_choice(o, "cold-experts"),
+                              .threaded = true};
     moe_status status = memory_limit(o, "device-memory", &out->device, err);
     return status == MOE_OK ? memory_limit(o, "host-memory", &out->host, err) : status;
 }

@@ -2,6 +2,7 @@
 
 #include <stdint.h>
 
+#include "expert-worker/cold.h"
 #include "expert-worker/eviction.h"
 
 #define GiB (1024.0 * 1024.0 * 1024.0)
@@ -162,6 +163,10 @@ static const moe_option_row rows[] = {
     {"eviction", CHOICE, MODELS, "Residency", "hint-aware", 0, 0, MOE_EVICTION_POLICIES, NULL,
      "with --device-memory: which expert makes room for another. lru: unused for longest; lfu-decay: fewest uses, old ones counting "
      "less; hint-aware: likewise, but what a hint announced stays"},
+    {"cold-experts", CHOICE, MODELS, "Residency", "fetch", 0, 0, MOE_COLD_EXPERTS_CHOICES, NULL,
+     "with --device-memory: what becomes of an expert that a batch wants and that is not on the device. fetch: it is copied there; host: "
+     "the host computes it while the device computes the others, and experts that are used most move to the device in the background; "
+     "auto: of the two whichever is expected to end first, by measured times"},
     {"share", FLOAT, WORKER, "Residency", "1", 1e-6, 1, NULL, "X",
      "part of the model's experts that this worker is going to hold, which percentages of --device-memory are of; serve tells its "
      "workers"},

@@ -34,7 +34,7 @@ struct moe_router_node {
     moe_model *model;
     moe_tokenizer *tokenizer;
     moe_chat_template *chat_template;
-    moe_backend *backend;
+    moe_backend *backend, *cold_host; /* cold_host: the host of moe_worker_config */
     moe_inproc_hub *hub; /* embedded only, as the next two */
     moe_memory_hub *memory;
     moe_worker_node *worker;
@@ -129,6 +129,8 @@ static moe_status open_embedded(moe_router_node *n, moe_error *err) {
     if (status == MOE_OK) status = moe_memory_open(n->memory, &n->store, err);
     if (status == MOE_OK) status = moe_inproc_open_beside(n->engine_transport, &transport, err);
     if (status == MOE_OK) status = moe_memory_open(n->memory, &store, err);
+    if (status == MOE_OK && n->config.tiers.cold != MOE_COLD_FETCH)
+        status = moe_host_backend_open(&n->config.backend, n->backend, &n->cold_host, err);
     if (status != MOE_OK || n->model->config.num_moe_layers == 0) {
         if (store) store->ops->close(store);
         if (transport) transport->ops->close(transport);
@@ -136,6 +138,7 @@ static moe_status open_embedded(moe_router_node *n, moe_error *err) {
     }
     moe_worker_node_config worker = {.model = n->model,
                                      .backend = n->backend,
+                                     .host = n->cold_host,
                                      .transport = transport,
                                      .store = store,
                                      .listen = MOE_EMBEDDED_ENDPOINT,
@@ -365,6 +368,7 @@ void moe_router_node_close(moe_router_node **node) {
     if (n->store) n->store->ops->close(n->store);
     moe_memory_hub_free(&n->memory);
     moe_inproc_hub_free(&n->hub);
+    moe_host_backend_close(&n->cold_host, n->backend);
     if (n->backend) n->backend->ops->close(n->backend);
     moe_chat_template_free(&n->chat_template);
     moe_tokenizer_free(&n->tokenizer);

@@ -94,6 +94,8 @@ static void residency(const json_t *counts, moe_buf *out) {
                    "%.1f %% of it unused\n",
                    100 * hits / all, 100 * late / all, 100 * (all - hits - late) / all, copied / 1e6,
                    copied > 0 ? 100 * wasted / copied : 0);
+    double host = json_number_value(json_object_get(counts, "host_experts"));
+    if (host > 0) moe_buf_printf(out, "cold experts: the host computed %.0f of batches\n", host);
 }
 
 /* How many of a layer's experts the layer before had predicted, by MoE layer. */

@@ -85,7 +85,7 @@ static moe_status find_cluster(const worker_settings *s, moe_store *store, char 
 
 /* The expert worker of one GPU, or the one there is. */
 typedef struct device_worker {
-    moe_backend *backend;
+    moe_backend *backend, *host; /* host: as in moe_worker_config */
     moe_worker_node *node;
     char id[MOE_WORKER_ID_BYTES];
     char listen[PATH_MAX];
@@ -121,7 +121,7 @@ static moe_status name_worker(const worker_settings *s, device_worker *w, int32_
 }
 
 /* One of `count` that share this process. */
-static moe_status open_worker(worker_process *p, device_worker *w, int32_t count, moe_error *err) {
+static moe_status open_worker(worker_process *p, device_worker *w, const moe_backend_config *backend, int32_t count, moe_error *err) {
     const worker_settings *s = &p->settings;
     moe_curve_keys keys = {.public_key = ""};
     moe_store *store;
@@ -129,6 +129,7 @@ static moe_status open_worker(worker_process *p, device_worker *w, int32_t count
     moe_tier_options tiers;
     moe_status status = moe_tier_option(p->options, &tiers, err);
     tiers.share = moe_option_float(p->options, "share");
+    if (status == MOE_OK && tiers.cold != MOE_COLD_FETCH) status = moe_host_backend_open(backend, w->backend, &w->host, err);
     if (status == MOE_OK && s->keys_dir) status = moe_curve_keys_read(s->keys_dir, MOE_ROLE_WORKER, &keys, err);
     if (status == MOE_OK) status = moe_store_open(&s->store, &store, err);
     if (status != MOE_OK) return status;
@@ -141,6 +142,7 @@ static moe_status open_worker(worker_process *p, device_worker *w, int32_t count
     }
     moe_worker_node_config config = {.model = p->model,
                                      .backend = w->backend,
+                                     .host = w->host,
                                      .transport = transport,
                                      .store = store,
                                      .listen = w->listen,
@@ -184,7 +186,7 @@ static moe_status open_leased_worker(worker_process *p, moe_error *err) {
     moe_backend_config config = moe_backend_option_on(p->options, p->lease.device);
     status = name_worker(&p->settings, w, config.device, true, err);
     if (status == MOE_OK) status = moe_backend_open(&config, &w->backend, err);
-    return status == MOE_OK ? open_worker(p, w, 1, err) : status;
+    return status == MOE_OK ? open_worker(p, w, &config, 1, err) : status;
 }
 
 /* One worker for each of --devices; the CPU backends have one device. */
@@ -204,7 +206,7 @@ static moe_status open_workers(worker_process *p, moe_error *err) {
         status = moe_backend_option(p->options, i, &config, NULL, err);
         if (status == MOE_OK) status = name_worker(&p->settings, w, config.device, count == 1, err);
         if (status == MOE_OK) status = moe_backend_open(&config, &w->backend, err);
-        if (status == MOE_OK) status = open_worker(p, w, count, err);
+        if (status == MOE_OK) status = open_worker(p, w, &config, count, err);
     }
     return status;
 }
@@ -300,6 +302,7 @@ int moe_command_worker(const moe_options *o) {
     if (status == MOE_OK && (!defective || p.num_workers > 1)) hand_over(&p);
     for (int32_t i = 0; i < p.num_workers; i++) {
         moe_worker_node_close(&p.workers[i].node);
+        moe_host_backend_close(&p.workers[i].host, p.workers[i].backend);
         if (p.workers[i].backend) p.workers[i].backend->ops->close(p.workers[i].backend);
     }
     moe_device_lease_release(&p.lease); /* once its memory is free */

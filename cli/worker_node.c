@@ -73,7 +73,8 @@ bool moe_worker_node_moved(const moe_worker_node *n) {
 static moe_calibration calibrate(const moe_worker_node_config *c) {
     moe_calibration cost = {0};
     moe_error err;
-    if (c->stepped || c->model->config.num_moe_layers == 0) return cost; /* the only worker there is, or one without work */
+    bool alone = c->stepped && c->tiers.cold != MOE_COLD_AUTO; /* the only worker there is, and nothing to choose between */
+    if (alone || c->model->config.num_moe_layers == 0) return cost;
     if (moe_calibrate(c->backend, c->model, &cost, &err) != MOE_OK) {
         moe_warn("worker %s could not measure what experts cost it: %s", c->id, err.message);
         return (moe_calibration){0};
@@ -85,6 +86,20 @@ static moe_calibration calibrate(const moe_worker_node_config *c) {
 
 static int32_t load_threads(int32_t share) {
     return share < 1 ? 1 : share < MOE_LOADER_MAX_THREADS ? share : MOE_LOADER_MAX_THREADS;
+}
+
+/* Likewise: costs that are not known are learnt. */
+static moe_cold_costs calibrate_cold(const moe_worker_node_config *c, const moe_calibration *device) {
+    moe_cold_costs costs = {.device = {(double)device->expert_ns, (double)device->row_ns}};
+    moe_error err;
+    if (c->tiers.cold != MOE_COLD_AUTO || !c->host || c->model->config.num_moe_layers == 0) return costs;
+    if (moe_calibrate_cold(c->backend, c->host, c->model, &costs, &err) != MOE_OK) {
+        moe_warn("worker %s could not measure what cold experts cost it: %s", c->id, err.message);
+        return (moe_cold_costs){.copy_byte_ns = 0};
+    }
+    moe_info("worker %s: copies pass at %.2f GB/s; on the host an expert costs %.1f us, a row %.2f us", c->id, 1 / costs.copy_byte_ns,
+             costs.host.expert_ns / 1e3, costs.host.row_ns / 1e3);
+    return costs;
 }
 
 static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe_error *err) {
@@ -99,6 +114,7 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
     if (n->state_dir) n->remembered = moe_worker_state_read(n->state_dir, n->id, n->cluster_uuid);
     moe_worker_config worker = {.model = c->model,
                                 .backend = c->backend,
+                                .host = c->host,
                                 .transport = n->transport,
                                 .clock = moe_clock_real(),
                                 .cluster_uuid = n->cluster_uuid,
@@ -114,6 +130,7 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                 .known_epoch = n->remembered.epoch,
                                 .known_fence = n->remembered.fence};
     moe_calibration cost = calibrate(c);
+    worker.tiers.costs = calibrate_cold(c, &cost);
     status = moe_worker_new(&worker, &n->worker, err);
     if (status == MOE_OK && !c->stepped) status = moe_worker_start(n->worker, err);
     if (status != MOE_OK) return status;

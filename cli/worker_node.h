@@ -12,6 +12,7 @@ typedef struct moe_worker_node moe_worker_node;
 typedef struct moe_worker_node_config {
     const moe_model *model;   /* borrowed */
     moe_backend *backend;     /* borrowed */
+    moe_backend *host;        /* borrowed; as in moe_worker_config */
     moe_transport *transport; /* taken over, also when open fails: closed with the node */
     moe_store *store;         /* likewise */
     const char *listen;       /* endpoint to listen at */

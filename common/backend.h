@@ -31,6 +31,7 @@ typedef struct moe_kv moe_kv;         /* a pool of KV blocks for all layers */
 typedef struct moe_rows moe_rows;     /* the hidden state of one micro-batch between its segments */
 typedef struct moe_local moe_local;   /* all experts of a model, as a forward step with no dispatch uses them */
 typedef struct moe_slots moe_slots;   /* device memory for a fixed number of experts of one shape, which come and go */
+typedef struct moe_host_experts moe_host_experts; /* handles of experts that are computed where their images lie */
 
 /* One piece of submitted work. The submitter owns it and keeps it in place until done was called. */
 typedef struct moe_job {
@@ -239,6 +240,16 @@ typedef struct moe_backend_ops {
      * no batch uses before all of its pieces are there and done was called for each. copy_ns is the job's time. Neither allocates
      * nor waits. RESOURCE_EXHAUSTED: more than MOE_MAX_SLOT_FILLS at once. */
     void (*slot_fill_submit)(moe_backend *b, const moe_slot_fill *fill, moe_job *job);
+
+    /* Experts that the host computes from their images, without a copy; all three NULL where a backend computes nothing on the host.
+     * `count` handles for experts shaped like `weights`, in one allocation. Their images are of this backend's own expert_pack.
+     * RESOURCE_EXHAUSTED. */
+    moe_status (*host_experts_create)(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
+                                      int32_t count, moe_host_experts **out, moe_error *err);
+    void (*host_experts_free)(moe_backend *b, moe_host_experts *experts); /* no job uses them any more; NULL is ignored */
+    /* Handle `index`, for ffn batches, from now on of the expert whose image lies at `image`, with the bits of expert_load's. The image
+     * stays until the batches that name it have ended. Neither allocates nor reads the image. */
+    moe_expert *(*host_expert)(const moe_host_experts *experts, int32_t index, const void *image);
 
     /* Forward steps with every expert in this backend; all three NULL where it has none. experts [num_moe_layers, num_experts]:
      * whole, borrowed until local_free. */

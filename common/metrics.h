@@ -36,6 +36,7 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(STAGE_EXPERT, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"expert\"", "")                                                \
     X(STAGE_COPY, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"copy\"", "")                                                    \
     X(STAGE_STALL, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"stall\"", "")                                                  \
+    X(STAGE_HOST, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"host\"", "")                                                    \
     X(STAGE_COMBINE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"combine\"", "")                                              \
     X(STAGE_LOGITS, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"logits\"", "")                                                \
     X(STAGE_SAMPLE, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"sample\"", "")                                                \
@@ -69,6 +70,8 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(FIRST_STALL, HISTOGRAM_S, "moesaic_first_layer_stall_seconds", "", "Of the stage stall: that of the first MoE layer")      \
     X(EXPERT_COPIED_BYTES, COUNTER, "moesaic_expert_copied_bytes_total", "", "Expert weights copied to workers' devices")        \
     X(EXPERT_WASTED_BYTES, COUNTER, "moesaic_expert_wasted_bytes_total", "", "Of those, of experts that left again unused")      \
+    X(EXPERT_HOST, COUNTER, "moesaic_expert_host_total", "", "Cold experts of batches that workers' hosts computed")               \
+    X(EXPERT_HOST_ROWS, COUNTER, "moesaic_expert_host_rows_total", "", "Rows of those")                                          \
     X(PREFETCHES, COUNTER, "moesaic_prefetches_total", "", "Prefetch calls: hints to workers without tokens of a layer")         \
     X(WORKER_ROWS, COUNTER, "moesaic_worker_rows_total", "", "Expert rows computed (one token at one expert)")                   \
     X(WORKER_BATCH_ROWS, HISTOGRAM_COUNT, "moesaic_worker_batch_rows", "", "Expert rows of one batch")                           \

@@ -7,6 +7,7 @@
 #include "common/alloc.h"
 #include "cpu/base.h"
 #include "cpu/cpu.h"
+#include "cpu/host_experts.h"
 #include "cpu/isa.h"
 #include "cpu/local.h"
 #include "cpu/single.h"
@@ -172,6 +173,16 @@ static void slot_fill_submit(moe_backend *b, const moe_slot_fill *fill, moe_job 
     moe_cpu_slot_fill(fill, job);
 }
 
+static moe_status host_experts_create(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, int32_t count,
+                                      moe_host_experts **out, moe_error *err) {
+    return moe_cpu_host_experts_create(cpu_of(b)->kernels, weights, block_lo, block_hi, count, out, err);
+}
+
+static void host_experts_free(moe_backend *b, moe_host_experts *experts) {
+    (void)b;
+    moe_cpu_host_experts_free(experts);
+}
+
 static moe_status local_create(moe_backend *b, moe_base *base, moe_expert *const *experts, moe_local **out, moe_error *err) {
     (void)b;
     return moe_cpu_local_create(base, experts, out, err);
@@ -218,6 +229,9 @@ static const moe_backend_ops common_ops = {
     .slots_free = slots_free,
     .slot = moe_cpu_slot,
     .slot_fill_submit = slot_fill_submit,
+    .host_experts_create = host_experts_create,
+    .host_experts_free = host_experts_free,
+    .host_expert = moe_cpu_host_expert,
     .local_create = local_create,
     .local_free = local_free,
     .local_submit = local_submit,

@@ -13,7 +13,7 @@ typedef struct moe_cpu_ffn {
     int32_t hidden, intermediate;  /* intermediate: of the whole network */
     int32_t block_lo, block_hi;
     bool gated;   /* moe_ffn_gated */
-    void *memory; /* owned, of all matrices; NULL: they lie in a slot */
+    void *memory; /* owned, of all matrices; NULL: they lie in a slot or an image */
 } moe_cpu_ffn;
 
 /* One network applied to rows that lie together. */

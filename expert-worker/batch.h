@@ -19,9 +19,13 @@ enum {
     MOE_BATCH_POSITIONS,
     MOE_BATCH_EXPERTS, /* of the groups */
     MOE_BATCH_DONE,    /* this and the next: of a batch computed in passes (passes.h) */
-    MOE_BATCH_PASS_GROUPS,
+    MOE_BATCH_PASS_GROUPS, /* of the device's pass, as the next two */
     MOE_BATCH_PASS_ROWS,
     MOE_BATCH_PASS_OUT,
+    MOE_BATCH_HOST_GROUPS, /* the same of the host's, in the same order */
+    MOE_BATCH_HOST_ROWS,
+    MOE_BATCH_HOST_OUT,
+    MOE_BATCH_COLD, /* groups of which it is open where they are computed */
     MOE_BATCH_EXACT,
     MOE_BATCH_SUMS,
     MOE_BATCH_PARTS

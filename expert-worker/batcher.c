@@ -29,6 +29,8 @@ moe_status moe_batcher_init(moe_batcher *b, const moe_batcher_config *config, mo
                                         .judged = judged,
                                         .ctx = b};
     moe_recheck_init(&b->recheck, &recheck);
+    b->lanes[MOE_PASS_DEVICE] = (moe_batcher_lane){.batcher = b, .backend = config->backend};
+    b->lanes[MOE_PASS_HOST] = (moe_batcher_lane){.batcher = b, .backend = config->host};
     pthread_mutex_init(&b->mutex, NULL);
     pthread_cond_init(&b->ended, NULL);
     moe_status status = moe_batch_init(&b->batches[0], config->backend, num_experts, err);
@@ -87,21 +89,31 @@ moe_status moe_batcher_add(moe_batcher *b, const moe_forward_call *decoded, moe_
 }
 
 static void on_job_done(moe_job *job) {
-    moe_batcher *b = job->owner;
-    /* The wake is inside the lock, so that whoever sees job_done may free batcher and transport. */
+    moe_batcher_lane *lane = job->owner;
+    moe_batcher *b = lane->batcher;
+    /* The wake is inside the lock, so that whoever sees `done` may free batcher and transport. */
     pthread_mutex_lock(&b->mutex);
-    b->job_done = true;
+    lane->done = true;
     atomic_fetch_add(&b->jobs_ended, 1);
-    if (!pthread_equal(pthread_self(), b->submitter)) b->config.transport->ops->wake(b->config.transport);
+    if (!pthread_equal(pthread_self(), lane->submitter)) b->config.transport->ops->wake(b->config.transport);
     pthread_cond_signal(&b->ended);
     pthread_mutex_unlock(&b->mutex);
 }
 
-static bool job_done(moe_batcher *b) {
-    pthread_mutex_lock(&b->mutex);
-    bool done = b->job_done;
-    pthread_mutex_unlock(&b->mutex);
+static bool job_done(moe_batcher_lane *lane) {
+    pthread_mutex_lock(&lane->batcher->mutex);
+    bool done = lane->done;
+    pthread_mutex_unlock(&lane->batcher->mutex);
     return done;
+}
+
+static bool busy(const moe_batcher *b) { return b->lanes[MOE_PASS_DEVICE].busy || b->lanes[MOE_PASS_HOST].busy; }
+
+/* Two backends compute side by side, one takes turns. */
+static int64_t batch_compute_ns(const moe_batcher *b) {
+    int64_t device_ns = b->lanes[MOE_PASS_DEVICE].compute_ns, host_ns = b->lanes[MOE_PASS_HOST].compute_ns;
+    if (b->config.host == b->config.backend) return device_ns + host_ns;
+    return device_ns > host_ns ? device_ns : host_ns;
 }
 
 /* Moves what fits from the queue into the next batch, in order: the first alike call that is too large ends it. */
@@ -142,7 +154,8 @@ static void answer_batch(moe_batcher *b, moe_batch *batch, moe_status status, co
     moe_work *w;
     while ((w = TAILQ_FIRST(&batch->works))) {
         moe_batch_remove(batch, w);
-        w->compute_ns = b->batch_compute_ns;
+        w->compute_ns = batch_compute_ns(b);
+        w->host_ns = b->lanes[MOE_PASS_HOST].compute_ns;
         w->copy_ns = b->batch_copy_ns;
         w->stall_ns = b->batch_stall_ns;
         if (status == MOE_OK)
@@ -178,102 +191,129 @@ static void observe_start(moe_batcher *b, const moe_batch *batch) {
     b->rows += (uint64_t)batch->assignments;
 }
 
-static void submit(moe_batcher *b, const moe_ffn_batch *ffn) {
-    b->busy = true;
-    b->submitter = pthread_self(); /* this and the next: no job, so no other thread */
-    b->job_done = false;
-    b->job.done = on_job_done;
-    b->job.owner = b;
-    b->job.compute_ns = b->job.copy_ns = 0;
-    atomic_store(&b->job.progress, 0);
-    b->config.backend->ops->ffn_submit(b->config.backend, ffn, &b->job);
+static void submit(moe_batcher_lane *lane, const moe_ffn_batch *ffn) {
+    lane->busy = true;
+    lane->submitter = pthread_self(); /* this and the next: no job of this lane, so no other thread */
+    lane->done = false;
+    lane->experts = ffn->num_groups;
+    lane->rows = ffn->num_assignments;
+    lane->job = (moe_job){.done = on_job_done, .owner = lane};
+    lane->backend->ops->ffn_submit(lane->backend, ffn, &lane->job);
 }
 
-/* Ends the running batch, whose passes were given up, without results. */
-static void fail_running(moe_batcher *b, moe_status status, const char *message) {
+/* Ends the running batch without results; nothing of it is with a backend. */
+static void fail_running(moe_batcher *b) {
     moe_passes_give_up(&b->passes);
     b->stalled_since_ns = 0;
-    answer_batch(b, &b->batches[b->running], status, message, status == MOE_INTERNAL);
+    b->under_way = false;
+    answer_batch(b, &b->batches[b->running], b->failure.code, b->failure.message, b->failure.code == MOE_INTERNAL);
 }
 
-/* Submits what is ready of the running batch; the time until something is counts as stalled. */
-static void start_pass(moe_batcher *b) {
-    const moe_ffn_batch *ffn;
+static void deliver_running(moe_batcher *b) {
     moe_error err;
-    int64_t now_ns = moe_now_ns(b->config.clock);
+    moe_batch *batch = &b->batches[b->running];
+    moe_work *w;
+    TAILQ_FOREACH(w, &batch->works, link) {
+        moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, batch_compute_ns(b));
+        moe_metric_observe_ns(MOE_METRIC_WORKER_COPY, b->batch_copy_ns);
+    }
+    b->compute_ns += (uint64_t)batch_compute_ns(b);
+    b->stall_ns += (uint64_t)b->batch_stall_ns;
+    b->under_way = false;
+    moe_status status = moe_batch_deliver(batch, b->config.shard, &err);
+    answer_batch(b, batch, status, status == MOE_OK ? "" : err.message, status == MOE_OK);
+}
+
+/* Submits what is ready of the running batch to the lanes that are free. */
+static void start_passes(moe_batcher *b) {
+    const moe_ffn_batch *ffn;
     const moe_error *lost = moe_residency_failure(b->config.shard->residency);
-    if (lost) {
-        fail_running(b, lost->code, lost->message);
-        return;
+    if (lost && b->failure.code == MOE_OK) b->failure = *lost;
+    for (int place = 0; place < MOE_PASS_PLACES && b->failure.code == MOE_OK; place++) {
+        moe_batcher_lane *lane = &b->lanes[place];
+        if (lane->busy || !lane->backend) continue;
+        if (moe_passes_next(&b->passes, (moe_pass_place)place, &ffn, &b->failure) == MOE_OK && ffn) submit(lane, ffn);
     }
-    if (moe_passes_next(&b->passes, &ffn, &err) != MOE_OK) {
-        fail_running(b, err.code, err.message);
-        return;
-    }
-    if (!ffn) {
+}
+
+/* The time in which nothing of the batch is computed counts as stalled. */
+static void watch_stall(moe_batcher *b) {
+    int64_t now_ns = moe_now_ns(b->config.clock);
+    if (!busy(b)) {
         if (!b->stalled_since_ns) b->stalled_since_ns = now_ns;
         return;
     }
     if (b->stalled_since_ns) b->batch_stall_ns += now_ns - b->stalled_since_ns;
     b->stalled_since_ns = 0;
-    submit(b, ffn);
 }
 
-static void start_next(moe_batcher *b) {
+/* Takes the next batch into work, where there is one. */
+static void begin_next(moe_batcher *b) {
     moe_batch *next = &b->batches[b->next];
-    moe_error err;
     remove_dead(b, next);
     assemble_next(b);
     if (moe_batch_empty(next)) return;
     b->num_queued -= next->num_works;
     b->running = b->next;
     b->next = 1 - b->running;
-    b->batch_compute_ns = b->batch_copy_ns = b->batch_stall_ns = 0;
+    b->under_way = true;
+    b->failure = (moe_error){.code = MOE_OK};
+    b->lanes[MOE_PASS_DEVICE].compute_ns = b->lanes[MOE_PASS_HOST].compute_ns = 0;
+    b->batch_copy_ns = b->batch_stall_ns = 0;
     observe_start(b, next);
-    if (!b->config.shard->residency) {
-        submit(b, &next->ffn);
-    } else if (moe_passes_begin(&b->passes, next, b->config.shard, &err) == MOE_OK) {
+    if (!b->config.shard->residency)
+        submit(&b->lanes[MOE_PASS_DEVICE], &next->ffn);
+    else if (moe_passes_begin(&b->passes, next, b->config.shard, &b->failure) == MOE_OK)
         moe_residency_turn(b->config.shard->residency); /* its copies before those for later */
-        start_pass(b);
-    } else {
-        fail_running(b, err.code, err.message);
+}
+
+static void observe_costs(moe_batcher *b, const moe_batcher_lane *lane) {
+    moe_cold_costs *costs = moe_residency_costs(b->config.shard->residency);
+    bool host = lane == &b->lanes[MOE_PASS_HOST];
+    moe_cold_observe_compute(host ? &costs->host : &costs->device, lane->experts, lane->rows, lane->job.compute_ns);
+}
+
+static void end_job(moe_batcher *b, moe_batcher_lane *lane) {
+    lane->busy = false;
+    b->ticks += atomic_load(&lane->job.progress) + 1;
+    lane->compute_ns += lane->job.compute_ns;
+    b->batch_copy_ns += lane->job.copy_ns;
+    if (lane->job.status != MOE_OK) {
+        if (b->failure.code == MOE_OK) moe_fail(&b->failure, lane->job.status, "%s", lane->job.message);
+    } else if (b->passes.batch) {
+        observe_costs(b, lane);
+        moe_passes_ended(&b->passes, (moe_pass_place)(lane - b->lanes));
     }
 }
 
-static void end_running(moe_batcher *b) {
-    moe_error err;
-    moe_batch *batch = &b->batches[b->running];
-    moe_status status = b->job.status;
-    b->busy = false;
-    b->ticks += atomic_load(&b->job.progress) + 1;
-    b->batch_compute_ns += b->job.compute_ns;
-    b->batch_copy_ns += b->job.copy_ns;
-    b->compute_ns += (uint64_t)b->job.compute_ns;
-    if (status != MOE_OK) {
-        fail_running(b, status, b->job.message);
-        return;
+/* Takes in the jobs that have ended, and ends the batch where they were its last. True where there were any. */
+static bool end_jobs(moe_batcher *b) {
+    bool any = false;
+    for (int place = 0; place < MOE_PASS_PLACES; place++) {
+        moe_batcher_lane *lane = &b->lanes[place];
+        if (!lane->busy || !job_done(lane)) continue;
+        end_job(b, lane);
+        any = true;
     }
-    if (b->passes.batch && !moe_passes_ended(&b->passes)) return;
-    moe_work *w;
-    TAILQ_FOREACH(w, &batch->works, link) {
-        moe_metric_observe_ns(MOE_METRIC_WORKER_COMPUTE, b->batch_compute_ns);
-        moe_metric_observe_ns(MOE_METRIC_WORKER_COPY, b->batch_copy_ns);
-    }
-    b->stall_ns += (uint64_t)b->batch_stall_ns;
-    status = moe_batch_deliver(batch, b->config.shard, &err);
-    answer_batch(b, batch, status, status == MOE_OK ? "" : err.message, status == MOE_OK);
+    if (!b->under_way || busy(b)) return any;
+    if (b->failure.code != MOE_OK)
+        fail_running(b);
+    else if (any && !b->passes.batch)
+        deliver_running(b);
+    return any;
 }
 
 bool moe_batcher_polls(const moe_batcher *b) {
     const moe_residency *residency = b->config.shard->residency;
-    bool outstanding = b->busy || (residency && moe_residency_copying(residency));
-    return (outstanding && b->config.backend->ops->poll) || moe_recheck_polls(&b->recheck);
+    const moe_batcher_lane *host = &b->lanes[MOE_PASS_HOST];
+    bool outstanding = b->lanes[MOE_PASS_DEVICE].busy || (residency && moe_residency_copying(residency));
+    return (outstanding && b->config.backend->ops->poll) || (host->busy && host->backend->ops->poll) || moe_recheck_polls(&b->recheck);
 }
 
 bool moe_batcher_can_start(const moe_batcher *b) {
     moe_residency *residency = b->config.shard->residency;
     if (residency && moe_residency_has_work(residency)) return true;
-    return !b->busy && !b->passes.batch && b->num_queued > 0;
+    return !b->under_way && b->num_queued > 0;
 }
 
 /* What is still queued when the worker turns out to be defective goes to other replicas. */
@@ -288,52 +328,61 @@ static void refuse_queued(moe_batcher *b) {
     answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, MOE_BATCHER_DEFECTIVE, false);
 }
 
-/* Begins what can begin; false where something is computed, or waits for copies. */
+/* Begins what can begin. True where something has ended inside its submission: there may be more to do. */
 static bool start(moe_batcher *b) {
-    if (b->busy) return false;
-    if (b->passes.batch)
-        start_pass(b);
-    else
-        start_next(b);
-    if (!b->busy || !job_done(b)) return false;
-    end_running(b); /* it was computed inside the submission */
-    return b->passes.batch != NULL;
+    if (!b->under_way) begin_next(b);
+    if (!b->under_way) return false;
+    if (b->passes.batch) {
+        start_passes(b);
+        watch_stall(b);
+    }
+    return end_jobs(b) && b->under_way;
+}
+
+static void poll_lanes(moe_batcher *b) {
+    moe_residency *residency = b->config.shard->residency;
+    moe_batcher_lane *device = &b->lanes[MOE_PASS_DEVICE], *host = &b->lanes[MOE_PASS_HOST];
+    if (device->busy || (residency && moe_residency_copying(residency))) moe_backend_poll(device->backend, &b->jobs_ended);
+    if (host->busy && host->backend != device->backend) moe_backend_poll(host->backend, &b->jobs_ended);
 }
 
 bool moe_batcher_turn(moe_batcher *b) {
     moe_residency *residency = b->config.shard->residency;
-    if (b->busy || (residency && moe_residency_copying(residency))) moe_backend_poll(b->config.backend, &b->jobs_ended);
+    poll_lanes(b);
     if (residency) moe_residency_turn(residency);
-    if (b->busy && job_done(b)) end_running(b);
+    end_jobs(b);
     moe_recheck_turn(&b->recheck);
     if (moe_batcher_defect(b)[0]) refuse_queued(b);
     fill_next(b);
-    if (b->busy) {
-        assemble_next(b);
-        return moe_batcher_polls(b);
-    }
+    if (busy(b)) assemble_next(b);
     while (start(b)) moe_residency_turn(residency);
     moe_recheck_turn(&b->recheck);
     return moe_batcher_polls(b) || moe_batcher_can_start(b);
 }
 
 uint64_t moe_batcher_progress(const moe_batcher *b) {
-    return b->ticks + (b->busy ? atomic_load(&b->job.progress) : 0);
+    uint64_t ticks = b->ticks;
+    for (int place = 0; place < MOE_PASS_PLACES; place++)
+        if (b->lanes[place].busy) ticks += atomic_load(&b->lanes[place].job.progress);
+    return ticks;
 }
 
-static void wait_for_job(moe_batcher *b) {
-    while (!job_done(b) && moe_backend_poll(b->config.backend, &b->jobs_ended)) continue;
+static void wait_for_job(moe_batcher_lane *lane) {
+    moe_batcher *b = lane->batcher;
+    while (!job_done(lane) && moe_backend_poll(lane->backend, &b->jobs_ended)) continue;
     pthread_mutex_lock(&b->mutex);
-    while (!b->job_done) pthread_cond_wait(&b->ended, &b->mutex);
+    while (!lane->done) pthread_cond_wait(&b->ended, &b->mutex);
     pthread_mutex_unlock(&b->mutex);
 }
 
 void moe_batcher_close(moe_batcher *b) {
-    if (b->busy) {
-        wait_for_job(b);
-        end_running(b);
+    for (int place = 0; place < MOE_PASS_PLACES; place++)
+        if (b->lanes[place].busy) wait_for_job(&b->lanes[place]);
+    end_jobs(b);
+    if (b->under_way) {
+        moe_fail(&b->failure, MOE_UNAVAILABLE, "the worker stops");
+        fail_running(b);
     }
-    if (b->passes.batch) fail_running(b, MOE_UNAVAILABLE, "the worker stops");
     moe_recheck_close(&b->recheck);
     answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, "the worker stops", false);
     moe_work *w;

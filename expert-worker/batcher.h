@@ -9,6 +9,7 @@
 typedef struct moe_batcher_config {
     moe_shard *shard;         /* borrowed, as all here */
     moe_backend *backend;     /* */
+    moe_backend *host;        /* computes cold experts, where the residency has them computed; may be `backend`; else NULL */
     moe_transport *transport; /* woken when a job has ended */
     const moe_clock *clock;
     const moe_ops *reference; /* cpu-ref's operations, to check doubtful results; NULL: they are not */
@@ -20,6 +21,18 @@ typedef struct moe_batcher_config {
     void *ctx;
 } moe_batcher_config;
 
+/* Where one job of the running batch is computed at a time. */
+typedef struct moe_batcher_lane {
+    struct moe_batcher *batcher;
+    moe_backend *backend;
+    bool busy; /* the running batch, or a pass of it, is with the backend */
+    moe_job job;
+    int32_t experts, rows; /* of the job */
+    bool done;           /* guarded by the batcher's mutex */
+    pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
+    int64_t compute_ns;  /* of the running batch, in all its passes */
+} moe_batcher_lane;
+
 typedef struct moe_batcher {
     moe_batcher_config config;
     struct moe_work_list queue;
@@ -27,16 +40,15 @@ typedef struct moe_batcher {
     moe_batch batches[2];
     moe_blocks blocks; /* of the calls */
     int running, next; /* indices into batches */
-    bool busy;         /* batches[running] is with the backend, or a pass of it */
-    moe_passes passes; /* of batches[running], where there is a residency; with a batch and not busy it waits for copies */
+    bool under_way; /* batches[running] is computed, or waits for copies */
+    moe_batcher_lane lanes[MOE_PASS_PLACES];
+    moe_passes passes; /* of batches[running], where there is a residency; with no lane busy it waits for copies */
+    moe_error failure; /* of batches[running], which ends when no lane is busy any more */
     int64_t stalled_since_ns; /* 0: it does not wait */
-    int64_t batch_compute_ns, batch_copy_ns, batch_stall_ns; /* of batches[running], in all its passes */
-    moe_job job;
+    int64_t batch_copy_ns, batch_stall_ns; /* of batches[running], in all its passes */
     pthread_mutex_t mutex;
     pthread_cond_t ended;
-    bool job_done; /* guarded by mutex */
     _Atomic uint64_t jobs_ended;
-    pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
 
     moe_recheck recheck;
     uint64_t ticks; /* of jobs that ended, and one each */

@@ -11,6 +11,7 @@ typedef struct policy {
     void (*used)(moe_eviction *e, int32_t expert, int64_t now);
     void (*loaded)(moe_eviction *e, int32_t expert, int64_t now); /* NULL: it changes nothing */
     bool heeds_hints;
+    bool counts_uses; /* ranks are logarithms of counts; else times */
 } policy;
 
 typedef struct hint {
@@ -40,9 +41,9 @@ static void rank_by_decayed_uses(moe_eviction *e, int32_t expert, int64_t now) {
 }
 
 static const policy policies[] = {
-    {"lru", "the expert that was used or loaded longest ago", rank_by_time, rank_by_time, false},
-    {"lfu-decay", "the expert with the fewest uses, old uses counting less", rank_by_decayed_uses, NULL, false},
-    {"hint-aware", "as lfu-decay, but what a hint announced goes last", rank_by_decayed_uses, NULL, true},
+    {"lru", "the expert that was used or loaded longest ago", rank_by_time, rank_by_time, false, false},
+    {"lfu-decay", "the expert with the fewest uses, old uses counting less", rank_by_decayed_uses, NULL, false, true},
+    {"hint-aware", "as lfu-decay, but what a hint announced goes last", rank_by_decayed_uses, NULL, true, true},
 };
 #define NUM_POLICIES ((int32_t)(sizeof policies / sizeof *policies))
 
@@ -116,6 +117,11 @@ void moe_eviction_ran(moe_eviction *e, uint64_t step, int32_t first, int32_t cou
 }
 
 bool moe_eviction_announced(const moe_eviction *e, int32_t expert) { return e->announced[expert] > 0; }
+
+bool moe_eviction_hotter(const moe_eviction *e, int32_t cold, int32_t other) {
+    double margin = e->policy->counts_uses ? log2(1.5) : e->half_life / 4;
+    return e->rank[cold] > e->rank[other] + margin; /* -INFINITY on the right: the other was never used */
+}
 
 int32_t moe_eviction_victim(const moe_eviction *e, int32_t num_slots, int32_t (*evictable)(void *ctx, int32_t slot), void *ctx) {
     int32_t victim = -1;

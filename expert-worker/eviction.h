@@ -43,6 +43,10 @@ void moe_eviction_ran(moe_eviction *eviction, uint64_t step, int32_t first, int3
 /* Whether a hint announces the expert; under every policy. */
 bool moe_eviction_announced(const moe_eviction *eviction, int32_t expert);
 
+/* Whether `cold`, which is in no slot, was used so much more than the resident `other` that a swap pays, and is not undone by the next
+ * use: half as often again under the policies that count uses; last used a quarter of a half-life later under lru. */
+bool moe_eviction_hotter(const moe_eviction *eviction, int32_t cold, int32_t other);
+
 /* The slot of [0, num_slots) to empty, -1: none may be. `evictable` gives the expert of a slot, or -1 where it must stay (empty,
  * in use, being filled). hint-aware names an announced expert only where every evictable one is announced; moe_eviction_announced
  * tells a caller that would then rather not load. Looks at each slot once. */

@@ -101,6 +101,9 @@ static moe_status open_parts(moe_residency *r, moe_error *err) {
     for (int32_t i = 0; i < r->num_entries; i++) r->entries[i] = (residency_entry){.wish = WISH_NONE, .slot = -1};
     for (int32_t i = 0; i < r->num_images; i++) r->images[i].expert = -1;
     moe_status status = residency_open_slots(r, err);
+    if (status == MOE_OK && c->tiers.cold != MOE_COLD_FETCH)
+        status = c->host->ops->host_experts_create(c->host, moe_model_expert(c->model, 0, 0), 0, MOE_FFN_BLOCKS, r->num_images,
+                                                   &r->host_experts, err);
     const moe_loader_config packer = {
         .model = c->model, .backend = c->backend, .transport = c->transport, .threads = c->tiers.threaded, .tiers = true};
     if (status == MOE_OK) status = moe_loader_init(&r->packer, &packer, err);
@@ -111,6 +114,7 @@ moe_status moe_residency_new(const moe_residency_config *config, moe_residency *
     const moe_model_config *model = &config->model->config;
     *out = NULL;
     MOE_ASSERT(model->num_moe_layers > 0 && moe_memory_limited(config->tiers.device));
+    MOE_ASSERT(config->tiers.cold == MOE_COLD_FETCH || config->host);
     moe_residency *r = moe_calloc(1, sizeof *r);
     if (!r) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the experts' tiers");
     r->config = *config;
@@ -148,12 +152,16 @@ void moe_residency_free(moe_residency **residency) {
     pthread_mutex_destroy(&r->mutex);
     moe_loader_close(&r->packer);
     residency_close_slots(r);
+    if (r->host_experts) r->config.host->ops->host_experts_free(r->config.host, r->host_experts);
     for (int32_t i = 0; r->images && i < r->num_images; i++) r->config.backend->ops->host_free(r->config.backend, r->images[i].memory);
     moe_free(r->entries);
     moe_free(r->images);
     moe_free(r);
 }
 
+moe_cold_experts moe_residency_cold(const moe_residency *r) { return r->config.tiers.cold; }
+bool moe_residency_shares_processor(const moe_residency *r) { return r->config.host == r->config.backend; }
+moe_cold_costs *moe_residency_costs(moe_residency *r) { return &r->config.tiers.costs; }
 int32_t moe_residency_slots(const moe_residency *r) { return r->num_slots; }
 int32_t moe_residency_resident(const moe_residency *r) { return r->num_ready; }
 int64_t moe_residency_image_bytes(const moe_residency *r) { return r->size.image_bytes; }
@@ -183,7 +191,7 @@ void moe_residency_hold(moe_residency *r, int32_t layer, int32_t expert, moe_ima
 
 void moe_residency_drop(moe_residency *r, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
-    MOE_ASSERT(e->held && e->needed == 0 && e->expected == 0);
+    MOE_ASSERT(e->held && e->needed == 0 && e->expected == 0 && e->imaged == 0);
     residency_set_wish(r, e, WISH_NONE);
     residency_give_up(r, e);
     if (e->slot >= 0) residency_empty_slot(r, e);
@@ -200,10 +208,17 @@ static void wish(moe_residency *r, residency_entry *e, residency_wish level) {
     if (e->held && !on_its_way && level < e->wish) residency_set_wish(r, e, level);
 }
 
+/* Whether a call that waits has its experts copied. Where the host may compute them its batch decides that, but while another batch is
+ * under way a link of its own would have nothing else to do. */
+static bool copies_expected(const moe_residency *r) {
+    moe_cold_experts cold = r->config.tiers.cold;
+    return cold == MOE_COLD_FETCH || (cold == MOE_COLD_AUTO && r->needs > 0 && !moe_residency_shares_processor(r));
+}
+
 /* What is still wanted of an expert that a batch needs no more, or a call, or a hint. */
-static void weaken(moe_residency *r, residency_entry *e) {
-    if (e->wish == WISH_NONE || e->wish == WISH_SPARE) return;
-    if (e->expected > 0) {
+void residency_weaken(moe_residency *r, residency_entry *e) {
+    if (e->wish >= WISH_HOTTER || (e->imaged > 0 && !e->image)) return;
+    if (e->expected > 0 && copies_expected(r)) {
         residency_set_wish(r, e, WISH_EXPECTED);
         return;
     }
@@ -228,7 +243,7 @@ void moe_residency_reached(moe_residency *r, uint64_t step, int32_t layer) {
     moe_eviction_ran(r->eviction, step, 0, (layer + 1) * num_experts, r->batches);
     for (e = TAILQ_FIRST(&r->wishes[WISH_HINTED]); e; e = following) {
         following = TAILQ_NEXT(e, link);
-        if (!moe_eviction_announced(r->eviction, residency_number(r, e))) weaken(r, e);
+        if (!moe_eviction_announced(r->eviction, residency_number(r, e))) residency_weaken(r, e);
     }
 }
 
@@ -236,36 +251,38 @@ void moe_residency_expect(moe_residency *r, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
     if (residency_ready(r, e))
         r->counts.hits++;
-    else if (e->slot >= 0 || e->wish < WISH_SPARE)
+    else if (e->slot >= 0 || e->wish < WISH_HOTTER)
         r->counts.late_hits++;
     else
         r->counts.misses++;
     e->expected++;
-    wish(r, e, WISH_EXPECTED);
+    if (copies_expected(r)) wish(r, e, WISH_EXPECTED);
 }
 
 void moe_residency_unexpect(moe_residency *r, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
     MOE_ASSERT(e->expected > 0);
-    if (--e->expected == 0 && e->needed == 0) weaken(r, e);
+    if (--e->expected == 0 && e->needed == 0) residency_weaken(r, e);
 }
 
 void moe_residency_need(moe_residency *r, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
     MOE_ASSERT(e->held);
     e->needed++;
+    r->needs++;
     wish(r, e, WISH_NEEDED);
 }
 
 void moe_residency_unneed(moe_residency *r, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
     MOE_ASSERT(e->needed > 0);
-    if (--e->needed == 0) weaken(r, e);
+    r->needs--;
+    if (--e->needed == 0) residency_weaken(r, e);
 }
 
 moe_expert *moe_residency_acquire(moe_residency *r, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
-    MOE_ASSERT(e->needed > 0);
+    MOE_ASSERT(e->needed > 0 || e->imaged > 0);
     if (!residency_ready(r, e)) return NULL;
     residency_slot *s = &r->slot[e->slot];
     s->users++;
@@ -278,6 +295,66 @@ void moe_residency_release(moe_residency *r, int32_t layer, int32_t expert) {
     residency_entry *e = residency_at(r, layer, expert);
     MOE_ASSERT(residency_ready(r, e) && r->slot[e->slot].users > 0);
     r->slot[e->slot].users--;
+}
+
+void moe_residency_need_image(moe_residency *r, int32_t layer, int32_t expert) {
+    residency_entry *e = residency_at(r, layer, expert);
+    MOE_ASSERT(e->held);
+    e->imaged++;
+    r->needs++;
+    if (!e->image) wish(r, e, WISH_NEEDED);
+}
+
+void moe_residency_unneed_image(moe_residency *r, int32_t layer, int32_t expert) {
+    residency_entry *e = residency_at(r, layer, expert);
+    MOE_ASSERT(e->imaged > 0);
+    r->needs--;
+    if (--e->imaged == 0 && e->needed == 0) residency_weaken(r, e);
+}
+
+bool moe_residency_is_resident(moe_residency *r, int32_t layer, int32_t expert) {
+    return residency_ready(r, residency_at(r, layer, expert));
+}
+
+bool moe_residency_has_image(moe_residency *r, int32_t layer, int32_t expert) {
+    return residency_at(r, layer, expert)->image != NULL;
+}
+
+static int64_t left_bytes(const moe_residency *r, const residency_entry *e) {
+    return r->size.image_bytes - (e->slot >= 0 ? r->slot[e->slot].submitted_bytes : 0);
+}
+
+int64_t moe_residency_left_bytes(moe_residency *r, int32_t layer, int32_t expert) {
+    return left_bytes(r, residency_at(r, layer, expert));
+}
+
+double moe_residency_link_ns(const moe_residency *r) {
+    const residency_entry *e;
+    int64_t bytes = 0;
+    for (int i = 0; i < MOE_RESIDENCY_PIECES; i++)
+        if (r->pieces[i].busy) bytes += r->pieces[i].fill.bytes;
+    TAILQ_FOREACH(e, &r->wishes[WISH_NEEDED], link) {
+        if (e->needed > 0) bytes += left_bytes(r, e);
+    }
+    return r->config.tiers.costs.copy_byte_ns * (double)bytes;
+}
+
+moe_expert *moe_residency_acquire_image(moe_residency *r, int32_t layer, int32_t expert, int32_t rows) {
+    residency_entry *e = residency_at(r, layer, expert);
+    MOE_ASSERT(e->imaged > 0 && e->image);
+    e->image->users++;
+    e->image->last_use = ++r->use;
+    moe_eviction_used(r->eviction, residency_number(r, e), r->batches);
+    r->counts.host_experts++;
+    r->counts.host_rows += (uint64_t)rows;
+    return r->config.host->ops->host_expert(r->host_experts, (int32_t)(e->image - r->images), e->image->memory);
+}
+
+void moe_residency_release_image(moe_residency *r, int32_t layer, int32_t expert) {
+    residency_entry *e = residency_at(r, layer, expert);
+    MOE_ASSERT(e->image && e->image->users > 0);
+    e->image->users--;
+    wish(r, e, WISH_HOTTER);
 }
 
 void moe_residency_batch_ended(moe_residency *r) { r->batches++; }

@@ -3,6 +3,7 @@
  * computation, in pieces, the most urgent expert first. The loop's thread only; copies and packing end on other threads and wake
  * the transport. No memory is allocated for a wish, a copy or an eviction; images get theirs where they are packed. */
 #pragma once
+#include "expert-worker/cold.h"
 #include "expert-worker/loader.h"
 
 /* Pieces on their way to the device at once, and their size: enough to keep a link busy between two looks of the loop; a more
@@ -27,6 +28,8 @@ typedef struct moe_tier_options {
     moe_memory_limit device, host;
     double share;         /* part of the model's experts that limits may be a part of; 0: all */
     const char *eviction; /* a policy's name; borrowed */
+    moe_cold_experts cold; /* anything but FETCH needs a host backend */
+    moe_cold_costs costs;  /* for AUTO: as calibrated; what is 0 is learnt */
     bool threaded;        /* what is wanted from the checkpoint is packed in a thread of its own; the simulation has none */
     int64_t piece_bytes;  /* 0: MOE_RESIDENCY_PIECE_BYTES; the simulation's experts are small */
 } moe_tier_options;
@@ -34,6 +37,7 @@ typedef struct moe_tier_options {
 typedef struct moe_residency_config {
     const moe_model *model;   /* borrowed, as all here; its experts are all of one shape and stored alike */
     moe_backend *backend;     /* */
+    moe_backend *host;        /* computes cold experts from images; may be `backend`; NULL: nothing does */
     moe_transport *transport; /* woken when a copy or a packing has ended */
     _Atomic uint64_t *ended;  /* counts ended copies, for whoever polls the backend; may be NULL */
     moe_tier_options tiers;   /* with a device limit */
@@ -47,6 +51,8 @@ typedef struct moe_residency_counts {
     uint64_t copied_bytes; /* into slots */
     uint64_t wasted_bytes; /* of those, for experts that left again unused, or never came whole */
     uint64_t packed;       /* images made from the checkpoint because a call or hint wanted the expert */
+    uint64_t host_experts; /* experts of batches that the host computed, */
+    uint64_t host_rows;    /* and their rows */
 } moe_residency_counts;
 
 /* INVALID_ARGUMENT: a limit below the least that works (the message says what that is), an unknown policy, experts stored in
@@ -54,6 +60,10 @@ typedef struct moe_residency_counts {
 moe_status moe_residency_new(const moe_residency_config *config, moe_residency **out, moe_error *err);
 void moe_residency_free(moe_residency **residency); /* nothing is in use; waits for copies; NULLs; idempotent */
 
+moe_cold_experts moe_residency_cold(const moe_residency *residency); /* as configured */
+bool moe_residency_shares_processor(const moe_residency *residency); /* the host is the device */
+/* What cold experts cost, by all that was measured. Copies are observed here, computation by whoever runs the jobs. */
+moe_cold_costs *moe_residency_costs(moe_residency *residency);
 int32_t moe_residency_slots(const moe_residency *residency);
 int32_t moe_residency_resident(const moe_residency *residency); /* experts that are in a slot, whole */
 int64_t moe_residency_image_bytes(const moe_residency *residency);
@@ -93,6 +103,23 @@ void moe_residency_unneed(moe_residency *residency, int32_t layer, int32_t exper
 /* The needed expert, for a job; NULL while it is not here. What was acquired stays until it is released. */
 moe_expert *moe_residency_acquire(moe_residency *residency, int32_t layer, int32_t expert);
 void moe_residency_release(moe_residency *residency, int32_t layer, int32_t expert);
+
+/* Where cold experts may be computed by the host: a batch that has begun needs the expert's image, and then no longer. An image that is
+ * needed stays; where there is none, it is packed as urgently as what is needed in a slot is copied. */
+void moe_residency_need_image(moe_residency *residency, int32_t layer, int32_t expert);
+void moe_residency_unneed_image(moe_residency *residency, int32_t layer, int32_t expert);
+/* Whether the expert is in a slot, whole; whether it has an image. */
+bool moe_residency_is_resident(moe_residency *residency, int32_t layer, int32_t expert);
+bool moe_residency_has_image(moe_residency *residency, int32_t layer, int32_t expert);
+/* Bytes of the expert that no copy has been submitted for; and for how long, by the costs, the copies will take that are on their way or
+ * needed already. */
+int64_t moe_residency_left_bytes(moe_residency *residency, int32_t layer, int32_t expert);
+double moe_residency_link_ns(const moe_residency *residency);
+/* The expert whose needed image is there, for one job of the host with so many rows of it, until it is released. Counts as a use: an
+ * expert that is used more than one in a slot takes its place, in the background. */
+moe_expert *moe_residency_acquire_image(moe_residency *residency, int32_t layer, int32_t expert, int32_t rows);
+void moe_residency_release_image(moe_residency *residency, int32_t layer, int32_t expert);
+
 void moe_residency_batch_ended(moe_residency *residency); /* time goes by, for hints and uses */
 
 /* Takes in what ended, starts what can start. */

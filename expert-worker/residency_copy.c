@@ -70,18 +70,22 @@ static int32_t take_over(moe_residency *r) {
     return -1;
 }
 
-/* An expert that was announced, or that a call waits for, makes room for what is needed alone. */
-static int32_t slot_for(moe_residency *r, residency_wish wish) {
+/* An expert that was announced, or that a call waits for, makes room for what is needed alone; without a need the hotter one stays. */
+static int32_t slot_for(moe_residency *r, const residency_entry *e) {
+    residency_wish wish = (residency_wish)e->wish;
     int32_t slot = first_empty(r);
     if (slot >= 0 || wish == WISH_SPARE) return slot;
     slot = moe_eviction_victim(r->eviction, r->num_slots, not_wanted, r);
     if (slot < 0 && wish == WISH_NEEDED) slot = moe_eviction_victim(r->eviction, r->num_slots, not_needed, r);
     if (slot < 0) return wish == WISH_NEEDED ? take_over(r) : -1;
-    residency_entry *e = &r->entries[r->slot[slot].entry];
-    bool announced = moe_eviction_announced(r->eviction, residency_number(r, e));
+    residency_entry *victim = &r->entries[r->slot[slot].entry];
+    bool announced = moe_eviction_announced(r->eviction, residency_number(r, victim));
     if (wish != WISH_NEEDED && announced) return -1;
-    residency_empty_slot(r, e);
-    if (e->expected > 0 || announced) residency_set_wish(r, e, e->expected > 0 ? WISH_EXPECTED : WISH_HINTED); /* it is to come back */
+    if (wish == WISH_HOTTER && !moe_eviction_hotter(r->eviction, residency_number(r, e), residency_number(r, victim))) return -1;
+    residency_empty_slot(r, victim);
+    if (victim->expected == 0 && !announced) return slot;
+    residency_set_wish(r, victim, WISH_EXPECTED); /* it is to come back, */
+    residency_weaken(r, victim);                  /* as far as it is wanted */
     return slot;
 }
 
@@ -103,7 +107,7 @@ static bool image_replaceable(const moe_residency *r, const moe_image *m, reside
     if (!image_free(m)) return false;
     if (m->expert < 0) return true;
     const residency_entry *e = &r->entries[m->expert];
-    return e->wish > wish && (e->slot < 0 || residency_ready(r, e));
+    return e->imaged == 0 && e->wish > wish && (e->slot < 0 || residency_ready(r, e));
 }
 
 static moe_image *replace_image(moe_residency *r, residency_wish wish) {
@@ -150,6 +154,7 @@ static void take_packed(moe_residency *r) {
     task.image->expert = residency_number(r, e);
     task.image->last_use = ++r->use;
     e->image = task.image;
+    if (e->imaged > 0 && e->needed == 0) residency_weaken(r, e); /* the host computes it */
 }
 
 /* ---- pieces ---- */
@@ -200,6 +205,7 @@ static void end_piece(moe_residency *r, residency_piece *p) {
     p->image->users--;
     s->pieces--;
     r->counts.copied_bytes += (uint64_t)p->fill.bytes;
+    moe_cold_observe_copy(&r->config.tiers.costs.copy_byte_ns, p->fill.bytes, p->job.status == MOE_OK ? p->job.copy_ns : 0);
     if (p->job.status != MOE_OK) {
         moe_fail(&why, p->job.status, "copying an expert to the device: %.200s", p->job.message);
         residency_fail(r, &why);
@@ -223,13 +229,14 @@ void residency_collect(moe_residency *r) {
 /* Brings the expert a piece further; false where that must wait for an image or a slot. *full: no slot is to be had for a wish of
  * this level, so that others need not look for one. */
 static bool advance(moe_residency *r, residency_entry *e, residency_piece *p, bool *full) {
-    if (!e->image) {
+    if (!e->image && e->wish != WISH_HOTTER) {
         pack(r, e);
         return false;
     }
     if (e->slot < 0) {
-        int32_t slot = *full ? -1 : slot_for(r, (residency_wish)e->wish);
-        *full = slot < 0;
+        int32_t slot = *full || !e->image ? -1 : slot_for(r, e);
+        *full = slot < 0 && e->wish != WISH_HOTTER; /* of those each looks for a colder one */
+        if (slot < 0 && e->wish == WISH_HOTTER) residency_set_wish(r, e, WISH_NONE); /* until it is used again */
         if (slot < 0) return false;
         residency_slot *s = &r->slot[slot];
         if (s->state == SLOT_EMPTY) r->num_empty--;

@@ -10,6 +10,7 @@ typedef enum residency_wish {
     WISH_NEEDED,   /* by a batch that has begun */
     WISH_EXPECTED, /* by a call that has not ended */
     WISH_HINTED,   /* by a layer to come */
+    WISH_HOTTER,   /* by nobody, but it is used more than an expert in a slot */
     WISH_SPARE,    /* by nobody, while slots are empty */
     WISH_NONE
 } residency_wish;
@@ -21,6 +22,7 @@ typedef struct residency_entry {
     int32_t slot;     /* -1: in none */
     int32_t needed;   /* by so many batches and checks */
     int32_t expected; /* by so many calls that have not ended */
+    int32_t imaged;   /* its image is needed by so many batches */
     moe_image *image; /* NULL: in the checkpoint alone */
 } residency_entry;
 
@@ -58,6 +60,7 @@ struct moe_residency {
     residency_slot *slot; /* [num_slots] */
     int32_t num_slots, num_empty, num_ready;
     moe_image *images; /* [num_images] */
+    moe_host_experts *host_experts; /* of the images, by index; NULL: the host computes none */
     int32_t num_images;
     int64_t host_bytes;
     uint64_t use; /* of images, counted */
@@ -69,6 +72,7 @@ struct moe_residency {
     moe_eviction *eviction;
     int64_t batches; /* the eviction policies' time */
     moe_residency_counts counts;
+    int32_t needs; /* of all experts, in slots or as images: not 0 while a batch or check is under way */
     moe_error failure; /* code not OK: see moe_residency_failure */
 };
 
@@ -93,3 +97,6 @@ void residency_empty_slot(moe_residency *r, residency_entry *e); /* it is READY 
 void residency_copy(moe_residency *r);                           /* submits what is most urgent */
 void residency_collect(moe_residency *r);                        /* takes in ended pieces and packings */
 void residency_fail(moe_residency *r, const moe_error *why);
+
+/* residency.c */
+void residency_weaken(moe_residency *r, residency_entry *e); /* a need, call or hint has ended: leaves the wish that is left */

@@ -53,7 +53,10 @@ static moe_forward_residency report_residency(moe_worker *w, const moe_work *wor
                                    .misses = now.misses - told.misses,
                                    .copied_bytes = now.copied_bytes - told.copied_bytes,
                                    .wasted_bytes = now.wasted_bytes - told.wasted_bytes,
-                                   .stall_ns = (uint64_t)work->stall_ns};
+                                   .stall_ns = (uint64_t)work->stall_ns,
+                                   .host_experts = now.host_experts - told.host_experts,
+                                   .host_rows = now.host_rows - told.host_rows,
+                                   .host_ns = (uint64_t)work->host_ns};
 }
 
 void moe_worker_answer_forward(void *ctx, moe_work *work) {

@@ -54,10 +54,13 @@ static moe_status make_residency(moe_worker *w, moe_error *err) {
     const moe_worker_config *c = &w->config;
     const moe_residency_config residency = {.model = c->model,
                                             .backend = c->backend,
+                                            .host = c->host,
                                             .transport = c->transport,
                                             .ended = &w->batcher.jobs_ended,
                                             .tiers = c->tiers};
     if (!moe_memory_limited(c->tiers.device)) {
+        if (c->tiers.cold != MOE_COLD_FETCH)
+            return moe_fail(err, MOE_INVALID_ARGUMENT, "--cold-experts: needs --device-memory; without it every expert is on the device");
         if (!moe_memory_limited(c->tiers.host)) return MOE_OK;
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--host-memory: needs --device-memory; without it no expert is kept in host memory");
     }
@@ -70,6 +73,7 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
     const moe_worker_config *c = &w->config;
     const moe_batcher_config batcher = {.shard = &w->shard,
                                         .backend = c->backend,
+                                        .host = c->tiers.cold == MOE_COLD_FETCH ? NULL : c->host,
                                         .transport = c->transport,
                                         .clock = c->clock,
                                         .max_queued_calls = c->max_queued_calls,
@@ -165,7 +169,7 @@ moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
     more |= moe_control_turn(&w->control);
     if (w->control.defect[0]) moe_recheck_condemn(&w->batcher.recheck, w->control.defect);
     moe_rpc_set_known(w->rpc, w->control.epoch, w->control.fence);
-    w->config.transport->computing = w->batcher.busy || w->batcher.passes.batch;
+    w->config.transport->computing = w->batcher.under_way;
     int64_t due_ns = moe_control_due_ns(&w->control);
     if (due_ns < deadline_ns) deadline_ns = due_ns;
     moe_status status = moe_rpc_step(w->rpc, more ? 0 : deadline_ns, err);

@@ -10,6 +10,7 @@ typedef struct moe_worker moe_worker;
 
 typedef struct moe_worker_config {
     const moe_model *model; /* borrowed */
+    moe_backend *host; /* computes cold experts; may be `backend`; borrowed; NULL where tiers.cold is FETCH */
     moe_backend *backend; /* borrowed; not shared with a router's engine in the same process unless it is thread-safe to submit */
     moe_transport *transport; /* borrowed; already listening */
     const moe_clock *clock;

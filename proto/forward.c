@@ -58,6 +58,9 @@ void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, i
     residency.copied_bytes = result->residency.copied_bytes;
     residency.wasted_bytes = result->residency.wasted_bytes;
     residency.stall_ns = result->residency.stall_ns;
+    residency.host_experts = result->residency.host_experts;
+    residency.host_rows = result->residency.host_rows;
+    residency.host_ns = result->residency.host_ns;
     if (result->residency.present) header.residency = &residency;
     const moe_frame payload = {result->out, (size_t)out_rows * moe_row_bytes(result->dtype, width)};
     moe_rpc_respond(call, (const ProtobufCMessage *)&header, &payload, 1);

@@ -43,6 +43,7 @@ typedef struct moe_forward_call {
 typedef struct moe_forward_residency {
     bool present; /* false: all of the worker's experts are on its device */
     uint64_t hits, late_hits, misses, copied_bytes, wasted_bytes, stall_ns;
+    uint64_t host_experts, host_rows, host_ns;
 } moe_forward_residency;
 
 typedef struct moe_forward_result {

@@ -208,7 +208,10 @@ moe_status moe_forward_decode_reply(const moe_rpc_reply *reply, const moe_forwar
                                                  h->residency->misses,
                                                  h->residency->copied_bytes,
                                                  h->residency->wasted_bytes,
-                                                 h->residency->stall_ns};
+                                                 h->residency->stall_ns,
+                                                 h->residency->host_experts,
+                                                 h->residency->host_rows,
+                                                 h->residency->host_ns};
     return MOE_OK;
 }
 

@@ -80,9 +80,9 @@ static json_t *operations_json(const moe_cluster_status *status) {
 }
 
 static json_t *residency_json(const moe_residency_status *r) {
-    return json_pack("{s:I, s:I, s:I, s:I, s:I}", "hits", (json_int_t)r->hits, "late_hits", (json_int_t)r->late_hits, "misses",
+    return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I}", "hits", (json_int_t)r->hits, "late_hits", (json_int_t)r->late_hits, "misses",
                      (json_int_t)r->misses, "copied_bytes", (json_int_t)r->copied_bytes, "wasted_bytes",
-                     (json_int_t)r->wasted_bytes);
+                     (json_int_t)r->wasted_bytes, "host_experts", (json_int_t)r->host_experts);
 }
 
 json_t *moe_cluster_status_to_json(const moe_cluster_status *status) {

@@ -39,7 +39,7 @@ typedef struct moe_layer_status { /* one MoE layer */
 
 /* What this router's calls met in workers whose experts do not all fit their devices. */
 typedef struct moe_residency_status {
-    uint64_t hits, late_hits, misses, copied_bytes, wasted_bytes;
+    uint64_t hits, late_hits, misses, copied_bytes, wasted_bytes, host_experts;
 } moe_residency_status;
 
 typedef struct moe_cluster_status {

@@ -172,6 +172,7 @@ struct micro_batch {
     int64_t expert_ns;       /* longest computation that a reply of this layer told of */
     int64_t copy_ns;         /* longest copies between host and device, likewise */
     int64_t stall_ns;        /* longest wait of a worker's computation for experts */
+    int64_t host_ns;         /* longest computation of cold experts by a worker's host */
     bool has_tiers;          /* a reply of this layer came from a worker with tiers */
     moe_assignment *orphans; /* [max rows × top_k]: assignments without a usable replica */
     int32_t num_orphans;

@@ -300,6 +300,7 @@ bool micro_batch_advance(micro_batch *b) {
             moe_metric_observe_ns(MOE_METRIC_STAGE_COPY, b->copy_ns);
             if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, b->stall_ns);
             if (b->has_tiers && b->segment.index == 0) moe_metric_observe_ns(MOE_METRIC_FIRST_STALL, b->stall_ns);
+            if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_HOST, b->host_ns);
             if (all_ended(b)) return true; /* the next turn ends it */
             submit_segment(b, b->segment.index + 1);
             return true;

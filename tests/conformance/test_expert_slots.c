@@ -1,5 +1,5 @@
 /* Experts in slots: filled from images in pieces, overwritten, used by batches: the same bits as experts of their own, on every
- * backend. */
+ * backend; and experts computed from images where they lie. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -109,6 +109,8 @@ static void same_bits(moe_backend *b, const moe_model *model, int32_t lo, int32_
     rows r = make_rows(b, model->config.hidden);
     uint8_t *image = ops->host_alloc(b, (size_t)size.image_bytes), *want = malloc(r.out_bytes);
     moe_slots *slots;
+    moe_host_experts *host = NULL;
+    if (ops->host_experts_create) assert_int_equal(ops->host_experts_create(b, &weights[0], lo, hi, SLOTS, &host, NULL), MOE_OK);
     assert_true(image && want && size.image_bytes > 0 && size.slot_bytes >= size.image_bytes);
     if (!moe_ffn_gated(&weights[0])) no_room_for_a_gate(b, &weights[0], lo, hi);
     assert_int_equal(ops->slots_create(b, &weights[0], lo, hi, SLOTS, &slots, NULL), MOE_OK);
@@ -124,6 +126,8 @@ static void same_bits(moe_backend *b, const moe_model *model, int32_t lo, int32_
         assert_int_equal(ops->expert_bytes(slot), size.slot_bytes);
         compute(b, slot, lo, hi, &r);
         assert_memory_equal(r.out, want, r.out_bytes);
+        if (host) compute(b, ops->host_expert(host, e % SLOTS, image), lo, hi, &r);
+        assert_memory_equal(r.out, want, r.out_bytes);
         if (e == 0) continue; /* and its neighbour was not touched */
         assert_int_equal(ops->expert_load(b, &weights[e - 1], lo, hi, &own, NULL), MOE_OK);
         compute(b, own, lo, hi, &r);
@@ -132,6 +136,7 @@ static void same_bits(moe_backend *b, const moe_model *model, int32_t lo, int32_
         compute(b, ops->slot(slots, (e - 1) % SLOTS), lo, hi, &r);
         assert_memory_equal(r.out, want, r.out_bytes);
     }
+    if (host) ops->host_experts_free(b, host);
     ops->slots_free(b, slots);
     ops->host_free(b, image);
     ops->host_free(b, r.x);

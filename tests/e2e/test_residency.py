@@ -1,5 +1,5 @@
 """A quarter of the experts on the device: the tokens of all of them, under each gating, with the experts in the router's process and
-in workers, with host memory for a part of them; settings that cannot work are refused."""
+in workers, with host memory for a part of them, cold experts copied or computed by the host; settings that cannot work are refused."""
 import concurrent.futures
 import os
 import subprocess
@@ -29,6 +29,9 @@ def expect_counts(cluster, gating, workers, args):
     check(misses > 0 and value["moesaic_expert_copied_bytes_total"] > 0, f"nothing was ever missing: {hits} {late} {misses}")
     check(value["moesaic_expert_wasted_bytes_total"] <= value["moesaic_expert_copied_bytes_total"], "more wasted than copied")
     status = cluster.status()
+    on_host = value["moesaic_expert_host_total"]
+    check((on_host > 0) == ("host" in args or "auto" in args) and value["moesaic_expert_host_rows_total"] >= on_host, f"{args}: {on_host} experts on the host")
+    check(status["residency"]["host_experts"] >= on_host, f"status: {status['residency']}")
     check(status["residency"]["misses"] >= misses and status["residency"]["copied_bytes"] > 0, f"status: {status['residency']}")
     recalls = [layer["hint_recall"] for layer in status["layers"] if "hint_recall" in layer]
     check(len(recalls) == (len(status["layers"]) - 1 if gating == "hint" else 0), f"recall by layer: {recalls}")
@@ -57,6 +60,10 @@ SHAPES += [
     shape("gate", 0, "--device-memory", "4%", "--host-memory", "5%", "--eviction", "lru"),
     shape("pre-gate", 3, *QUARTER),
     shape("hint", 1, "--device-memory", "60%", "--eviction", "lfu-decay", "--micro-batches", "2"),
+    shape("gate", 2, *QUARTER, "--cold-experts", "host", "--combine", "partial"),
+    shape("gate", 0, *QUARTER, "--cold-experts", "host", "--host-memory", "40%"),
+    shape("pre-gate", 0, *QUARTER, "--cold-experts", "host"),
+    shape("hint", 2, *QUARTER, "--cold-experts", "auto"),
 ]
 
 
@@ -67,7 +74,8 @@ def refused():
         for args, says in ((("--device-memory", "1%"), "at least"), (("--device-memory", "1KiB"), "--device-memory"),
                            (("--device-memory", "50%", "--host-memory", "1KiB"), "--host-memory"),
                            (("--host-memory", "50%"), "--device-memory"), (("--device-memory", "many"), "percentage"),
-                           (("--device-memory", "50%", "--eviction", "belady"), "belady")):
+                           (("--device-memory", "50%", "--eviction", "belady"), "belady"),
+                           (("--cold-experts", "host"), "--device-memory")):
             shown = subprocess.run([*serve, *args], capture_output=True, text=True, timeout=60)
             said = shown.stdout + shown.stderr
             check(shown.returncode != 0, f"{workers} workers, {args}: accepted")

@@ -54,6 +54,12 @@ static moe_status slots_create(moe_backend *b, const moe_ffn_weights *weights, i
 }
 static void slots_free(moe_backend *b, moe_slots *slots) { real_of(b)->ops->slots_free(slow_of(b)->real, slots); }
 
+static moe_status host_experts_create(moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi, int32_t count,
+                                      moe_host_experts **out, moe_error *err) {
+    return real_of(b)->ops->host_experts_create(slow_of(b)->real, weights, lo, hi, count, out, err);
+}
+static void host_experts_free(moe_backend *b, moe_host_experts *experts) { real_of(b)->ops->host_experts_free(slow_of(b)->real, experts); }
+
 static void slot_fill_submit(moe_backend *b, const moe_slot_fill *fill, moe_job *job) {
     moe_slow_backend *s = slow_of(b);
     MOE_ASSERT(s->num_fills < MOE_SLOW_MAX_FILLS);
@@ -90,6 +96,8 @@ void moe_slow_init(moe_slow_backend *s, moe_backend *real) {
     s->ops.expert_pack = expert_pack;
     s->ops.slots_create = slots_create;
     s->ops.slots_free = slots_free;
+    s->ops.host_experts_create = host_experts_create;
+    s->ops.host_experts_free = host_experts_free;
     s->ops.slot_fill_submit = slot_fill_submit;
     s->base.ops = &s->ops;
     s->base.dtype = real->dtype;

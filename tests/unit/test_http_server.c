@@ -40,7 +40,7 @@ static moe_status cluster_status(void *ctx, moe_cluster_status *out, moe_error *
     worker->quarantine_s = 7;
     snprintf(out->routers[0].id, sizeof out->routers[0].id, "r0");
     out->layers[0] = (moe_layer_status){.max_over_mean = 1.25, .min_replicas = 2, .cost_max_over_mean = 1.5, .hint_recall = 0.75};
-    out->residency = (moe_residency_status){.hits = 5, .late_hits = 4, .misses = 3, .copied_bytes = 200, .wasted_bytes = 100};
+    out->residency = (moe_residency_status){.hits = 5, .late_hits = 4, .misses = 3, .copied_bytes = 200, .wasted_bytes = 100, .host_experts = 2};
     out->expert_ns = 9000;
     out->row_ns = 700;
     return MOE_OK;
@@ -126,7 +126,7 @@ static void test_get_routes(void **state) {
                 "\"routers\":[{\"id\":\"r0\",\"pid\":0,\"host\":\"\",\"state\":\"up\",\"leader\":false}],"
                 "\"redis\":{\"used\":true,\"up\":true},\"layers\":[{\"max_over_mean\":1.25,\"min_replicas\":2,"
                 "\"cost_max_over_mean\":1.5,\"hint_recall\":0.75}],"
-                "\"residency\":{\"hits\":5,\"late_hits\":4,\"misses\":3,\"copied_bytes\":200,\"wasted_bytes\":100},"
+                "\"residency\":{\"hits\":5,\"late_hits\":4,\"misses\":3,\"copied_bytes\":200,\"wasted_bytes\":100,\"host_experts\":2},"
                 "\"operations\":[],\"migration\":\"\",\"moves\":0,"
                 "\"cost\":{\"expert_ns\":9000,\"row_ns\":700}}");
     http_response metrics = http_get(f->port, "/metrics");

@@ -40,8 +40,11 @@ static moe_status open_tiers(rig *r, moe_tier_options tiers, moe_error *err) {
     assert_true(r->image_bytes < MOE_RESIDENCY_PIECE_BYTES); /* one piece an expert */
     assert_int_equal(moe_shard_init(&r->shard, r->model, &r->slow.base, NULL), MOE_OK);
     if (!tiers.eviction) tiers.eviction = "hint-aware";
-    const moe_residency_config config = {
-        .model = r->model, .backend = &r->slow.base, .transport = &r->transport.base, .tiers = tiers};
+    const moe_residency_config config = {.model = r->model,
+                                         .backend = &r->slow.base,
+                                         .host = &r->slow.base,
+                                         .transport = &r->transport.base,
+                                         .tiers = tiers};
     moe_status status = moe_residency_new(&config, &r->residency, err);
     r->shard.residency = r->residency;
     return status;
@@ -75,11 +78,11 @@ static void hold_all(rig *r) {
 }
 
 /* `slots` slots that are all taken, by experts 0 … slots - 1 of layer 0. */
-static void open_full(rig *r, int32_t slots, int32_t images) {
+static void open_full_cold(rig *r, int32_t slots, int32_t images, moe_cold_experts cold) {
     moe_error err;
     moe_memory_limit host = {.part = (double)images / (LAYERS * EXPERTS)};
     if (images == 0) host.part = 0;
-    moe_tier_options tiers = {.device = {.part = (double)slots / (LAYERS * EXPERTS)}, .host = host};
+    moe_tier_options tiers = {.device = {.part = (double)slots / (LAYERS * EXPERTS)}, .host = host, .cold = cold};
     if (open_tiers(r, tiers, &err) != MOE_OK) fail_msg("%s", err.message);
     assert_int_equal(moe_residency_slots(r->residency), slots);
     hold_all(r);
@@ -88,6 +91,8 @@ static void open_full(rig *r, int32_t slots, int32_t images) {
     assert_int_equal(moe_residency_resident(r->residency), slots);
     r->slow.at_once = false;
 }
+
+static void open_full(rig *r, int32_t slots, int32_t images) { open_full_cold(r, slots, images, MOE_COLD_FETCH); }
 
 /* Which expert the nth outstanding copy is of. */
 static int32_t copied(const rig *r, int n) {
@@ -182,6 +187,7 @@ static void hints_that_fail(void **state) {
     assert_int_equal(r.slow.num_fills, MOE_RESIDENCY_PIECES);
     /* the layer is reached, and wants expert 1 alone: the two that no copy was begun for are forgotten */
     moe_residency_expect(r.residency, 1, 1);
+    moe_residency_reached(r.residency, STEP, 1);
     moe_residency_expect(r.residency, 0, 7); /* resident since the start */
     moe_residency_reached(r.residency, STEP, 1);
     moe_residency_turn(r.residency);
@@ -436,6 +442,15 @@ static void *computed_at_once(rig *r, moe_batch *batch, size_t bytes) {
     return out;
 }
 
+/* Runs the pass that is ready there; false where none is. */
+static bool run_pass(rig *r, moe_passes *p, moe_pass_place place) {
+    const moe_ffn_batch *ffn;
+    assert_int_equal(moe_passes_next(p, place, &ffn, NULL), MOE_OK);
+    if (ffn) run(&r->slow.base, ffn);
+    return ffn != NULL;
+}
+
+/* The number of the device's passes. */
 static int in_passes(rig *r, moe_batch *batch, uint64_t seed) {
     moe_passes passes = {.batch = NULL};
     moe_random random = {seed};
@@ -444,56 +459,159 @@ static int in_passes(rig *r, moe_batch *batch, uint64_t seed) {
     memset(batch->ffn.out, 0xff, batch->parts[MOE_BATCH_OUT].bytes);
     assert_int_equal(moe_passes_begin(&passes, batch, &r->shard, NULL), MOE_OK);
     for (int turns = 0; passes.batch; turns++) {
-        const moe_ffn_batch *ffn;
         assert_true(turns < 1000);
         moe_residency_turn(r->residency);
-        assert_int_equal(moe_passes_next(&passes, &ffn, NULL), MOE_OK);
-        if (ffn) {
-            run(&r->slow.base, ffn);
-            count++;
-            moe_passes_ended(&passes);
-            continue;
+        bool device = run_pass(r, &passes, MOE_PASS_DEVICE);
+        bool host = moe_residency_cold(r->residency) != MOE_COLD_FETCH && run_pass(r, &passes, MOE_PASS_HOST);
+        if (host && moe_random_below(&random, 2)) { /* either may end first */
+            moe_passes_ended(&passes, MOE_PASS_HOST);
+            host = false;
         }
-        assert_true(r->slow.num_fills > 0); /* else it would wait for ever */
+        if (device) moe_passes_ended(&passes, MOE_PASS_DEVICE);
+        if (host) moe_passes_ended(&passes, MOE_PASS_HOST);
+        count += device;
+        if (device || host || !passes.batch) continue;
+        if (moe_residency_cold(r->residency) == MOE_COLD_FETCH) assert_true(r->slow.num_fills > 0); /* else it would wait for ever */
         for (int64_t n = 1 + (int64_t)moe_random_below(&random, 3); n > 0 && r->slow.num_fills; n--) moe_slow_end(&r->slow);
     }
     return count;
 }
 
+/* Batches of ever more rows, bit for bit. The most passes that the device took for one of them. */
+static int check_batches(rig *r, int trials) {
+    moe_random random = {11};
+    int most = 0;
+    for (int trial = 0; trial < trials; trial++) {
+        moe_combine_mode mode = trial % 2 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT;
+        moe_batch batch;
+        assert_int_equal(moe_batch_init(&batch, &r->slow.base, EXPERTS, NULL), MOE_OK);
+        moe_work *w = make_work(1 + trial, mode, &random);
+        moe_batch_add(&batch, w);
+        size_t bytes = (size_t)moe_work_out_rows(w) * H * sizeof(float);
+        void *want = computed_at_once(r, &batch, bytes);
+        int count = in_passes(r, &batch, (uint64_t)trial);
+        most = count > most ? count : most;
+        assert_memory_equal(batch.ffn.out, want, bytes);
+        free(want);
+        moe_batch_remove(&batch, w);
+        moe_batch_free(&batch);
+        free_work(w);
+    }
+    return most;
+}
+
 static void passes(void **state) {
     (void)state;
-    moe_random random = {11};
     for (int images = 0; images <= MOE_RESIDENCY_MIN_IMAGES; images += MOE_RESIDENCY_MIN_IMAGES) {
         rig r;
-        int most = 0;
         open_full(&r, TOP_K + 1, images);
-        for (int trial = 0; trial < 12; trial++) {
-            moe_combine_mode mode = trial % 2 ? MOE_COMBINE_PARTIAL : MOE_COMBINE_EXACT;
-            moe_batch batch;
-            assert_int_equal(moe_batch_init(&batch, &r.slow.base, EXPERTS, NULL), MOE_OK);
-            moe_work *w = make_work(1 + trial, mode, &random);
-            moe_batch_add(&batch, w);
-            size_t bytes = (size_t)moe_work_out_rows(w) * H * sizeof(float);
-            void *want = computed_at_once(&r, &batch, bytes);
-            int count = in_passes(&r, &batch, (uint64_t)trial);
-            most = count > most ? count : most;
-            assert_memory_equal(batch.ffn.out, want, bytes);
-            free(want);
-            moe_batch_remove(&batch, w);
-            moe_batch_free(&batch);
-            free_work(w);
-        }
-        assert_true(most >= 3); /* 16 experts through 5 slots */
+        assert_true(check_batches(&r, 12) >= 3); /* 16 experts through 5 slots */
+        assert_int_equal(moe_residency_counted(r.residency).host_experts, 0);
         if (images) assert_true(moe_residency_counted(r.residency).packed > 0);
         close_tiers(&r);
     }
 }
 
-static void give_up_passes(void **state) {
+/* The host computes what is not in a slot, from images that are there and from such as must be packed first. */
+static void host_passes(void **state) {
+    (void)state;
+    for (int images = 0; images <= MOE_RESIDENCY_MIN_IMAGES; images += MOE_RESIDENCY_MIN_IMAGES) {
+        rig r;
+        open_full_cold(&r, TOP_K + 1, images, MOE_COLD_HOST);
+        check_batches(&r, 12);
+        moe_residency_counts counts = moe_residency_counted(r.residency);
+        assert_true(counts.host_experts > 0 && counts.host_rows > counts.host_experts);
+        if (images) assert_true(counts.packed > 0);
+        close_tiers(&r);
+    }
+}
+
+/* The host computes the expert once, as a batch that finds it cold would. */
+static void use_on_host(rig *r, int32_t layer, int32_t expert) {
+    moe_residency_need_image(r->residency, layer, expert);
+    assert_non_null(moe_residency_acquire_image(r->residency, layer, expert, 1));
+    moe_residency_release_image(r->residency, layer, expert);
+    moe_residency_unneed_image(r->residency, layer, expert);
+    moe_residency_turn(r->residency);
+}
+
+static void use_on_device(rig *r, int32_t layer, int32_t expert) {
+    assert_true(resident(r, layer, expert));
+}
+
+/* A cold expert comes into a slot once it is used more than one that has one, in the background, and not for every use. */
+static void hot_experts_earn_slots(void **state) {
     (void)state;
     rig r;
+    open_full_cold(&r, 5, 0, MOE_COLD_HOST);
+    for (int32_t e = 0; e < 5; e++)
+        for (int use = 0; use < 4; use++) use_on_device(&r, 0, e);
+    moe_residency_expect(r.residency, 1, 7);
+    moe_residency_turn(r.residency);
+    assert_int_equal(r.slow.num_fills, 0); /* a call that waits copies nothing */
+    moe_residency_unexpect(r.residency, 1, 7);
+    for (int use = 0; use < 6; use++) use_on_host(&r, 1, 7);
+    assert_int_equal(r.slow.num_fills, 0); /* not half as often again */
+    use_on_host(&r, 1, 7);
+    assert_int_equal(r.slow.num_fills, 1);
+    assert_int_equal(copied(&r, 0), EXPERTS + 7);
+    use_on_host(&r, 1, 7); /* it still computes while the copy is on its way */
+    end_one(&r);
+    assert_true(resident(&r, 1, 7));
+    int32_t left = 0;
+    for (int32_t e = 0; e < 5; e++) left += resident(&r, 0, e);
+    assert_int_equal(left, 4);
+    /* what a batch needs goes before */
+    for (int use = 0; use < 12; use++) use_on_host(&r, 2, 3);
+    assert_int_equal(copied(&r, 0), 2 * EXPERTS + 3);
+    while (r.slow.num_fills) end_one(&r);
+    close_tiers(&r);
+}
+
+/* Neither an image that is needed nor one that the host reads makes room for another. */
+static void images_in_use_stay(void **state) {
+    (void)state;
+    rig r;
+    open_full_cold(&r, 5, MOE_RESIDENCY_MIN_IMAGES, MOE_COLD_HOST);
+    for (int32_t e = 8; e < 11; e++) moe_residency_need_image(r.residency, 1, e);
+    for (int turn = 0; turn < 4; turn++) moe_residency_turn(r.residency);
+    assert_true(moe_residency_has_image(r.residency, 1, 8) && moe_residency_has_image(r.residency, 1, 9));
+    assert_false(moe_residency_has_image(r.residency, 1, 10)); /* two images are all there are */
+    assert_int_equal(r.slow.num_fills, 0);
+    assert_non_null(moe_residency_acquire_image(r.residency, 1, 8, 2));
+    moe_residency_turn(r.residency);
+    assert_false(moe_residency_has_image(r.residency, 1, 10));
+    moe_residency_release_image(r.residency, 1, 8);
+    moe_residency_unneed_image(r.residency, 1, 8);
+    for (int turn = 0; turn < 4; turn++) moe_residency_turn(r.residency);
+    assert_true(moe_residency_has_image(r.residency, 1, 9) && moe_residency_has_image(r.residency, 1, 10));
+    for (int32_t e = 9; e < 11; e++) moe_residency_unneed_image(r.residency, 1, e);
+    close_tiers(&r);
+}
+
+/* Where copies cost much, cold experts are the host's; where they cost nothing, the device's; and else both sides have work. */
+static void auto_divides(void **state) {
+    (void)state;
+    static const double byte_ns[] = {1e3, 1e-9, 1};
+    for (int i = 0; i < 3; i++) {
+        rig r;
+        open_full_cold(&r, TOP_K + 1, 0, MOE_COLD_AUTO);
+        moe_cold_costs *costs = moe_residency_costs(r.residency);
+        *costs = (moe_cold_costs){.copy_byte_ns = byte_ns[i], .device = {1, 1}, .host = {10e3, 1e3}};
+        check_batches(&r, 12);
+        uint64_t on_host = moe_residency_counted(r.residency).host_experts;
+        int64_t copies = r.slow.fills_ended - (TOP_K + 1);
+        if (i == 0) assert_true(on_host > 0 && copies == 0);
+        if (i == 1) assert_true(on_host == 0 && copies > 0);
+        if (i == 2) assert_true(on_host > 0 && copies > 0);
+        close_tiers(&r);
+    }
+}
+
+static void give_up_passes_of(moe_cold_experts cold) {
+    rig r;
     moe_random random = {3};
-    open_full(&r, TOP_K + 1, 0);
+    open_full_cold(&r, TOP_K + 1, 0, cold);
     moe_batch batch;
     moe_passes p = {.batch = NULL};
     const moe_ffn_batch *ffn;
@@ -503,8 +621,9 @@ static void give_up_passes(void **state) {
     assert_int_equal(moe_batch_assemble(&batch, &r.shard, NULL), MOE_OK);
     assert_int_equal(moe_passes_begin(&p, &batch, &r.shard, NULL), MOE_OK);
     moe_residency_turn(r.residency);
-    end_one(&r);
-    assert_int_equal(moe_passes_next(&p, &ffn, NULL), MOE_OK);
+    if (r.slow.num_fills) end_one(&r);
+    assert_int_equal(moe_passes_next(&p, MOE_PASS_DEVICE, &ffn, NULL), MOE_OK);
+    if (!ffn && cold != MOE_COLD_FETCH) assert_int_equal(moe_passes_next(&p, MOE_PASS_HOST, &ffn, NULL), MOE_OK);
     assert_non_null(ffn);
     moe_passes_give_up(&p);
     moe_passes_give_up(&p);
@@ -514,6 +633,13 @@ static void give_up_passes(void **state) {
     moe_batch_free(&batch);
     free_work(w);
     close_tiers(&r);
+}
+
+static void give_up_passes(void **state) {
+    (void)state;
+    give_up_passes_of(MOE_COLD_FETCH);
+    give_up_passes_of(MOE_COLD_HOST);
+    give_up_passes_of(MOE_COLD_AUTO);
 }
 
 static void out_of_memory(void **state) {
@@ -526,8 +652,9 @@ static void out_of_memory(void **state) {
         moe_residency *second;
         const moe_residency_config config = {.model = r.model,
                                              .backend = &r.slow.base,
+                                             .host = &r.slow.base,
                                              .transport = &r.transport.base,
-                                             .tiers = {.device = {.part = 0.5}, .eviction = "lru"}};
+                                             .tiers = {.device = {.part = 0.5}, .eviction = "lru", .cold = MOE_COLD_HOST}};
         moe_alloc_fail_after(nth);
         moe_status status = moe_residency_new(&config, &second, &err);
         moe_alloc_fail_after(0);
@@ -547,6 +674,8 @@ int main(void) {
         cmocka_unit_test(refusals),        cmocka_unit_test(urgent_first),   cmocka_unit_test(hints_that_fail),
         cmocka_unit_test(announced_stays), cmocka_unit_test(announced_in_vain_is_late), cmocka_unit_test(announced_comes_back), cmocka_unit_test(expected_stays), cmocka_unit_test(users_keep_slots), cmocka_unit_test(drop_meanwhile),
         cmocka_unit_test(lost_device),     cmocka_unit_test(passes),         cmocka_unit_test(give_up_passes),
+        cmocka_unit_test(host_passes),     cmocka_unit_test(hot_experts_earn_slots), cmocka_unit_test(images_in_use_stay),
+        cmocka_unit_test(auto_divides),
         cmocka_unit_test(out_of_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
