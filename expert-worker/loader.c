@@ -33,10 +33,10 @@ static moe_status check_digest(moe_loader_task *t, const moe_ffn_weights *w) {
 
 static moe_status pack_image(const moe_loader *l, moe_loader_task *t, const moe_ffn_weights *w) {
     moe_backend *backend = l->config.backend;
-    size_t bytes = (size_t)backend->ops->expert_size(backend, w, 0, MOE_FFN_BLOCKS).image_bytes;
-    if (!t->image->memory) t->image->memory = backend->ops->host_alloc(backend, bytes);
+    if (!t->image->memory) t->image->memory = moe_image_pool_take(t->image->pool);
     if (!t->image->memory)
-        return moe_fail(&t->error, MOE_RESOURCE_EXHAUSTED, "no host memory for an expert's image of %zu bytes (--host-memory)", bytes);
+        return moe_fail(&t->error, MOE_RESOURCE_EXHAUSTED, "no host memory for an expert's image of %lld bytes (--host-memory)",
+                        (long long)t->image->pool->image_bytes);
     backend->ops->expert_pack(backend, w, 0, MOE_FFN_BLOCKS, t->image->memory);
     return MOE_OK;
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <pthread.h>
 
+#include "expert-worker/image_pool.h"
 #include "expert-worker/known_answer.h"
 #include "expert-worker/shard.h"
 
@@ -10,7 +11,8 @@
 
 /* A packed expert in host memory, to be copied into the backend's slots. */
 typedef struct moe_image {
-    void *memory;   /* of the backend's host_alloc; NULL until something is packed into it */
+    moe_image_pool *pool; /* whose memory it gets */
+    void *memory;   /* NULL until something is packed into it */
     int32_t expert; /* its number in the model's table; -1: none */
     int32_t users;  /* copies that read it */
     bool lent;      /* to a loader */

@@ -99,7 +99,8 @@ static moe_status open_parts(moe_residency *r, moe_error *err) {
     if (!r->entries || !r->images)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %d experts", r->num_entries);
     for (int32_t i = 0; i < r->num_entries; i++) r->entries[i] = (residency_entry){.wish = WISH_NONE, .slot = -1};
-    for (int32_t i = 0; i < r->num_images; i++) r->images[i].expert = -1;
+    moe_image_pool_init(&r->pool, c->backend, r->size.image_bytes, r->num_images);
+    for (int32_t i = 0; i < r->num_images; i++) r->images[i] = (moe_image){.pool = &r->pool, .expert = -1};
     moe_status status = residency_open_slots(r, err);
     if (status == MOE_OK && c->tiers.cold != MOE_COLD_FETCH)
         status = c->host->ops->host_experts_create(c->host, moe_model_expert(c->model, 0, 0), 0, MOE_FFN_BLOCKS, r->num_images,
@@ -153,7 +154,7 @@ void moe_residency_free(moe_residency **residency) {
     moe_loader_close(&r->packer);
     residency_close_slots(r);
     if (r->host_experts) r->config.host->ops->host_experts_free(r->config.host, r->host_experts);
-    for (int32_t i = 0; r->images && i < r->num_images; i++) r->config.backend->ops->host_free(r->config.backend, r->images[i].memory);
+    moe_image_pool_close(&r->pool);
     moe_free(r->entries);
     moe_free(r->images);
     moe_free(r);
@@ -167,12 +168,6 @@ int32_t moe_residency_resident(const moe_residency *r) { return r->num_ready; }
 int64_t moe_residency_image_bytes(const moe_residency *r) { return r->size.image_bytes; }
 moe_residency_counts moe_residency_counted(const moe_residency *r) { return r->counts; }
 const moe_error *moe_residency_failure(const moe_residency *r) { return r->failure.code == MOE_OK ? NULL : &r->failure; }
-
-int64_t moe_residency_host_bytes(const moe_residency *r) {
-    int64_t count = 0;
-    for (int32_t i = 0; i < r->num_images; i++) count += r->images[i].memory != NULL;
-    return count * r->size.image_bytes;
-}
 
 /* ---- what the shard holds ---- */
 

@@ -67,7 +67,6 @@ moe_cold_costs *moe_residency_costs(moe_residency *residency);
 int32_t moe_residency_slots(const moe_residency *residency);
 int32_t moe_residency_resident(const moe_residency *residency); /* experts that are in a slot, whole */
 int64_t moe_residency_image_bytes(const moe_residency *residency);
-int64_t moe_residency_host_bytes(const moe_residency *residency); /* of the images there are */
 moe_residency_counts moe_residency_counted(const moe_residency *residency);
 
 /* Other slots, as many as `device` allows, filled with the first of the held experts that have images; what was used before is

@@ -62,7 +62,7 @@ struct moe_residency {
     moe_image *images; /* [num_images] */
     moe_host_experts *host_experts; /* of the images, by index; NULL: the host computes none */
     int32_t num_images;
-    int64_t host_bytes;
+    moe_image_pool pool;
     uint64_t use; /* of images, counted */
     pthread_mutex_t mutex; /* of the pieces' ends */
     residency_piece pieces[MOE_RESIDENCY_PIECES];

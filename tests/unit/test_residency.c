@@ -65,7 +65,7 @@ static void close_tiers(rig *r) {
 static void hold(rig *r, int32_t layer, int32_t expert) {
     moe_image *image = moe_residency_take_image(r->residency);
     if (image) {
-        if (!image->memory) image->memory = r->real->ops->host_alloc(r->real, (size_t)r->image_bytes);
+        if (!image->memory) image->memory = moe_image_pool_take(image->pool);
         r->real->ops->expert_pack(r->real, moe_model_expert(r->model, layer, expert), 0, MOE_FFN_BLOCKS, image->memory);
     }
     moe_shard_adopt(&r->shard, layer, expert, &(moe_held_expert){.digest = 1, .bytes = r->image_bytes});
