@@ -21,7 +21,7 @@ static const moe_metric stage_metrics[MOE_BENCH_STAGES] = {
 typedef struct reading {
     int64_t at_ns, tokens, sum_ns[MOE_BENCH_STAGES], count[MOE_BENCH_STAGES];
     int64_t steps, layers, layer_experts, call_bytes;
-    int64_t hits, late_hits, misses, first_misses, copied_bytes, wasted_bytes;
+    int64_t swaps, hits, late_hits, misses, first_misses, copied_bytes, wasted_bytes;
     int64_t first_stall_ns, first_stalls;
     int64_t host_experts, host_rows;
     int32_t leader_tokens; /* of the first request */
@@ -54,6 +54,7 @@ static void take_reading(const measurement *m, reading *out) {
     out->layer_experts = moe_metric_sum(MOE_METRIC_LAYER_EXPERTS);
     out->call_bytes =
         moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_SENT) + moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED);
+    out->swaps = moe_metric_value(MOE_METRIC_VIRTUAL_SWAPS);
     out->hits = moe_metric_value(MOE_METRIC_EXPERT_HITS);
     out->late_hits = moe_metric_value(MOE_METRIC_EXPERT_LATE_HITS);
     out->misses = moe_metric_value(MOE_METRIC_EXPERT_MISSES);
@@ -124,6 +125,7 @@ static void subtract(const measurement *m, moe_bench_sample *out) {
     out->layer_experts = layers > 0 ? (double)(to->layer_experts - from->layer_experts) / (double)layers : 0;
     out->context = m->c->prompt_tokens + (from->leader_tokens + to->leader_tokens) / 2.0;
     out->call_bytes = to->call_bytes - from->call_bytes;
+    out->swaps = to->swaps - from->swaps;
     out->hits = to->hits - from->hits;
     out->late_hits = to->late_hits - from->late_hits;
     out->misses = to->misses - from->misses;

@@ -39,6 +39,7 @@ typedef struct moe_bench_sample {
     int64_t steps;                     /* micro-batches in that time */
     double layer_experts;              /* mean number of distinct experts of a MoE layer of a micro-batch */
     double context;                    /* of a decode: mean number of tokens of a sequence in the KV cache */
+    int64_t swaps; /* of experts, under an expert budget */
     int64_t hits, late_hits, misses, copied_bytes, wasted_bytes; /* of workers with tiers; see moe_residency_counts */
     int64_t first_misses;              /* of these, at the first MoE layer */
     double first_stall_ns;             /* mean stall of the first MoE layer of one micro-batch */

@@ -114,6 +114,20 @@ static uint64_t redis_pid(const char *run_dir) {
     return run_dir && moe_cluster_file_read(run_dir, &file, &pid, &ignored) == MOE_OK ? (uint64_t)pid : 0;
 }
 
+static double part(moe_metric some, moe_metric all) {
+    int64_t total = moe_metric_value(all);
+    return total ? (double)moe_metric_value(some) / (double)total : 1;
+}
+
+void moe_cluster_budget_status(moe_expert_budget budget, const moe_model_config *model, moe_expert_budget_status *out) {
+    *out = (moe_expert_budget_status){.experts = (uint64_t)moe_metric_value(MOE_METRIC_VIRTUAL_EXPERTS),
+                                      .of = (uint64_t)model->num_moe_layers * (uint64_t)model->num_experts,
+                                      .swaps = (uint64_t)moe_metric_value(MOE_METRIC_VIRTUAL_SWAPS),
+                                      .choices_held = part(MOE_METRIC_GATE_CHOICES_HELD, MOE_METRIC_GATE_CHOICES),
+                                      .weight_held = part(MOE_METRIC_GATE_WEIGHT_HELD, MOE_METRIC_GATE_WEIGHT)};
+    if (moe_expert_budget_given(budget)) moe_expert_budget_name(budget, out->budget);
+}
+
 static moe_status report(void *ctx, moe_cluster_status *out, moe_error *err) {
     moe_cluster_reporter *r = ctx;
     snapshot *s = take_snapshot(r);
@@ -133,7 +147,9 @@ static moe_status report(void *ctx, moe_cluster_status *out, moe_error *err) {
         fill_routers(s, out);
         for (int32_t l = 0; l < layers; l++)
             out->layers[l] = (moe_layer_status){max_over_mean(s, l), (uint32_t)s->controller.min_replicas[l],
-                                                s->controller.imbalance[l], moe_engine_hint_recall(r->config.engine, l)};
+                                                s->controller.imbalance[l], moe_engine_hint_recall(r->config.engine, l),
+                                                (uint32_t)moe_engine_virtual_size(r->config.engine, l)};
+        moe_cluster_budget_status(r->config.expert_budget, &r->config.model->config, &out->expert_budget);
         out->residency = (moe_residency_status){(uint64_t)moe_metric_value(MOE_METRIC_EXPERT_HITS),
                                                 (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_LATE_HITS),
                                                 (uint64_t)moe_metric_value(MOE_METRIC_EXPERT_MISSES),

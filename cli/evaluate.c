@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "cli/cluster_status.h"
 #include "cli/progress_line.h"
 #include "cli/signals.h"
 #include "common/alloc.h"
@@ -221,6 +222,18 @@ static moe_status evaluate(const moe_inference *inference, const moe_evaluation 
     return status;
 }
 
+/* What it took: memory, and under a budget what tokens had to do without. */
+static void add_costs(json_t *root, moe_router_node *node, moe_expert_budget budget) {
+    int64_t weight_bytes, device_bytes;
+    moe_router_node_expert_memory(node, &weight_bytes, &device_bytes);
+    json_object_set_new(root, "experts",
+                        json_pack("{s:I, s:I}", "bytes", (json_int_t)weight_bytes, "device_bytes", (json_int_t)device_bytes));
+    if (!moe_expert_budget_given(budget)) return;
+    moe_expert_budget_status status;
+    moe_cluster_budget_status(budget, &moe_router_node_model(node)->config, &status);
+    json_object_set_new(root, "expert_budget", moe_expert_budget_status_json(&status));
+}
+
 static moe_status await_ready(moe_router_node *node, moe_error *err) {
     while (!moe_router_node_ready(node))
         if (moe_signals_wait(READY_POLL_NS)) return moe_fail(err, MOE_CANCELLED, "interrupted");
@@ -241,6 +254,7 @@ moe_status moe_evaluate(const moe_router_node_config *wanted_node, const moe_eva
     if (status != MOE_OK) return status;
     status = await_ready(node, err);
     if (status == MOE_OK) status = evaluate(moe_router_node_inference(node), wanted, out, err);
+    if (status == MOE_OK && out) add_costs(*out, node, config.tiers.budget);
     moe_router_node_close(&node);
     return status;
 }

@@ -20,5 +20,6 @@ typedef struct moe_evaluation {
 /* Opens a node, passes the texts through its engine and closes it. Each text is tokenized, the end-of-text token appended; token
  * ids are taken as they are, and where there is nothing else the model needs no tokenizer. All are cut at MOE_EVAL_MAX_TOKENS. On a
  * terminal, progress is shown. *out (NULL: not wanted): {"loss", "perplexity", "tokens", "texts", "by_domain": {NAME: {"loss",
- * "tokens"}}}, the caller's. CANCELLED after a signal; the errors of node and engine. */
+ * "tokens"}}, "experts": {"bytes", "device_bytes": what they took on the device at most}, "expert_budget": as in the cluster's status,
+ * where there is one}, the caller's. CANCELLED after a signal; the errors of node and engine. */
 moe_status moe_evaluate(const moe_router_node_config *node, const moe_evaluation *evaluation, json_t **out, moe_error *err);

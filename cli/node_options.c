@@ -123,11 +123,18 @@ static moe_status memory_limit(const moe_options *o, const char *name, moe_memor
     return text ? moe_memory_limit_parse(name, text, out, err) : MOE_OK;
 }
 
+moe_status moe_expert_budget_option(const moe_options *o, moe_expert_budget *out, moe_error *err) {
+    const char *text = moe_option_text(o, "expert-budget");
+    *out = (moe_expert_budget){0};
+    return text ? moe_expert_budget_parse(text, out, err) : MOE_OK;
+}
+
 moe_status moe_tier_option(const moe_options *o, moe_tier_options *out, moe_error *err) {
     *out = (moe_tier_options){.eviction = moe_option_text(o, "eviction"),
                               .cold = (moe_cold_experts)moe_option_choice(o, "cold-experts"),
                               .threaded = true};
-    moe_status status = memory_limit(o, "device-memory", &out->device, err);
+    moe_status status = moe_expert_budget_option(o, &out->budget, err);
+    if (status == MOE_OK) status = memory_limit(o, "device-memory", &out->device, err);
     return status == MOE_OK ? memory_limit(o, "host-memory", &out->host, err) : status;
 }
 

@@ -59,5 +59,9 @@ int moe_command_failed(const moe_error *err);
 /* "8GiB" or "25%", as the value of --`name`. INVALID_ARGUMENT. */
 moe_status moe_memory_limit_parse(const char *name, const char *text, moe_memory_limit *out, moe_error *err);
 
-/* --device-memory, --host-memory, --eviction, --cold-experts; the text is borrowed from the options. INVALID_ARGUMENT. */
+/* --expert-budget. INVALID_ARGUMENT. */
+moe_status moe_expert_budget_option(const moe_options *options, moe_expert_budget *out, moe_error *err);
+
+/* --device-memory, --host-memory, --eviction, --cold-experts, --expert-budget; the text is borrowed from the options.
+ * INVALID_ARGUMENT. */
 moe_status moe_tier_option(const moe_options *options, moe_tier_options *out, moe_error *err);

@@ -160,6 +160,10 @@ static const moe_option_row rows[] = {
     {"host-memory", TEXT, MODELS, "Residency", NULL, 0, 0, NULL, "SIZE",
      "with --device-memory: (pinned) host memory for packed experts, likewise; what does not fit is packed from the checkpoint when "
      "it is wanted. Default: all fit"},
+    {"expert-budget", TEXT, (ENGINES & ~(TRAIN | TRACE)) | WORKER, "Residency", NULL, 0, 0, NULL, "X",
+     "lossy: route tokens among a part of the experts alone, the most important ones, which change with the load: a percentage of "
+     "all, such as 25%, or a number in each layer. Without --device-memory workers have device memory for those; give routers and "
+     "workers the same"},
     {"eviction", CHOICE, MODELS, "Residency", "hint-aware", 0, 0, MOE_EVICTION_POLICIES, NULL,
      "with --device-memory: which expert makes room for another. lru: unused for longest; lfu-decay: fewest uses, old ones counting "
      "less; hint-aware: likewise, but what a hint announced stays"},

@@ -28,6 +28,7 @@
 struct moe_router_node {
     moe_router_node_config config;
     char served_name[MOE_MODEL_NAME_BYTES];
+    char lossy[64]; /* "": replies are the whole model's */
     char host[64];
     char cluster_uuid[MOE_UUID_BYTES];
     uint64_t incarnation;
@@ -243,6 +244,7 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .gating = c->gating,
                                 .dummy_routing = c->dummy_routing,
                                 .combine = c->combine,
+                                .expert_budget = c->tiers.budget,
                                 .max_num_seqs = c->max_num_seqs,
                                 .max_num_batched_tokens = c->max_num_batched_tokens,
                                 .max_model_len = longest,
@@ -261,6 +263,11 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .on_not_held_ctx = n};
     moe_status status = moe_engine_new(&config, &n->engine, err);
     if (status != MOE_OK) return status;
+    if (moe_expert_budget_given(c->tiers.budget)) {
+        char name[MOE_EXPERT_BUDGET_NAME_BYTES];
+        moe_expert_budget_name(c->tiers.budget, name);
+        snprintf(n->lossy, sizeof n->lossy, "budget%s", name);
+    }
     n->inference = (moe_inference){.ops = moe_inference_engine_ops(),
                                    .ctx = n->engine,
                                    .model = n->served_name,
@@ -269,7 +276,8 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                    .max_waiting = c->max_waiting,
                                    .tokenizer = n->tokenizer,
                                    .chat_template = n->chat_template,
-                                   .generation = n->model->generation};
+                                   .generation = n->model->generation,
+                                   .lossy = n->lossy[0] ? n->lossy : NULL};
     return moe_engine_start(n->engine, err);
 }
 
@@ -323,6 +331,7 @@ static moe_status open_all(moe_router_node *n, moe_error *err) {
                                             .model = n->model,
                                             .served_name = n->served_name,
                                             .cluster_uuid = n->cluster_uuid,
+                                            .expert_budget = n->config.tiers.budget,
                                             .redis_used = !n->config.embedded,
                                             .run_dir = n->config.run_dir};
     if (status == MOE_OK) status = moe_cluster_reporter_new(&reporter, &n->reporter, err);
@@ -428,6 +437,11 @@ const moe_model *moe_router_node_model(const moe_router_node *n) { return n->mod
 
 int64_t moe_router_node_kv_token_bytes(const moe_router_node *n) {
     return n->backend->ops->kv_block_bytes(n->backend, &n->model->config) / MOE_KV_BLOCK_TOKENS;
+}
+
+void moe_router_node_expert_memory(moe_router_node *n, int64_t *weight_bytes, int64_t *device_bytes) {
+    *weight_bytes = *device_bytes = 0;
+    if (n->worker) moe_worker_node_memory(n->worker, weight_bytes, device_bytes);
 }
 
 const moe_inference *moe_router_node_inference(const moe_router_node *n) { return &n->inference; }

@@ -27,7 +27,7 @@ typedef struct moe_router_node_config {
     moe_dummy_routing_spec dummy_routing; /* of generated weights */
     moe_combine_mode combine;
     int32_t max_num_seqs, max_num_batched_tokens, max_model_len, max_waiting;
-    moe_tier_options tiers; /* where embedded: of the experts */
+    moe_tier_options tiers; /* its budget: of the experts that tokens are routed to; the rest where embedded: of the experts */
     bool local_steps;      /* where embedded: a forward step is one job of the backend, where it can be */
     int32_t micro_batches; /* 0: 1 where embedded, else 2 */
     int64_t kv_cache_bytes;
@@ -77,5 +77,7 @@ moe_engine *moe_router_node_engine(moe_router_node *node);
 const moe_inference *moe_router_node_inference(const moe_router_node *node);
 const moe_model *moe_router_node_model(const moe_router_node *node);
 int64_t moe_router_node_kv_token_bytes(const moe_router_node *node); /* keys and values of a token in all layers */
+/* Where embedded: as moe_worker_node_memory; else 0, 0. */
+void moe_router_node_expert_memory(moe_router_node *node, int64_t *weight_bytes, int64_t *device_bytes);
 /* Why it is not ready yet, for progress lines. */
 void moe_router_node_waiting_for(moe_router_node *node, char *text, size_t size);

@@ -98,6 +98,19 @@ static void residency(const json_t *counts, moe_buf *out) {
     if (host > 0) moe_buf_printf(out, "cold experts: the host computed %.0f of batches\n", host);
 }
 
+/* Where tokens are routed among a part of the experts. */
+static void expert_budget(const json_t *b, moe_buf *out) {
+    if (!b) return;
+    moe_buf_printf(out,
+                   "\nexpert budget %s: tokens are routed among %lld of %lld experts, which hold %.1f %% of what gates would choose "
+                   "(%.1f %% by weight); %lld swaps\n",
+                   json_string_value(json_object_get(b, "budget")), (long long)json_integer_value(json_object_get(b, "experts")),
+                   (long long)json_integer_value(json_object_get(b, "of")),
+                   100 * json_number_value(json_object_get(b, "choices_held")),
+                   100 * json_number_value(json_object_get(b, "weight_held")),
+                   (long long)json_integer_value(json_object_get(b, "swaps")));
+}
+
 /* How many of a layer's experts the layer before had predicted, by MoE layer. */
 static void recalls(const json_t *list, moe_buf *out) {
     size_t index;
@@ -138,6 +151,7 @@ void moe_status_text(const json_t *status, moe_buf *out) {
                        (long long)json_integer_value(json_object_get(cost, "expert_ns")),
                        (long long)json_integer_value(json_object_get(cost, "row_ns")));
     residency(json_object_get(status, "residency"), out);
+    expert_budget(json_object_get(status, "expert_budget"), out);
     recalls(json_object_get(status, "layers"), out);
     if (migration && migration[0]) moe_buf_printf(out, "\nexperts are moving: %s\n", migration);
     if (json_array_size(json_object_get(status, "operations")) == 0) return;

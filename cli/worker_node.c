@@ -194,6 +194,13 @@ int32_t moe_worker_node_experts(moe_worker_node *n) {
     return view.experts;
 }
 
+void moe_worker_node_memory(moe_worker_node *n, int64_t *weight_bytes, int64_t *device_bytes) {
+    moe_worker_view view;
+    moe_worker_get_view(n->worker, &view);
+    *weight_bytes = view.weight_bytes;
+    *device_bytes = view.device_bytes;
+}
+
 void moe_worker_node_remember(moe_worker_node *n) {
     moe_worker_view view;
     moe_error err;

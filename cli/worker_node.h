@@ -43,6 +43,8 @@ void moe_worker_node_leave(moe_worker_node *node);
 /* Nothing is left to do for it: it holds no expert and no call, or no router is connected. */
 bool moe_worker_node_left(moe_worker_node *node);
 int32_t moe_worker_node_experts(moe_worker_node *node); /* that it holds */
+/* What its experts take, packed, and what there is for them on the device. */
+void moe_worker_node_memory(moe_worker_node *node, int64_t *weight_bytes, int64_t *device_bytes);
 /* Writes epoch and fence into the state folder where they have risen. Blocks for the disk; not on the worker's own thread. */
 void moe_worker_node_remember(moe_worker_node *node);
 /* True, with the reason, once the worker found itself defective: it refuses all work and is to be closed. */

@@ -72,6 +72,13 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(EXPERT_WASTED_BYTES, COUNTER, "moesaic_expert_wasted_bytes_total", "", "Of those, of experts that left again unused")      \
     X(EXPERT_HOST, COUNTER, "moesaic_expert_host_total", "", "Cold experts of batches that workers' hosts computed")               \
     X(EXPERT_HOST_ROWS, COUNTER, "moesaic_expert_host_rows_total", "", "Rows of those")                                          \
+    X(VIRTUAL_EXPERTS, GAUGE, "moesaic_virtual_experts", "",                                                                     \
+      "Experts that tokens may be routed to under --expert-budget, of all layers; 0: there is no budget")                        \
+    X(VIRTUAL_SWAPS, COUNTER, "moesaic_virtual_expert_swaps_total", "", "Experts that took another's place among those")         \
+    X(GATE_CHOICES, COUNTER, "moesaic_gate_choices_total", "", "Under --expert-budget: what gates alone would have chosen")      \
+    X(GATE_CHOICES_HELD, COUNTER, "moesaic_gate_choices_held_total", "", "Of those, experts that tokens could be routed to")     \
+    X(GATE_WEIGHT, COUNTER, "moesaic_gate_weight_millionths_total", "", "As moesaic_gate_choices_total, by gate weight")         \
+    X(GATE_WEIGHT_HELD, COUNTER, "moesaic_gate_weight_held_millionths_total", "", "Likewise of those that were held")            \
     X(PREFETCHES, COUNTER, "moesaic_prefetches_total", "", "Prefetch calls: hints to workers without tokens of a layer")         \
     X(WORKER_ROWS, COUNTER, "moesaic_worker_rows_total", "", "Expert rows computed (one token at one expert)")                   \
     X(WORKER_BATCH_ROWS, HISTOGRAM_COUNT, "moesaic_worker_batch_rows", "", "Expert rows of one batch")                           \

@@ -25,6 +25,7 @@ struct moe_eviction {
     int32_t num_experts;
     double half_life;
     double *rank;       /* [num_experts]; -INFINITY: never used */
+    bool *retired;      /* [num_experts] */
     int32_t *announced; /* [num_experts]: its entries in hints */
     hint *hints;        /* [MOE_EVICTION_MAX_HINTS], the oldest first */
     int32_t num_hints;
@@ -69,7 +70,8 @@ moe_status moe_eviction_new(const moe_eviction_config *config, moe_eviction **ou
     e->rank = moe_calloc((size_t)e->num_experts, sizeof *e->rank);
     e->announced = moe_calloc((size_t)e->num_experts, sizeof *e->announced);
     e->hints = moe_calloc(MOE_EVICTION_MAX_HINTS, sizeof *e->hints);
-    if (!e->rank || !e->announced || !e->hints) {
+    e->retired = moe_calloc((size_t)e->num_experts, sizeof *e->retired);
+    if (!e->rank || !e->retired || !e->announced || !e->hints) {
         moe_eviction_free(&e);
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     }
@@ -82,6 +84,7 @@ void moe_eviction_free(moe_eviction **eviction) {
     moe_eviction *e = *eviction;
     if (!e) return;
     moe_free(e->rank);
+    moe_free(e->retired);
     moe_free(e->announced);
     moe_free(e->hints);
     moe_free(e);
@@ -89,16 +92,20 @@ void moe_eviction_free(moe_eviction **eviction) {
 }
 
 void moe_eviction_loaded(moe_eviction *e, int32_t expert, int64_t now) {
+    e->retired[expert] = false;
     if (e->policy->loaded) e->policy->loaded(e, expert, now);
 }
 
 void moe_eviction_used(moe_eviction *e, int32_t expert, int64_t now) { e->policy->used(e, expert, now); }
+
+void moe_eviction_retired(moe_eviction *e, int32_t expert) { e->retired[expert] = true; }
 
 void moe_eviction_hinted(moe_eviction *e, int32_t expert, uint64_t step, int64_t until) {
     if (e->num_hints == MOE_EVICTION_MAX_HINTS) {
         e->announced[e->hints[0].expert]--;
         memmove(e->hints, e->hints + 1, (size_t)--e->num_hints * sizeof *e->hints);
     }
+    e->retired[expert] = false;
     e->hints[e->num_hints++] = (hint){expert, step, until};
     e->announced[expert]++;
 }
@@ -120,21 +127,24 @@ bool moe_eviction_announced(const moe_eviction *e, int32_t expert) { return e->a
 
 bool moe_eviction_hotter(const moe_eviction *e, int32_t cold, int32_t other) {
     double margin = e->policy->counts_uses ? log2(1.5) : e->half_life / 4;
+    if (e->retired[other]) return true;
     return e->rank[cold] > e->rank[other] + margin; /* -INFINITY on the right: the other was never used */
 }
 
+/* Who goes before whom: retired experts, then those that no hint protects, then those of lower rank. */
+static bool goes_before(const moe_eviction *e, int32_t a, int32_t b) {
+    bool protected_a = e->policy->heeds_hints && e->announced[a] > 0, protected_b = e->policy->heeds_hints && e->announced[b] > 0;
+    if (e->retired[a] != e->retired[b]) return e->retired[a];
+    return protected_a != protected_b ? protected_b : e->rank[a] < e->rank[b];
+}
+
 int32_t moe_eviction_victim(const moe_eviction *e, int32_t num_slots, int32_t (*evictable)(void *ctx, int32_t slot), void *ctx) {
-    int32_t victim = -1;
-    double lowest = INFINITY;
-    bool protected = true; /* the best so far is announced, and the policy cares */
+    int32_t victim = -1, goes = -1;
     for (int32_t slot = 0; slot < num_slots; slot++) {
         int32_t expert = evictable(ctx, slot);
-        if (expert < 0) continue;
-        bool announced = e->policy->heeds_hints && e->announced[expert] > 0;
-        if (victim >= 0 && (announced > protected || (announced == protected && e->rank[expert] >= lowest))) continue;
+        if (expert < 0 || (victim >= 0 && !goes_before(e, expert, goes))) continue;
         victim = slot;
-        lowest = e->rank[expert];
-        protected = announced;
+        goes = expert;
     }
     return victim;
 }

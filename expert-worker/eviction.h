@@ -34,6 +34,10 @@ void moe_eviction_loaded(moe_eviction *eviction, int32_t expert, int64_t now);
 /* A batch used the expert. Once a batch, however many rows: a miss costs one copy for all of them. */
 void moe_eviction_used(moe_eviction *eviction, int32_t expert, int64_t now);
 
+/* Nobody will want the expert soon, but for calls that are on their way: it goes first, under every policy, until a hint announces it
+ * or it is loaded again. */
+void moe_eviction_retired(moe_eviction *eviction, int32_t expert);
+
 /* A hint announces that `step` will probably want the expert when its layer runs. `step` is any number that tells the forward
  * steps under way apart. The announcement ends with moe_eviction_ran of that step, or at time `until`, should that step never
  * come. */

@@ -26,6 +26,16 @@ static int64_t places(const moe_residency *r, moe_memory_limit limit, int64_t ea
     return count < r->num_entries ? count : r->num_entries;
 }
 
+/* Of the device's slots: as told, or what a budget takes. */
+static int64_t device_places(const moe_residency *r, int32_t least) {
+    const moe_tier_options *t = &r->config.tiers;
+    if (moe_memory_limited(t->device)) return places(r, t->device, r->size.slot_bytes);
+    double part = moe_expert_budget_part(t->budget, &r->config.model->config);
+    int64_t count = (int64_t)ceil(part * share_of(r) - ROUNDING) + MOE_RESIDENCY_SPARE_SLOTS;
+    if (count < least) count = least;
+    return count < r->num_entries ? count : r->num_entries;
+}
+
 static moe_status too_little(const moe_residency *r, const char *option, int64_t got, int64_t least, int64_t each,
                              const char *why, moe_error *err) {
     return moe_fail(
@@ -40,7 +50,7 @@ moe_status residency_count_places(moe_residency *r, moe_error *err) {
     char why[96];
     int32_t least = r->config.model->config.top_k + MOE_RESIDENCY_SPARE_SLOTS;
     if (least > r->num_entries) least = r->num_entries;
-    int64_t slots = places(r, r->config.tiers.device, r->size.slot_bytes),
+    int64_t slots = device_places(r, least),
             images = places(r, r->config.tiers.host, r->size.image_bytes);
     snprintf(why, sizeof why, "a token's %d experts and %d being copied", r->config.model->config.top_k,
              MOE_RESIDENCY_SPARE_SLOTS);
@@ -114,7 +124,7 @@ static moe_status open_parts(moe_residency *r, moe_error *err) {
 moe_status moe_residency_new(const moe_residency_config *config, moe_residency **out, moe_error *err) {
     const moe_model_config *model = &config->model->config;
     *out = NULL;
-    MOE_ASSERT(model->num_moe_layers > 0 && moe_memory_limited(config->tiers.device));
+    MOE_ASSERT(model->num_moe_layers > 0 && moe_tiers_wanted(&config->tiers, model));
     MOE_ASSERT(config->tiers.cold == MOE_COLD_FETCH || config->host);
     moe_residency *r = moe_calloc(1, sizeof *r);
     if (!r) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the experts' tiers");
@@ -165,6 +175,7 @@ bool moe_residency_shares_processor(const moe_residency *r) { return r->config.h
 moe_cold_costs *moe_residency_costs(moe_residency *r) { return &r->config.tiers.costs; }
 int32_t moe_residency_slots(const moe_residency *r) { return r->num_slots; }
 int32_t moe_residency_resident(const moe_residency *r) { return r->num_ready; }
+int64_t moe_residency_device_bytes(const moe_residency *r) { return r->num_slots * r->size.slot_bytes; }
 int64_t moe_residency_image_bytes(const moe_residency *r) { return r->size.image_bytes; }
 moe_residency_counts moe_residency_counted(const moe_residency *r) { return r->counts; }
 const moe_error *moe_residency_failure(const moe_residency *r) { return r->failure.code == MOE_OK ? NULL : &r->failure; }
@@ -230,6 +241,15 @@ void moe_residency_hint(moe_residency *r, uint64_t step, int32_t layer, int32_t 
     if (!e->held) return;
     moe_eviction_hinted(r->eviction, residency_number(r, e), step, r->batches + MOE_EVICTION_HINT_BATCHES);
     wish(r, e, WISH_HINTED);
+}
+
+void moe_residency_retire(moe_residency *r, int32_t layer, int32_t expert) {
+    moe_eviction_retired(r->eviction, residency_number(r, residency_at(r, layer, expert)));
+}
+
+bool moe_residency_has(const moe_residency *r, int32_t layer, int32_t expert) {
+    const residency_entry *e = &r->entries[(int64_t)layer * r->config.model->config.num_experts + expert];
+    return residency_ready(r, e);
 }
 
 void moe_residency_reached(moe_residency *r, uint64_t step, int32_t layer) {

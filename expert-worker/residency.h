@@ -4,6 +4,7 @@
  * the transport. No memory is allocated for a wish, a copy or an eviction; images get theirs where they are packed. */
 #pragma once
 #include "expert-worker/cold.h"
+#include "common/model/expert_budget.h"
 #include "expert-worker/loader.h"
 
 /* Pieces on their way to the device at once, and their size: enough to keep a link busy between two looks of the loop; a more
@@ -23,9 +24,10 @@ typedef struct moe_memory_limit {
 
 static inline bool moe_memory_limited(moe_memory_limit limit) { return limit.bytes > 0 || limit.part > 0; }
 
-/* What is asked of the tiers. Without a device limit there are none: every held expert is on the device. */
+/* What is asked of the tiers. Without a limit of the device there are none: every held expert is on the device. */
 typedef struct moe_tier_options {
     moe_memory_limit device, host;
+    moe_expert_budget budget; /* of the routers: where `device` is none, its part is the limit, and one more for a newcomer */
     double share;         /* part of the model's experts that limits may be a part of; 0: all */
     const char *eviction; /* a policy's name; borrowed */
     moe_cold_experts cold; /* anything but FETCH needs a host backend */
@@ -34,13 +36,19 @@ typedef struct moe_tier_options {
     int64_t piece_bytes;  /* 0: MOE_RESIDENCY_PIECE_BYTES; the simulation's experts are small */
 } moe_tier_options;
 
+/* Whether there are tiers, for a model. */
+static inline bool moe_tiers_wanted(const moe_tier_options *tiers, const moe_model_config *model) {
+    return moe_memory_limited(tiers->device) ||
+           (moe_expert_budget_given(tiers->budget) && moe_expert_budget_part(tiers->budget, model) < 1);
+}
+
 typedef struct moe_residency_config {
     const moe_model *model;   /* borrowed, as all here; its experts are all of one shape and stored alike */
     moe_backend *backend;     /* */
     moe_backend *host;        /* computes cold experts from images; may be `backend`; NULL: nothing does */
     moe_transport *transport; /* woken when a copy or a packing has ended */
     _Atomic uint64_t *ended;  /* counts ended copies, for whoever polls the backend; may be NULL */
-    moe_tier_options tiers;   /* with a device limit */
+    moe_tier_options tiers;   /* that are wanted */
 } moe_residency_config;
 
 /* All since the start. An expert of a call counts once, however many rows it has. */
@@ -66,6 +74,7 @@ bool moe_residency_shares_processor(const moe_residency *residency); /* the host
 moe_cold_costs *moe_residency_costs(moe_residency *residency);
 int32_t moe_residency_slots(const moe_residency *residency);
 int32_t moe_residency_resident(const moe_residency *residency); /* experts that are in a slot, whole */
+int64_t moe_residency_device_bytes(const moe_residency *residency); /* of all slots, full or empty */
 int64_t moe_residency_image_bytes(const moe_residency *residency);
 moe_residency_counts moe_residency_counted(const moe_residency *residency);
 
@@ -91,6 +100,12 @@ void moe_residency_drop(moe_residency *residency, int32_t layer, int32_t expert)
 void moe_residency_hint(moe_residency *residency, uint64_t step, int32_t layer, int32_t expert);
 /* `step` has come to `layer`: what was announced of this layer and those before, and nobody wants any more, stays where it is; a
  * copy of it that is under way is given up. So moe_residency_expect comes first. */
+/* Nobody is going to want the expert soon: it is the first to make room. */
+void moe_residency_retire(moe_residency *residency, int32_t layer, int32_t expert);
+/* Whether the expert is in a slot, whole. */
+bool moe_residency_has(const moe_residency *residency, int32_t layer, int32_t expert);
+/* `step` has come to `layer`: what was announced of this layer and those before, and nobody wants any more, stays where it is.
+ * Before moe_residency_expect. */
 void moe_residency_reached(moe_residency *residency, uint64_t step, int32_t layer);
 /* A call that wants the expert was accepted: counts it as hit, late hit or miss. Until the call has ended the expert makes room
  * only for what a batch needs. */

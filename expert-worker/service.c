@@ -176,7 +176,18 @@ static void on_forward(void *ctx, moe_rpc_call *call, const ProtobufCMessage *re
     moe_free(scratch);
 }
 
-/* The step has passed the layer before without this worker. */
+/* Which of the experts are on the device, whole. Returns how many; `resident` has room for all. */
+static size_t find_resident(const moe_worker *w, int32_t layer, const uint32_t *experts, size_t count, uint32_t *resident) {
+    size_t found = 0;
+    for (size_t i = 0; i < count; i++) {
+        int32_t expert = (int32_t)experts[i];
+        if (moe_shard_holds(&w->shard, layer, expert) && (!w->residency || moe_residency_has(w->residency, layer, expert)))
+            resident[found++] = experts[i];
+    }
+    return found;
+}
+
+/* The step has passed the layer before without this worker, or a router wants to know when an expert is here. */
 static void on_prefetch(void *ctx, moe_rpc_call *call, const ProtobufCMessage *request, const moe_frame *payload,
                         int num_payload) {
     (void)payload;
@@ -190,9 +201,16 @@ static void on_prefetch(void *ctx, moe_rpc_call *call, const ProtobufCMessage *r
         return;
     }
     uint64_t step = step_of(call, r->step, r->micro_batch);
-    if (w->residency && r->layer > 0) moe_residency_reached(w->residency, step, (int32_t)r->layer - 1);
+    /* What is asked for beside experts that retire stays announced: it is of a step that has not been told of before. */
+    int32_t passed = r->n_retired ? limits.num_moe_layers - 1 : (int32_t)r->layer - 1;
+    if (w->residency && passed >= 0) moe_residency_reached(w->residency, step, passed);
     if (w->residency) take_hints(w, step, (int32_t)r->layer, r->expert, r->n_expert);
+    for (size_t i = 0; w->residency && i < r->n_retired; i++)
+        moe_residency_retire(w->residency, (int32_t)r->layer, (int32_t)r->retired[i]);
+    uint32_t resident[MOE_FORWARD_MAX_HINTS];
     Moesaic__V1__PrefetchResponse response = MOESAIC__V1__PREFETCH_RESPONSE__INIT;
+    response.resident = resident;
+    response.n_resident = find_resident(w, (int32_t)r->layer, r->expert, r->n_expert, resident);
     moe_rpc_respond(call, &response.base, NULL, 0);
 }
 

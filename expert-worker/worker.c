@@ -58,11 +58,15 @@ static moe_status make_residency(moe_worker *w, moe_error *err) {
                                             .transport = c->transport,
                                             .ended = &w->batcher.jobs_ended,
                                             .tiers = c->tiers};
-    if (!moe_memory_limited(c->tiers.device)) {
+    const moe_model_config *model = &c->model->config;
+    moe_status budget = moe_expert_budget_given(c->tiers.budget) ? moe_expert_budget_check(c->tiers.budget, model, err) : MOE_OK;
+    if (budget != MOE_OK) return budget;
+    if (!moe_tiers_wanted(&c->tiers, model)) {
         if (c->tiers.cold != MOE_COLD_FETCH)
             return moe_fail(err, MOE_INVALID_ARGUMENT, "--cold-experts: needs --device-memory; without it every expert is on the device");
         if (!moe_memory_limited(c->tiers.host)) return MOE_OK;
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "--host-memory: needs --device-memory; without it no expert is kept in host memory");
+        return moe_fail(err, MOE_INVALID_ARGUMENT,
+                        "--host-memory: needs --device-memory or --expert-budget; without it no expert is kept in host memory");
     }
     moe_status status = moe_residency_new(&residency, &w->residency, err);
     w->shard.residency = w->residency;
@@ -119,6 +123,7 @@ static void publish_view(moe_worker *w) {
     w->view = (moe_worker_view){.experts = w->shard.num_held,
                                 .routers = w->num_routers,
                                 .weight_bytes = w->shard.bytes,
+                                .device_bytes = w->residency ? moe_residency_device_bytes(w->residency) : w->shard.bytes,
                                 .rows = w->batcher.rows,
                                 .queued_calls = w->batcher.num_queued,
                                 .epoch = w->control.epoch,

@@ -52,7 +52,8 @@ void moe_worker_leave(moe_worker *worker);
 typedef struct moe_worker_view {
     int32_t experts; /* loaded */
     int32_t routers; /* connected to it */
-    int64_t weight_bytes;
+    int64_t weight_bytes; /* of the held experts */
+    int64_t device_bytes; /* what they take of the device: as much, or the slots of its tiers */
     uint64_t rows;
     int32_t queued_calls;
     uint64_t epoch, fence; /* the highest seen */

@@ -71,7 +71,8 @@ static void ignore_reply(void *ctx, const moe_rpc_reply *reply) {
     (void)reply;
 }
 
-moe_status moe_prefetch_start(moe_rpc *rpc, moe_peer peer, const moe_prefetch_call *call, int64_t deadline_ns, moe_error *err) {
+moe_status moe_prefetch_start(moe_rpc *rpc, moe_peer peer, const moe_prefetch_call *call, int64_t deadline_ns,
+                              moe_rpc_on_reply on_reply, void *ctx, moe_error *err) {
     Moesaic__V1__PrefetchRequest request = MOESAIC__V1__PREFETCH_REQUEST__INIT;
     request.incarnation = call->incarnation;
     request.step = call->step;
@@ -79,6 +80,8 @@ moe_status moe_prefetch_start(moe_rpc *rpc, moe_peer peer, const moe_prefetch_ca
     request.layer = (uint32_t)call->layer;
     request.n_expert = (size_t)call->num_experts;
     request.expert = (uint32_t *)(uintptr_t)call->experts;
-    return moe_rpc_call_start(rpc, peer, MOE_PREFETCH_METHOD, (const ProtobufCMessage *)&request, NULL, 0, deadline_ns, ignore_reply,
-                              NULL, NULL, err);
+    request.n_retired = (size_t)call->num_retired;
+    request.retired = (uint32_t *)(uintptr_t)call->retired;
+    return moe_rpc_call_start(rpc, peer, MOE_PREFETCH_METHOD, (const ProtobufCMessage *)&request, NULL, 0, deadline_ns,
+                              on_reply ? on_reply : ignore_reply, ctx, NULL, err);
 }

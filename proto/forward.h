@@ -53,15 +53,19 @@ typedef struct moe_forward_result {
     moe_forward_residency residency;
 } moe_forward_result;
 
-/* Announces experts of the next layer to a worker that gets no call in this one. Nothing waits for the answer. */
+/* Announces experts to a worker; a hint that rides in no Forward call. */
 typedef struct moe_prefetch_call {
     uint64_t incarnation, step;
     uint32_t micro_batch;
     int32_t layer; /* of the experts */
     int32_t num_experts; /* at most MOE_FORWARD_MAX_HINTS */
     const uint32_t *experts;
+    int32_t num_retired; /* as in PrefetchRequest */
+    const uint32_t *retired;
 } moe_prefetch_call;
-moe_status moe_prefetch_start(moe_rpc *rpc, moe_peer peer, const moe_prefetch_call *call, int64_t deadline_ns, moe_error *err);
+/* on_reply NULL: nothing waits for the answer. */
+moe_status moe_prefetch_start(moe_rpc *rpc, moe_peer peer, const moe_prefetch_call *call, int64_t deadline_ns,
+                              moe_rpc_on_reply on_reply, void *ctx, moe_error *err);
 /* Worker side: OK where the request fits the limits, else INVALID_ARGUMENT, or UNAVAILABLE for another incarnation. */
 moe_status moe_prefetch_check(const Moesaic__V1__PrefetchRequest *request, const moe_forward_limits *limits, moe_error *err);
 

@@ -220,10 +220,14 @@ moe_status moe_prefetch_check(const Moesaic__V1__PrefetchRequest *r, const moe_f
         return moe_fail(err, MOE_UNAVAILABLE, "the call is for another incarnation of this worker");
     if (r->layer >= (uint32_t)limits->num_moe_layers)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "MoE layer %u of %d", r->layer, limits->num_moe_layers);
-    if (r->n_expert > MOE_FORWARD_MAX_HINTS)
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "%zu hints, at most %d are possible", r->n_expert, MOE_FORWARD_MAX_HINTS);
+    if (r->n_expert > MOE_FORWARD_MAX_HINTS || r->n_retired > MOE_FORWARD_MAX_HINTS)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "%zu hints and %zu retired experts, at most %d of each are possible", r->n_expert,
+                        r->n_retired, MOE_FORWARD_MAX_HINTS);
     for (size_t i = 0; i < r->n_expert; i++)
         if (r->expert[i] >= (uint32_t)limits->num_experts)
             return moe_fail(err, MOE_INVALID_ARGUMENT, "hint of expert %u of %d", r->expert[i], limits->num_experts);
+    for (size_t i = 0; i < r->n_retired; i++)
+        if (r->retired[i] >= (uint32_t)limits->num_experts)
+            return moe_fail(err, MOE_INVALID_ARGUMENT, "expert %u of %d is retired", r->retired[i], limits->num_experts);
     return MOE_OK;
 }

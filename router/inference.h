@@ -33,6 +33,7 @@ typedef struct moe_inference {
     const moe_tokenizer *tokenizer;         /* NULL: token ids only (--skip-tokenizer-init) */
     const moe_chat_template *chat_template; /* NULL: no chat */
     moe_generation_config generation;       /* defaults of requests */
+    const char *lossy; /* follows this version's name in system_fingerprint where replies are not the whole model's: "budget25"; NULL */
 } moe_inference;
 
 /* The engine behind that vtable; pass the engine as ctx. */

@@ -61,6 +61,7 @@ static json_t *layers_json(const moe_cluster_status *status) {
         json_t *layer = json_pack("{s:f, s:i, s:f}", "max_over_mean", l->max_over_mean, "min_replicas", (int)l->min_replicas,
                                   "cost_max_over_mean", l->cost_max_over_mean);
         if (l->hint_recall >= 0) json_object_set_new(layer, "hint_recall", json_real(l->hint_recall));
+        if (l->virtual_experts) json_object_set_new(layer, "virtual_experts", json_integer(l->virtual_experts));
         json_array_append_new(list, layer);
     }
     return list;
@@ -85,14 +86,24 @@ static json_t *residency_json(const moe_residency_status *r) {
                      (json_int_t)r->wasted_bytes, "host_experts", (json_int_t)r->host_experts);
 }
 
+json_t *moe_expert_budget_status_json(const moe_expert_budget_status *b) {
+    return json_pack("{s:s, s:I, s:I, s:I, s:f, s:f}", "budget", b->budget, "experts", (json_int_t)b->experts, "of",
+                     (json_int_t)b->of, "swaps", (json_int_t)b->swaps, "choices_held", b->choices_held, "weight_held",
+                     b->weight_held);
+}
+
 json_t *moe_cluster_status_to_json(const moe_cluster_status *status) {
     json_t *redis = json_pack("{s:b, s:b}", "used", status->redis_used, "up", status->redis_up);
     if (status->redis_pid) json_object_set_new(redis, "pid", json_integer((json_int_t)status->redis_pid));
-    return json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:s, s:I, s:{s:I, s:I}}", "epoch",
-                     (json_int_t)status->epoch, "ready", status->ready, "model", status->model, "cluster_uuid",
-                     status->cluster_uuid, "replicas", (int)status->replicas, "workers", workers_json(status), "routers",
-                     routers_json(status), "redis", redis, "layers", layers_json(status),
-                     "residency", residency_json(&status->residency), "operations", operations_json(status),
-                     "migration", status->migration, "moves", (json_int_t)status->moves, "cost", "expert_ns",
-                     (json_int_t)status->expert_ns, "row_ns", (json_int_t)status->row_ns);
+    json_t *root = json_pack("{s:I, s:b, s:s, s:s, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:s, s:I, s:{s:I, s:I}}", "epoch",
+                             (json_int_t)status->epoch, "ready", status->ready, "model", status->model, "cluster_uuid",
+                             status->cluster_uuid, "replicas", (int)status->replicas, "workers", workers_json(status), "routers",
+                             routers_json(status), "redis", redis, "layers", layers_json(status),
+                             "residency", residency_json(&status->residency), "operations", operations_json(status),
+                             "migration", status->migration, "moves", (json_int_t)status->moves, "cost", "expert_ns",
+                             (json_int_t)status->expert_ns, "row_ns", (json_int_t)status->row_ns);
+    const moe_expert_budget_status *b = &status->expert_budget;
+    if (root && b->budget[0])
+        json_object_set_new(root, "expert_budget", moe_expert_budget_status_json(b));
+    return root;
 }

@@ -35,12 +35,21 @@ typedef struct moe_layer_status { /* one MoE layer */
     uint32_t min_replicas;        /* the least READY replicas of any of its experts */
     double cost_max_over_mean;    /* of the placement policy's cost by worker; 0: not known */
     double hint_recall;           /* of its experts, the part that a hint had named; -1: there were no hints */
+    uint32_t virtual_experts;     /* that tokens may be routed to under an expert budget; 0: there is none */
 } moe_layer_status;
 
 /* What this router's calls met in workers whose experts do not all fit their devices. */
 typedef struct moe_residency_status {
     uint64_t hits, late_hits, misses, copied_bytes, wasted_bytes, host_experts;
 } moe_residency_status;
+
+/* Under an expert budget: what this router's gates would have chosen, and what of it tokens could be routed to. */
+typedef struct moe_expert_budget_status {
+    char budget[64];        /* "25", in percent, or "4-per-layer"; "": there is none */
+    uint64_t experts, of;   /* that tokens may be routed to, of all layers together */
+    uint64_t swaps;
+    double choices_held, weight_held; /* parts, the latter by gate weight */
+} moe_expert_budget_status;
 
 typedef struct moe_cluster_status {
     uint64_t epoch;
@@ -55,6 +64,7 @@ typedef struct moe_cluster_status {
     moe_router_status *routers;
     moe_layer_status *layers;
     moe_residency_status residency;
+    moe_expert_budget_status expert_budget;
     int32_t num_operations;
     moe_operation operations[MOE_MAX_OPERATIONS]; /* newest last */
     char migration[160];                          /* moves under way, where this router leads */
@@ -67,6 +77,8 @@ moe_status moe_cluster_status_resize(moe_cluster_status *status, int32_t num_wor
                                      moe_error *err);
 void moe_cluster_status_free(moe_cluster_status *status); /* the arrays; back to zero; idempotent */
 
+/* {"budget", "experts", "of", "swaps", "choices_held", "weight_held"}; as the next. */
+json_t *moe_expert_budget_status_json(const moe_expert_budget_status *status);
 /* The JSON object that `moesaic status` prints; NULL when out of memory. The caller owns the reference. */
 json_t *moe_cluster_status_to_json(const moe_cluster_status *status);
 

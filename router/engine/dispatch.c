@@ -174,6 +174,7 @@ static void on_reply(void *ctx, const moe_rpc_reply *reply) {
     note_residency(b, w, &result.residency);
     if (!call->primary) hedge_drop(call);
     place_results(call, result.out);
+    if (e->virtual && e->config.combine == MOE_COMBINE_EXACT) virtual_experts_answered(call, result.out);
     if (call->primary)
         hedge_answered(call);
     else
@@ -370,7 +371,8 @@ static void send_prefetches(micro_batch *b) {
                                         .experts = e->scratch.hints};
         if (call.num_experts == 0) continue;
         const engine_worker *w = &e->workers[worker];
-        if (moe_prefetch_start(e->channels[w->transport].rpc, w->peer, &call, engine_now(e) + e->config.call_timeout_ns, &err) == MOE_OK)
+        if (moe_prefetch_start(e->channels[w->transport].rpc, w->peer, &call, engine_now(e) + e->config.call_timeout_ns, NULL, NULL,
+                               &err) == MOE_OK)
             moe_metric_add(MOE_METRIC_PREFETCHES, 1);
     }
 }

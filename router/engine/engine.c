@@ -14,6 +14,8 @@ static moe_status check_config(const moe_engine_config *c, moe_error *err) {
     if (c->gating == MOE_GATING_PRE_GATE && !c->model->has_pre_gates)
         return moe_fail(err, MOE_FAILED_PRECONDITION,
                         "--gating pre-gate: this checkpoint has no pre-gates; `moesaic train-pregate` makes them");
+    if (moe_expert_budget_given(c->expert_budget) && c->dummy_routing.on)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--expert-budget routes by what gates think of experts, which --dummy-routing replaces");
     if (c->num_kv_blocks < moe_kv_blocks_for(c->max_model_len))
         return moe_fail(err, MOE_INVALID_ARGUMENT,
                         "%d KV blocks of %d tokens cannot hold one sequence of --max-model-len %d tokens (%d blocks)",
@@ -124,6 +126,7 @@ static moe_status engine_init(moe_engine *e, moe_error *err) {
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     e->running.capacity = e->waiting.capacity = (int32_t)live;
     moe_status status = load_base(e, err);
+    if (status == MOE_OK) status = virtual_experts_new(e, &e->virtual, err);
     if (status == MOE_OK) status = backend->ops->kv_create(backend, e->base, e->config.num_kv_blocks, &e->kv, err);
     if (status == MOE_OK) status = moe_kv_blocks_init(&e->blocks, e->config.num_kv_blocks, err);
     if (status == MOE_OK) status = moe_sampler_new(e->model->vocab, &e->sampler, err);
@@ -213,6 +216,7 @@ void moe_engine_free(moe_engine **engine) {
     placed_map_unref(e, &e->map);
     for (int32_t i = 0; e->channels && i < e->config.num_transports; i++) moe_rpc_free(&e->channels[i].rpc);
     for (int32_t i = 0; e->batches && i < e->config.micro_batches; i++) micro_batch_destroy(&e->batches[i]);
+    virtual_experts_free(&e->virtual);
     scratch_free(&e->scratch);
     moe_dummy_routing_free(&e->dummy_routing);
     moe_sampler_free(&e->sampler);

@@ -2,6 +2,7 @@
  * (`step`), driven by a thread in production and by the virtual clock in the simulation. */
 #pragma once
 #include "common/backend.h"
+#include "common/model/expert_budget.h"
 #include "proto/rpc.h"
 #include "router/engine/dummy_routing.h"
 #include "router/engine/request.h"
@@ -37,6 +38,7 @@ typedef struct moe_engine_config {
     moe_gating gating;
     moe_dummy_routing_spec dummy_routing; /* where it is on, instead of what gates choose; then there are no local steps */
     moe_combine_mode combine;
+    moe_expert_budget expert_budget; /* none: every expert may be chosen. With one there are no local steps */
     int32_t max_num_seqs;           /* running at once */
     int32_t max_num_batched_tokens; /* rows of one micro-batch */
     int32_t max_model_len;          /* tokens, prompt and output */
@@ -114,3 +116,5 @@ void moe_engine_get_loads(moe_engine *engine, double *loads);
 /* Of the experts that a MoE layer's gate chose where there was a hint one layer before (--gating hint), the part that the hint had
  * named, since the start; -1 while there was none. Any thread. */
 double moe_engine_hint_recall(const moe_engine *engine, int32_t layer);
+/* The size of a MoE layer's virtual set; 0 without an expert budget, and before the first step. Any thread. */
+int32_t moe_engine_virtual_size(const moe_engine *engine, int32_t layer);

@@ -30,6 +30,7 @@
 #define MOE_ORPHAN_RETRY_NS (50 * MOE_NS_PER_MS) /* between tries while an expert has no usable replica */
 
 typedef struct micro_batch micro_batch;
+typedef struct virtual_experts virtual_experts;
 
 /* ---- sequences ---- */
 
@@ -157,6 +158,7 @@ struct micro_batch {
     pthread_t submitter;                      /* of the job: needs no wake for what is done inside the submission */
     moe_route route, next_route, spare_route; /* [max rows, top_k] each */
     bool have_next_route;                     /* next_route predicts or decides the layer to come */
+    float *gate_logits, *next_logits;         /* [max rows, num_experts] under an expert budget, else NULL */
     void *activations;                        /* [max rows, H] of engine->dtype */
     void *expert_out;                         /* [max rows, top_k, H] of engine->out_dtype */
     float *combine_weights;                   /* [max rows, top_k] */
@@ -232,6 +234,7 @@ struct moe_engine {
     placed_map *map;           /* newest; NULL before the first */
     moe_quarantine quarantine;
     double hedge_rows;         /* what hedges may still cost */
+    virtual_experts *virtual;  /* NULL: no expert budget */
     _Atomic int64_t *hints_made, *hints_found; /* [num_moe_layers]: experts; see moe_engine_hint_recall */
     uint64_t topology_version; /* counts changes of map and workers, so that orphans know when to try again */
 
@@ -318,6 +321,13 @@ void dispatch_release_call(expert_call *call);
  * those count that `fitness` says. */
 void dispatch_choose(const micro_batch *b, const moe_assignment *assignments, int32_t count,
                      moe_plan_fitness (*fitness)(const void *ctx, int32_t placed), const void *ctx);
+
+/* virtual_experts.c */
+moe_status virtual_experts_new(moe_engine *e, virtual_experts **out, moe_error *err); /* *out NULL without a budget */
+void virtual_experts_free(virtual_experts **pointer);                                 /* after the channels; NULLs */
+void virtual_experts_settle(micro_batch *b); /* after a segment: its routes come to keep to the sets */
+/* Exact rows of a call, in its order, perhaps not aligned. */
+void virtual_experts_answered(const expert_call *call, const void *rows);
 
 /* hedge.c */
 void hedge_earn(moe_engine *e, int32_t rows);     /* an ordinary call with so many rows was sent */

@@ -6,8 +6,9 @@
 bool local_step_ready(moe_engine *e) {
     moe_backend *backend = e->config.backend;
     bool possible = e->config.local_experts && backend->ops->local_submit && !e->local_refused && e->map;
-    /* What is routed, and how good hints are, is only seen between segments. */
-    if (!possible || e->config.gating == MOE_GATING_HINT || e->config.on_layer || e->dummy_routing) return false;
+    /* What is routed, and how good hints are, is only seen, and changed, between segments. */
+    bool between = e->config.gating == MOE_GATING_HINT || e->config.on_layer || e->dummy_routing || e->virtual;
+    if (!possible || between) return false;
     moe_expert *const *experts = e->config.local_experts(e->config.local_worker);
     if (!experts || e->local) return experts != NULL;
     moe_error err;

@@ -44,6 +44,9 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
     b->expert_out = backend->ops->host_alloc(backend, rows * top_k * moe_row_bytes(e->out_dtype, e->model->hidden));
     b->combine_weights = moe_calloc(rows * top_k, sizeof *b->combine_weights);
     b->combine_counts = moe_calloc(rows, sizeof *b->combine_counts);
+    size_t router_bytes = rows * moe_row_bytes(MOE_F32, e->model->num_experts);
+    if (e->virtual) b->gate_logits = backend->ops->host_alloc(backend, router_bytes);
+    if (e->virtual) b->next_logits = backend->ops->host_alloc(backend, router_bytes);
     b->logits = backend->ops->host_alloc(backend, (size_t)e->max_logit_rows * moe_row_bytes(MOE_F32, e->model->vocab));
     size_t tops = (size_t)e->max_logit_rows * MOE_MAX_TOP_LOGITS;
     b->top_ids = backend->ops->host_alloc(backend, tops * sizeof *b->top_ids);
@@ -56,7 +59,7 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
                   route_alloc(&b->spare_route, rows * top_k);
     if (!routes || !b->seqs || !b->request_ids || !b->views || !b->token_ids || !b->positions || !b->row_seq || !b->logit_rows ||
         !b->activations || !b->expert_out || !b->combine_weights || !b->combine_counts || !b->logits || !b->top_ids ||
-        !b->top_logits || (experts && !b->expert_rows) || !b->calls || !b->orphans)
+        !b->top_logits || (experts && !b->expert_rows) || (e->virtual && (!b->gate_logits || !b->next_logits)) || !b->calls || !b->orphans)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for a micro-batch of %zu rows", rows);
     return backend->ops->rows_create(backend, e->base, (int32_t)rows, &b->segment.rows, err);
 }
@@ -77,7 +80,8 @@ void micro_batch_destroy(micro_batch *b) {
                            b->row_seq,   b->logit_rows,  b->combine_weights, b->combine_counts, b->calls,
                            b->orphans};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
-    void *const of_backend[] = {b->activations, b->expert_out, b->logits, b->top_ids, b->top_logits, b->expert_rows};
+    void *const of_backend[] = {b->activations, b->expert_out, b->logits, b->top_ids, b->top_logits, b->expert_rows,
+                                 b->gate_logits, b->next_logits};
     for (size_t i = 0; i < sizeof of_backend / sizeof *of_backend; i++)
         e->config.backend->ops->host_free(e->config.backend, of_backend[i]);
 }
@@ -132,6 +136,8 @@ static void submit_segment(micro_batch *b, int32_t index) {
     s->route = b->route;
     s->want_next = last_moe ? MOE_ROUTE_NONE : next_source(e);
     s->next = b->spare_route;
+    s->gate_logits = b->gate_logits;
+    s->next_logits = b->next_logits;
     begin_job(b, BATCH_SEGMENT);
     e->config.backend->ops->segment_submit(e->config.backend, e->base, s, &b->job);
 }
@@ -181,6 +187,7 @@ static void swap_routes(moe_route *a, moe_route *b) {
 static void settle_routes(micro_batch *b) {
     moe_gating gating = b->engine->config.gating;
     if (b->engine->dummy_routing) dummy_routing_apply(b);
+    if (b->engine->virtual) virtual_experts_settle(b);
     if (gating == MOE_GATING_PRE_GATE && b->segment.index > 0) swap_routes(&b->route, &b->next_route);
     if (gating == MOE_GATING_HINT && b->have_next_route) count_hints(b);
     b->have_next_route = b->segment.want_next != MOE_ROUTE_NONE;

@@ -10,6 +10,7 @@
 #include "router/http/sse.h"
 
 #define SYSTEM_FINGERPRINT "moesaic-" MOESAIC_VERSION
+#define FINGERPRINT_BYTES 128
 
 static void free_completion(moe_completion *completion) {
     for (int32_t i = 0; completion->choices && i < completion->num_choices; i++) {
@@ -86,9 +87,12 @@ static json_t *usage_json(const moe_completion *completion) {
 
 /* Steals `choices` and `usage` (NULL: left out). */
 static json_t *body_json(const moe_completion *completion, const char *object, json_t *choices, json_t *usage, bool prompt_ids) {
+    const char *lossy = completion->inference->lossy;
+    char fingerprint[FINGERPRINT_BYTES];
+    snprintf(fingerprint, sizeof fingerprint, SYSTEM_FINGERPRINT "%s%s", lossy ? "-" : "", lossy ? lossy : "");
     json_t *body = json_pack("{s:s, s:s, s:I, s:s, s:s, s:o}", "id", completion->id, "object", object, "created",
                              (json_int_t)completion->created_s, "model", completion->inference->model, "system_fingerprint",
-                             SYSTEM_FINGERPRINT, "choices", choices);
+                             fingerprint, "choices", choices);
     if (usage) json_object_set_new(body, "usage", usage);
     if (prompt_ids && completion->format->prompt_ids_on_top && completion->params.return_token_ids)
         json_object_set_new(body, "prompt_token_ids",

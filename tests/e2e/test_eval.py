@@ -46,4 +46,25 @@ def eval_bfloat16():
     check(abs(losses["bfloat16"] / losses["float32"] - 1) < 3e-3, f"losses {losses}")
 
 
-main([eval_bfloat16, eval_gate, eval_pre_gate])
+def eval_budgets():
+    """Under a budget the loss rises as the memory falls; a budget of all experts changes nothing."""
+    results = {}
+    for budget in (None, "100%", "50%", "4"):
+        run = subprocess.run([os.path.join(BIN, "moesaic"), "eval", DEMO, "--data", os.path.join(ROOT, "tests/data/valid.jsonl"),
+                              "--limit", "24", *(["--expert-budget", budget] if budget else [])], capture_output=True, text=True, timeout=600)
+        check(run.returncode == 0, f"eval --expert-budget {budget} ended with {run.returncode}: {run.stderr[-2000:]}")
+        results[budget] = json.loads(run.stdout)
+    whole = results[None]
+    check(results["100%"]["loss"] == whole["loss"] and results["100%"]["by_domain"] == whole["by_domain"], "100% of the experts differ from all")
+    check("expert_budget" not in whole and whole["experts"]["device_bytes"] == whole["experts"]["bytes"], f"without a budget: {whole}")
+    each = whole["experts"]["bytes"] / 96
+    for budget, name, allowed in (("100%", "100", 96), ("50%", "50", 48), ("4", "4-per-layer", 24)):
+        told, memory = results[budget]["expert_budget"], results[budget]["experts"]
+        check(told["budget"] == name and told["experts"] == allowed and told["of"] == 96, f"{budget}: {told}")
+        check(memory["bytes"] == whole["experts"]["bytes"] and memory["device_bytes"] <= (allowed + 1) * each * 1.01, f"{budget}: {memory}")
+        check((told["swaps"] > 0) == (allowed < 96), f"{budget}: {told}")
+        check(allowed / 96 * 0.8 < told["choices_held"] <= 1 and (told["weight_held"] == 1) == (allowed == 96), f"{budget}: {told}")
+    check(whole["loss"] < results["50%"]["loss"] < results["4"]["loss"], "less memory and no more loss")
+
+
+main([eval_budgets, eval_bfloat16, eval_gate, eval_pre_gate])

@@ -67,6 +67,45 @@ SHAPES += [
 ]
 
 
+def budget(workers, budget, name, *args):
+    """Every reply, metrics and status say that tokens had a part of the experts alone, and what that was."""
+    def test():
+        with Cluster("--expert-budget", budget, *args, workers=workers) as cluster:
+            cases = golden()[:3]
+            for case in cases:
+                _, _, reply = cluster.post("/v1/completions", {"prompt": case["ids"], "max_tokens": 40, "temperature": 0, "ignore_eos": True})
+                check(reply["system_fingerprint"].endswith("-budget" + name), f"fingerprint: {reply['system_fingerprint']}")
+                check(reply["usage"]["completion_tokens"] == 40, f"usage: {reply['usage']}")
+            told, layers = cluster.status()["expert_budget"], cluster.status()["layers"]
+            check(told["budget"] == name and told["experts"] == sum(layer["virtual_experts"] for layer in layers), f"status: {told}, {layers}")
+            check(all(layer["virtual_experts"] >= 2 for layer in layers), f"a layer has less than a token needs: {layers}")
+            check(0 < told["choices_held"] < 1 and 0 < told["weight_held"] < 1 and told["swaps"] > 0, f"status: {told}")
+            metrics = cluster.get("/metrics")[1].decode()
+            check(f"\nmoesaic_virtual_experts {told['experts']}\n" in metrics, "no moesaic_virtual_experts")
+            check(cluster.status()["residency"]["hits"] > 0, "without --device-memory the budget gives the workers theirs")
+    test.__name__ = f"budget_{name}_w{workers}"
+    return test
+
+
+def whole_budget():
+    """A budget of all experts changes no token, and is said all the same."""
+    with Cluster("--expert-budget", "100%", "--gating", "pre-gate", workers=2) as cluster:
+        expect_golden(cluster, "pre-gate")
+        shown = subprocess.run([os.path.join(BIN, "moesaic"), "status", "--url", f"http://127.0.0.1:{cluster.port}"], capture_output=True,
+                               text=True, timeout=60).stdout
+        check("expert budget 100: tokens are routed among 96 of 96 experts" in shown, f"status in text: {shown}")
+
+
+def budgets_refused():
+    for budget, says in (("12%", "at least 12.5%, or 2"), ("1", "at least 12.5%, or 2"), ("0", "--expert-budget"), ("0%", "--expert-budget"),
+                         ("101%", "at most 100%"), ("17", "16 experts"), ("some", "percentage")):
+        for workers in ("0", "1"):
+            serve = [os.path.join(BIN, "moesaic"), "serve", DEMO, "--workers", workers, "--port", str(free_port())]
+            shown = subprocess.run([*serve, "--expert-budget", budget], capture_output=True, text=True, timeout=60)
+            check(shown.returncode != 0, f"{workers} workers, {budget}: accepted")
+            check(says in shown.stdout + shown.stderr, f"{workers} workers, {budget}: {shown.stdout + shown.stderr}")
+
+
 def refused():
     """At once, with the least that works."""
     for workers in ("0", "1"):
@@ -82,4 +121,4 @@ def refused():
             check(says in said, f"{workers} workers, {args}: {said}")
 
 
-main(SHAPES + [refused])
+main(SHAPES + [budget(0, "25%", "25"), budget(2, "6", "6-per-layer", "--gating", "hint"), whole_budget, budgets_refused, refused])

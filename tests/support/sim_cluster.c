@@ -66,6 +66,9 @@ static void start_worker(sim_cluster *s, int32_t index) {
                                 .incarnation = incarnation,
                                 .max_queued_calls = 64,
                                 .max_batch_rows = 4096,
+                                .tiers = {.budget = s->config.budget,
+                                          .share = (double)s->config.replicas / s->config.workers,
+                                          .eviction = "hint-aware"},
                                 .reference = s->config.reference};
     if (has_tiers(s, index)) config.tiers = s->config.tiers[index];
     must(moe_worker_new(&config, &w->worker, &err), &err);
@@ -153,6 +156,7 @@ void sim_start_router(sim_cluster *s, int32_t index) {
                                 .incarnation = incarnation,
                                 .gating = s->config.gating,
                                 .combine = s->config.combine,
+                                .expert_budget = s->config.budget,
                                 .max_num_seqs = 16,
                                 .max_num_batched_tokens = s->config.max_num_batched_tokens,
                                 .max_model_len = m->max_positions,

@@ -62,6 +62,7 @@ typedef struct sim_config {
     int32_t workers, replicas, micro_batches, max_num_batched_tokens, num_kv_blocks;
     moe_gating gating;
     moe_combine_mode combine;
+    moe_expert_budget budget; /* of the routers, and what the workers' devices hold; none: everything */
     moe_placement_kind layout;
     const char *state_dir; /* of the router; NULL: none */
     bool starved;          /* steps may fail for want of memory, and go on afterwards */

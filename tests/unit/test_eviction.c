@@ -118,6 +118,7 @@ typedef struct announcement {
 static event uses[EVENTS];
 static announcement hints[EVENTS];
 static int num_uses, num_hints;
+static bool retired[EXPERTS];
 
 static double score(bool lru, int32_t expert, int64_t now) {
     double sum = 0, last = -INFINITY;
@@ -157,6 +158,8 @@ static void check_victim(const moe_eviction *e, const char *policy, const slots 
     for (int i = 0; i < SLOTS; i++) {
         int32_t other = s->expert[i];
         if (other < 0) continue;
+        if (retired[other]) assert_true(retired[chosen]);
+        if (retired[chosen] && !retired[other]) continue;
         if (heeds && is_announced(chosen)) assert_true(is_announced(other));
         if (heeds && is_announced(other) && !is_announced(chosen)) continue;
         double mine = score(lru, chosen, now), its = score(lru, other, now);
@@ -172,13 +175,24 @@ static void test_random_histories(void **state) {
         moe_random random = {seed};
         moe_eviction *e = make(policy);
         num_uses = num_hints = 0;
+        memset(retired, 0, sizeof retired);
         int64_t now = 0;
         for (int i = 0; i < EVENTS; i++) {
             now += (int64_t)moe_random_below(&random, 4);
             int32_t expert = (int32_t)moe_random_below(&random, EXPERTS);
             uint64_t step = moe_random_below(&random, 3);
-            switch (moe_random_below(&random, 4)) {
+            switch (moe_random_below(&random, 6)) {
+                case 4:
+                    retired[expert] = true;
+                    moe_eviction_retired(e, expert);
+                    break;
+                case 5: /* loaded: a use, for lru */
+                    retired[expert] = false;
+                    if (strcmp(policy, "lru") == 0) uses[num_uses++] = (event){expert, now};
+                    moe_eviction_loaded(e, expert, now);
+                    break;
                 case 0:
+                    retired[expert] = false;
                     hints[num_hints++] = (announcement){expert, step, now + 30};
                     moe_eviction_hinted(e, expert, step, now + 30);
                     break;

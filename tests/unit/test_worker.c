@@ -925,6 +925,16 @@ static void checks_prefetches(void **state) {
     send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
     wait_for(&r, &answer);
     assert_int_equal(answer.status, MOE_OK); /* all it has is on the device: there is nothing to do */
+    request.retired = experts;
+    request.n_retired = 2;
+    send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
+    wait_for(&r, &answer);
+    assert_int_equal(answer.status, MOE_OK);
+    request.n_retired = 3;
+    send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
+    wait_for(&r, &answer);
+    assert_int_equal(answer.status, MOE_INVALID_ARGUMENT);
+    request.n_retired = 0;
     request.n_expert = 3;
     send_call(&r, MOE_PREFETCH_METHOD, &request, &answer);
     wait_for(&r, &answer);
