@@ -96,9 +96,13 @@ moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out,
 }
 
 moe_status moe_host_backend_open(const moe_backend_config *config, moe_backend *device, moe_backend **out, moe_error *err) {
+    const moe_cpu_config cpu = {.threads = config->threads, .dtype = config->dtype, .background = true};
     *out = NULL;
-    if (strcmp(config->name, "cuda") == 0)
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "--cold-experts: the host does not compute for --backend cuda; give fetch");
+    if (strcmp(config->name, "cuda") == 0 && config->deterministic)
+        return moe_fail(err, MOE_INVALID_ARGUMENT,
+                        "--cold-experts: not with --deterministic, because the host's last bits are not the GPU's, and which of them "
+                        "computes an expert depends on what is on the GPU; --cold-experts fetch works");
+    if (strcmp(config->name, "cuda") == 0) return moe_cpu_open(&cpu, out, err);
     *out = device;
     return MOE_OK;
 }

@@ -30,8 +30,8 @@ typedef struct moe_backend_config {
 /* Another name is INVALID_ARGUMENT, naming those built in; a dtype or device that the backend lacks is the backend's error. */
 moe_status moe_backend_open(const moe_backend_config *config, moe_backend **out, moe_error *err);
 
-/* The backend that computes experts from images in host memory beside `device` (--cold-experts): a CPU backend is its own. NULL for
- * moe_host_backend_close. INVALID_ARGUMENT: cuda. */
+/* The backend that computes experts from images in host memory beside `device` (--cold-experts): a CPU backend is its own; a GPU's is a
+ * `cpu` backend of config->threads, for moe_host_backend_close. INVALID_ARGUMENT: a deterministic GPU. */
 moe_status moe_host_backend_open(const moe_backend_config *config, moe_backend *device, moe_backend **out, moe_error *err);
 void moe_host_backend_close(moe_backend **host, const moe_backend *device); /* where it is another one; NULLs; idempotent */
 

@@ -129,7 +129,9 @@ static moe_status open_worker(worker_process *p, device_worker *w, const moe_bac
     moe_tier_options tiers;
     moe_status status = moe_tier_option(p->options, &tiers, err);
     tiers.share = moe_option_float(p->options, "share");
-    if (status == MOE_OK && tiers.cold != MOE_COLD_FETCH) status = moe_host_backend_open(backend, w->backend, &w->host, err);
+    moe_backend_config host = *backend;
+    host.threads = host.threads > count ? host.threads / count : 1;
+    if (status == MOE_OK && tiers.cold != MOE_COLD_FETCH) status = moe_host_backend_open(&host, w->backend, &w->host, err);
     if (status == MOE_OK && s->keys_dir) status = moe_curve_keys_read(s->keys_dir, MOE_ROLE_WORKER, &keys, err);
     if (status == MOE_OK) status = moe_store_open(&s->store, &store, err);
     if (status != MOE_OK) return status;

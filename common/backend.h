@@ -153,6 +153,18 @@ typedef struct moe_expert_size {
     int64_t image_bytes, slot_bytes;
 } moe_expert_size;
 
+/* Where one matrix of an expert is in an image that any backend may read: row by row, a row being one output, its elements one after
+ * another. Rows lie in runs of `run`; row i is at offset + i / run · run_bytes + i % run · row_bytes. */
+typedef struct moe_image_matrix {
+    int64_t offset, run_bytes, row_bytes; /* from the image's start; from run to run; from row to row within one */
+    int32_t rows, cols, run;
+    moe_dtype dtype;
+} moe_image_matrix;
+
+typedef struct moe_image_layout {
+    moe_image_matrix gate, up, down; /* of the slice; gate.rows 0: the network is not gated */
+} moe_image_layout;
+
 /* A piece of an expert on its way into a slot: bytes [offset, offset + bytes) of its image. A whole expert is there when all of its
  * pieces are, in any order. To cancel it is to submit no more pieces. */
 typedef struct moe_slot_fill {
@@ -241,14 +253,20 @@ typedef struct moe_backend_ops {
      * nor waits. RESOURCE_EXHAUSTED: more than MOE_MAX_SLOT_FILLS at once. */
     void (*slot_fill_submit)(moe_backend *b, const moe_slot_fill *fill, moe_job *job);
 
+    /* Where the matrices are in images that expert_pack makes of such experts, for another backend to compute from. NULL: none reads them
+     * but this one. */
+    void (*expert_layout)(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
+                          moe_image_layout *out);
+
     /* Experts that the host computes from their images, without a copy; all three NULL where a backend computes nothing on the host.
-     * `count` handles for experts shaped like `weights`, in one allocation. Their images are of this backend's own expert_pack.
-     * RESOURCE_EXHAUSTED. */
+     * `count` handles for experts shaped like `weights`, in one allocation. Their images are of this backend's own expert_pack, or, with
+     * `layout` (copied), another's. RESOURCE_EXHAUSTED; INVALID_ARGUMENT: a layout of another shape than the weights'. */
     moe_status (*host_experts_create)(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
-                                      int32_t count, moe_host_experts **out, moe_error *err);
+                                      const moe_image_layout *layout, int32_t count, moe_host_experts **out, moe_error *err);
     void (*host_experts_free)(moe_backend *b, moe_host_experts *experts); /* no job uses them any more; NULL is ignored */
-    /* Handle `index`, for ffn batches, from now on of the expert whose image lies at `image`, with the bits of expert_load's. The image
-     * stays until the batches that name it have ended. Neither allocates nor reads the image. */
+    /* Handle `index`, for ffn batches, from now on of the expert whose image lies at `image`. Its bits are those of expert_load's; from a
+     * layout they differ in rounding, but like all others do not depend on the batch. The image stays until the batches that name it have
+     * ended. Neither allocates nor reads the image. */
     moe_expert *(*host_expert)(const moe_host_experts *experts, int32_t index, const void *image);
 
     /* Forward steps with every expert in this backend; all three NULL where it has none. experts [num_moe_layers, num_experts]:

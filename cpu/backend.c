@@ -24,6 +24,7 @@ typedef struct cpu_backend {
     moe_cpu_runner *runner;
     moe_cpu_scratch_list scratch;
     bool threaded; /* jobs and copies have threads of their own */
+    bool background; /* as in moe_cpu_config */
     char profile[PROFILE_BYTES];
 } cpu_backend;
 
@@ -142,7 +143,7 @@ static moe_status ffn_work(const moe_cpu_run *run, void *backend, const void *ba
 }
 
 static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job) {
-    bool brief = moe_cpu_ffn_multiply_adds(batch) <= BRIEF_WORK;
+    bool brief = !cpu_of(b)->background && moe_cpu_ffn_multiply_adds(batch) <= BRIEF_WORK;
     moe_cpu_runner_submit(cpu_of(b)->runner, ffn_work, b, NULL, batch, brief, job);
 }
 
@@ -173,9 +174,9 @@ static void slot_fill_submit(moe_backend *b, const moe_slot_fill *fill, moe_job 
     moe_cpu_slot_fill(fill, job);
 }
 
-static moe_status host_experts_create(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, int32_t count,
-                                      moe_host_experts **out, moe_error *err) {
-    return moe_cpu_host_experts_create(cpu_of(b)->kernels, weights, block_lo, block_hi, count, out, err);
+static moe_status host_experts_create(moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
+                                      const moe_image_layout *layout, int32_t count, moe_host_experts **out, moe_error *err) {
+    return moe_cpu_host_experts_create(cpu_of(b)->kernels, weights, block_lo, block_hi, layout, count, out, err);
 }
 
 static void host_experts_free(moe_backend *b, moe_host_experts *experts) {
@@ -253,6 +254,7 @@ static moe_status open_backend(const char *name, const moe_cpu_config *config, c
     cpu->public.dtype = config->dtype;
     cpu->kernels = kernels;
     cpu->threaded = config->threads > 0;
+    cpu->background = config->background;
     snprintf(cpu->profile, sizeof cpu->profile, "%s/%s/%s", name, kernels->isa, moe_dtype_name(config->dtype));
     moe_status status = moe_cpu_runner_open(config->threads, &cpu->runner, err);
     if (status != MOE_OK) {

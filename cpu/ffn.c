@@ -101,6 +101,10 @@ typedef struct phase {
     bool down;
 } phase;
 
+static void product(const moe_cpu_kernels *kernels, const moe_cpu_linear *task) {
+    (task->w->run ? kernels->linear_rows : kernels->linear)(task);
+}
+
 static void inner(const moe_cpu_kernels *kernels, const moe_cpu_ffn_part *part, moe_cpu_linear task, int32_t row) {
     int32_t k_bounds[2] = {0, part->ffn->hidden}, width = part->ffn->up.n;
     task.x = part->x + (int64_t)row * part->ffn->hidden;
@@ -110,11 +114,11 @@ static void inner(const moe_cpu_kernels *kernels, const moe_cpu_ffn_part *part, 
     task.num_blocks = 1;
     task.w = part->ffn->gated ? &part->ffn->gate : &part->ffn->up;
     task.y = part->inner + (int64_t)row * width;
-    kernels->linear(&task);
+    product(kernels, &task);
     if (part->ffn->gated) {
         task.w = &part->ffn->up;
         task.y = part->up + (int64_t)row * width;
-        kernels->linear(&task);
+        product(kernels, &task);
     }
     for (int32_t r = 0; r < task.rows; r++) {
         int64_t at = (int64_t)(row + r) * width + task.n_lo;
@@ -135,7 +139,7 @@ static void down(const moe_cpu_kernels *kernels, const moe_cpu_ffn_part *part, m
     task.x_stride = part->ffn->down.k;
     task.y = part->y + (int64_t)row * part->ffn->hidden;
     task.y_stride = part->ffn->hidden;
-    kernels->linear(&task);
+    product(kernels, &task);
 }
 
 static void phase_task(void *ctx, int32_t index, int32_t thread) {

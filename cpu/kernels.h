@@ -3,6 +3,7 @@
  *
  * Orders that all implementations keep, so that a row's bits depend on that row alone:
  *   linear      y[n] = the tree sum over K blocks of (chain over k of fma(w[n,k], x[k], acc), from 0), + bias[n]
+ *   linear_rows y[n] = the tree sum over K blocks of the lane sum over the block's k of fma(w[n,k], x[k], ·), lanes from its first k
  *   tree sum    of 1, 2, 4 or 8 values: neighbours first, ((b0+b1)+(b2+b3))+((b4+b5)+(b6+b7))
  *   lane sum    of a vector: lane l of 16 adds the elements l, l+16, …; then lane i += lane i+8, i+4, i+2, i+1
  *   attention   scores: chain over head_dim; softmax: maximum, then lane sum over positions aligned to absolute multiples
@@ -13,11 +14,14 @@
 #define MOE_CPU_LANES 16            /* outputs in a panel, and lanes of every lane sum */
 #define MOE_CPU_ATTENTION_QUERIES 8 /* (row, head) pairs that share loads of keys and values */
 
-/* W [n, k] in an implementation's own layout: panels of `panel` outputs, [n / panel, k, panel], the last one zero-padded. */
+/* W [n, k] in an implementation's own layout: panels of `panel` outputs, [n / panel, k, panel], the last one zero-padded. Or, with `run`,
+ * another's: outputs row by row, as moe_image_matrix says. */
 typedef struct moe_cpu_matrix {
     void *data; /* owned; NULL: absent */
     moe_dtype dtype;
     int32_t n, k, panel;
+    int32_t run;
+    int64_t run_bytes, row_bytes;
 } moe_cpu_matrix;
 
 /* y[r, n] = x[r, :] · W[n, :] (+ bias[n]) for n in [n_lo, n_hi); n_lo is a multiple of MOE_CPU_LANES. */
@@ -71,7 +75,8 @@ typedef struct moe_cpu_kernels {
     int32_t panel;      /* outputs in a panel of packed matrices */
     bool widen_weights; /* keep weights as f32 instead of as stored */
 
-    void (*linear)(const moe_cpu_linear *args);
+    void (*linear)(const moe_cpu_linear *args);      /* of panels */
+    void (*linear_rows)(const moe_cpu_linear *args); /* of rows; no bias */
     /* y = x · weight / sqrt(mean(x²) + eps); one row; y may be x */
     void (*rms_norm)(const float *x, const float *weight, float eps, int32_t width, float *y);
     /* one row x [heads, head_dim], in place; cosine and sine [head_dim / 2] */

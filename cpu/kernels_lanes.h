@@ -205,6 +205,74 @@ KERNEL void linear(const moe_cpu_linear *a) {
         linear_f32(a);
 }
 
+/* ---- linear, weights row by row ---- */
+
+/* The first `count` weights from p on, zero behind them. */
+TILE lanes load_first_weights(moe_dtype dtype, const uint8_t *p, int32_t count) {
+    uint32_t padded[16] = {0};
+    memcpy(padded, p, (size_t)count * (dtype == MOE_F32 ? 4 : 2));
+    return load_weights(dtype, (const uint8_t *)padded);
+}
+
+/* P outputs of R rows over one block of K: sums[p, r]. */
+TILE void dots(const int P, const int R, const moe_dtype dtype, const uint8_t *const *w, const float *const *x, int32_t count,
+               float *sums) {
+    const int64_t bytes = dtype == MOE_F32 ? 4 : 2;
+    lanes acc[TILE_MAX];
+    int32_t k = 0;
+    UNROLL for (int i = 0; i < P * R; i++) acc[i] = lanes_set(0);
+    for (; k + 16 <= count; k += 16) {
+        lanes v[TILE_MAX];
+        UNROLL for (int p = 0; p < P; p++) v[p] = load_weights(dtype, w[p] + k * bytes);
+        UNROLL for (int r = 0; r < R; r++) {
+            lanes value = lanes_load(x[r] + k);
+            UNROLL for (int p = 0; p < P; p++) acc[p * R + r] = lanes_fma(v[p], value, acc[p * R + r]);
+        }
+    }
+    for (int p = 0; p < P && k < count; p++) {
+        lanes v = load_first_weights(dtype, w[p] + k * bytes, count - k);
+        for (int r = 0; r < R; r++) acc[p * R + r] = lanes_fma(v, lanes_load_first(x[r] + k, count - k), acc[p * R + r]);
+    }
+    for (int i = 0; i < P * R; i++) sums[i] = lane_sum(acc[i]);
+}
+
+TILE void rows_tile(const int P, const int R, int32_t n, const moe_dtype dtype, const moe_cpu_linear *a, int32_t row) {
+    float sums[MOE_FFN_BLOCKS][TILE_MAX];
+    for (int32_t b = 0; b < a->num_blocks; b++) {
+        int32_t k = a->k_bounds[b];
+        const uint8_t *w[TILE_MAX];
+        const float *x[TILE_MAX];
+        for (int p = 0; p < P; p++)
+            w[p] = (const uint8_t *)a->w->data + (n + p) / a->w->run * a->w->run_bytes + (n + p) % a->w->run * a->w->row_bytes +
+                   (int64_t)k * (dtype == MOE_F32 ? 4 : 2);
+        for (int r = 0; r < R; r++) x[r] = a->x + (row + r) * a->x_stride + k;
+        dots(P, R, dtype, w, x, a->k_bounds[b + 1] - k, sums[b]);
+    }
+    for (int32_t step = 1; step < a->num_blocks; step *= 2)
+        for (int32_t b = 0; b < a->num_blocks; b += 2 * step)
+            for (int i = 0; i < P * R; i++) sums[b][i] += sums[b + step][i];
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++) a->y[(row + r) * a->y_stride + n + p] = sums[0][p * R + r];
+}
+
+TILE void rows_of_outputs(const int P, const int R, int32_t row, const moe_dtype dtype, const moe_cpu_linear *a) {
+    int32_t n = a->n_lo;
+    FOR_PANEL_TILES(P, R, n, a->n_hi, rows_tile, dtype, a, row);
+}
+
+KERNEL void linear_rows_f32(const moe_cpu_linear *a) { FOR_ROW_TILES(a->rows, rows_of_outputs, MOE_F32, a); }
+KERNEL void linear_rows_bf16(const moe_cpu_linear *a) { FOR_ROW_TILES(a->rows, rows_of_outputs, MOE_BF16, a); }
+KERNEL void linear_rows_f16(const moe_cpu_linear *a) { FOR_ROW_TILES(a->rows, rows_of_outputs, MOE_F16, a); }
+
+KERNEL void linear_of_rows(const moe_cpu_linear *a) {
+    if (a->w->dtype == MOE_BF16)
+        linear_rows_bf16(a);
+    else if (a->w->dtype == MOE_F16)
+        linear_rows_f16(a);
+    else
+        linear_rows_f32(a);
+}
+
 /* ---- attention ---- */
 
 /* Up to MOE_CPU_ATTENTION_QUERIES queries of one key head; score i of a query belongs to position first_block · 16 + i. */
@@ -432,7 +500,7 @@ KERNEL void clamp(float *x, float limit, int32_t count) {
 /* The initialiser of a moe_cpu_kernels. */
 #define LANES_KERNELS                                                                                                         \
     {                                                                                                                         \
-        .isa = LANES_ISA, .panel = MOE_CPU_LANES, .linear = linear, .rms_norm = rms_norm, .rotate = rotate, .attend = attend, \
-        .silu_mul = silu_mul, .sigmoid = sigmoid, .softmax = softmax, .combine = combine, .accumulate = accumulate,           \
-        .relu = relu, .clamp = clamp,                                                                                         \
+        .isa = LANES_ISA, .panel = MOE_CPU_LANES, .linear = linear, .linear_rows = linear_of_rows, .rms_norm = rms_norm,      \
+        .rotate = rotate, .attend = attend, .silu_mul = silu_mul, .sigmoid = sigmoid, .softmax = softmax, .combine = combine, \
+        .accumulate = accumulate, .relu = relu, .clamp = clamp,                                                               \
     }

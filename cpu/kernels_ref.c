@@ -31,6 +31,27 @@ static void linear(const moe_cpu_linear *a) {
         }
 }
 
+static void linear_rows(const moe_cpu_linear *a) {
+    for (int32_t r = 0; r < a->rows; r++)
+        for (int32_t n = a->n_lo; n < a->n_hi; n++) {
+            const uint8_t *w = (const uint8_t *)a->w->data + n / a->w->run * a->w->run_bytes + n % a->w->run * a->w->row_bytes;
+            const float *x = a->x + r * a->x_stride;
+            float sums[MOE_FFN_BLOCKS];
+            for (int32_t b = 0; b < a->num_blocks; b++) {
+                float lane[MOE_CPU_LANES] = {0};
+                int32_t lo = a->k_bounds[b];
+                for (int32_t k = lo; k < a->k_bounds[b + 1]; k++) {
+                    float *sum = &lane[(k - lo) % MOE_CPU_LANES];
+                    *sum = fmaf(element(w, a->w->dtype, k), x[k], *sum);
+                }
+                sums[b] = lane_sum(lane);
+            }
+            for (int32_t step = 1; step < a->num_blocks; step *= 2)
+                for (int32_t b = 0; b < a->num_blocks; b += 2 * step) sums[b] += sums[b + step];
+            a->y[r * a->y_stride + n] = sums[0];
+        }
+}
+
 static void rms_norm(const float *x, const float *weight, float eps, int32_t width, float *y) {
     float squares[MOE_CPU_LANES] = {0};
     for (int32_t i = 0; i < width; i++) squares[i % MOE_CPU_LANES] = fmaf(x[i], x[i], squares[i % MOE_CPU_LANES]);
@@ -130,6 +151,7 @@ const moe_cpu_kernels moe_cpu_kernels_ref = {
     .panel = 1,
     .widen_weights = true,
     .linear = linear,
+    .linear_rows = linear_rows,
     .rms_norm = rms_norm,
     .rotate = rotate,
     .attend = attend,

@@ -110,6 +110,11 @@ static moe_expert_size expert_size(const moe_backend *b, const moe_ffn_weights *
     return moe_cuda_expert_size(weights, block_lo, block_hi, b->dtype);
 }
 
+static void expert_layout(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi,
+                          moe_image_layout *out) {
+    moe_cuda_expert_layout(weights, block_lo, block_hi, b->dtype, out);
+}
+
 static void expert_pack(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, void *image) {
     moe_cuda_expert_pack(weights, block_lo, block_hi, b->dtype, image);
 }
@@ -167,6 +172,7 @@ static const moe_backend_ops common_ops = {
     .ffn_submit = ffn_submit,
     .expert_size = expert_size,
     .expert_pack = expert_pack,
+    .expert_layout = expert_layout,
     .slots_create = slots_create,
     .slots_free = slots_free,
     .slot = moe_cuda_slot,

@@ -119,6 +119,27 @@ moe_status moe_cuda_network_upload(moe_cuda_upload *upload, const moe_cuda_netwo
     return status;
 }
 
+moe_image_layout moe_cuda_network_layout(const moe_cuda_network_shape *s) {
+    int64_t element = (int64_t)moe_dtype_bytes(s->dtype), row = s->hidden * element;
+    moe_image_matrix inner = {.rows = s->width,
+                              .cols = s->hidden,
+                              .dtype = s->dtype,
+                              .row_bytes = row,
+                              .run = ROW_GROUP,
+                              .run_bytes = (s->gated ? 2 : 1) * ROW_GROUP * row};
+    moe_image_layout layout = {.up = inner};
+    if (s->gated) layout.gate = inner;
+    if (s->gated) layout.up.offset = ROW_GROUP * row;
+    layout.down = (moe_image_matrix){.offset = (int64_t)down_offset(s),
+                                     .rows = s->hidden,
+                                     .cols = s->width,
+                                     .dtype = s->dtype,
+                                     .row_bytes = s->padded * element,
+                                     .run = 1,
+                                     .run_bytes = s->padded * element};
+    return layout;
+}
+
 size_t moe_cuda_network_image_bytes(const moe_cuda_network_shape *s) { return tail_offset(s); }
 
 void moe_cuda_network_pack(const moe_cuda_network *n, const moe_ffn_weights *w) {

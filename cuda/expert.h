@@ -54,6 +54,8 @@ size_t moe_cuda_network_bytes(const moe_cuda_network_shape *shape);
 moe_cuda_network moe_cuda_network_at(const moe_cuda_network_shape *shape, void *memory);
 /* What a host image holds of it: all but the tail, which is the slot's own. */
 size_t moe_cuda_network_image_bytes(const moe_cuda_network_shape *shape);
+/* Where the matrices are in an image. */
+moe_image_layout moe_cuda_network_layout(const moe_cuda_network_shape *shape);
 /* Packs into a network whose places are in host memory. */
 void moe_cuda_network_pack(const moe_cuda_network *network, const moe_ffn_weights *weights);
 /* Enqueues the copies; the upload's lock is held. */

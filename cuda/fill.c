@@ -16,6 +16,11 @@ moe_expert_size moe_cuda_expert_size(const moe_ffn_weights *weights, int32_t blo
     return (moe_expert_size){(int64_t)moe_cuda_network_image_bytes(&shape), (int64_t)moe_cuda_network_bytes(&shape)};
 }
 
+void moe_cuda_expert_layout(const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, moe_dtype profile, moe_image_layout *out) {
+    moe_cuda_network_shape shape = moe_cuda_network_shape_of(weights, block_lo, block_hi, profile);
+    *out = moe_cuda_network_layout(&shape);
+}
+
 void moe_cuda_expert_pack(const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi, moe_dtype profile, void *image) {
     moe_cuda_network_shape shape = moe_cuda_network_shape_of(weights, block_lo, block_hi, profile);
     moe_cuda_network network = moe_cuda_network_at(&shape, image);

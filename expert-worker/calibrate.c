@@ -5,6 +5,7 @@
 
 #include "common/alloc.h"
 #include "common/clock.h"
+#include "expert-worker/host_experts.h"
 #include "expert-worker/loader.h"
 
 #define POLL_NS (20 * MOE_NS_PER_US)
@@ -171,7 +172,7 @@ moe_status moe_calibrate_cold(moe_backend *backend, moe_backend *host, const moe
     if (status == MOE_OK) status = make_images(backend, &weights, bytes, images, count, err);
     if (status == MOE_OK) status = backend->ops->slots_create(backend, &weights, 0, MOE_FFN_BLOCKS, 1, &slots, err);
     if (status == MOE_OK) status = measure_copies(backend, slots, images, count, bytes, &out->copy_byte_ns, err);
-    if (status == MOE_OK) status = host->ops->host_experts_create(host, &weights, 0, MOE_FFN_BLOCKS, count, &experts, err);
+    if (status == MOE_OK) status = moe_host_experts_create(backend, host, &weights, count, &experts, err);
     for (; status == MOE_OK && t.count < count; t.count++) t.experts[t.count] = host->ops->host_expert(experts, t.count, images[t.count]);
     if (status == MOE_OK) status = measure_rows(&t, model, &cost, err);
     if (status == MOE_OK) out->host = (moe_cold_compute){(double)cost.expert_ns, (double)cost.row_ns};

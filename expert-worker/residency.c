@@ -7,6 +7,7 @@
 
 #include "common/alloc.h"
 #include "common/clock.h"
+#include "expert-worker/host_experts.h"
 #include "expert-worker/residency_internal.h"
 
 #define POLL_NS (100 * MOE_NS_PER_US)
@@ -113,8 +114,7 @@ static moe_status open_parts(moe_residency *r, moe_error *err) {
     for (int32_t i = 0; i < r->num_images; i++) r->images[i] = (moe_image){.pool = &r->pool, .expert = -1};
     moe_status status = residency_open_slots(r, err);
     if (status == MOE_OK && c->tiers.cold != MOE_COLD_FETCH)
-        status = c->host->ops->host_experts_create(c->host, moe_model_expert(c->model, 0, 0), 0, MOE_FFN_BLOCKS, r->num_images,
-                                                   &r->host_experts, err);
+        status = moe_host_experts_create(c->backend, c->host, moe_model_expert(c->model, 0, 0), r->num_images, &r->host_experts, err);
     const moe_loader_config packer = {
         .model = c->model, .backend = c->backend, .transport = c->transport, .threads = c->tiers.threaded, .tiers = true};
     if (status == MOE_OK) status = moe_loader_init(&r->packer, &packer, err);

@@ -110,7 +110,7 @@ static void same_bits(moe_backend *b, const moe_model *model, int32_t lo, int32_
     uint8_t *image = ops->host_alloc(b, (size_t)size.image_bytes), *want = malloc(r.out_bytes);
     moe_slots *slots;
     moe_host_experts *host = NULL;
-    if (ops->host_experts_create) assert_int_equal(ops->host_experts_create(b, &weights[0], lo, hi, SLOTS, &host, NULL), MOE_OK);
+    if (ops->host_experts_create) assert_int_equal(ops->host_experts_create(b, &weights[0], lo, hi, NULL, SLOTS, &host, NULL), MOE_OK);
     assert_true(image && want && size.image_bytes > 0 && size.slot_bytes >= size.image_bytes);
     if (!moe_ffn_gated(&weights[0])) no_room_for_a_gate(b, &weights[0], lo, hi);
     assert_int_equal(ops->slots_create(b, &weights[0], lo, hi, SLOTS, &slots, NULL), MOE_OK);

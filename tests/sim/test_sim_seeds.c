@@ -195,6 +195,7 @@ static void draw_tiers(moe_random *random, sim_config *config, moe_tier_options 
                 images = MOE_RESIDENCY_MIN_IMAGES + (int32_t)moe_random_below(random, (uint64_t)all / 2);
         tiers[i] = (moe_tier_options){.device.part = (double)slots / all, .piece_bytes = 1024 << moe_random_below(random, 6)};
         if (moe_random_below(random, 2)) tiers[i].host.part = (double)images / all;
+        tiers[i].cold = (moe_cold_experts)moe_random_below(random, MOE_COLD_AUTO + 1);
         tiers[i].eviction = moe_eviction_policy_name((int32_t)moe_random_below(random, NUM_POLICIES));
         if (moe_random_below(random, 4) == 0) tiers[i].device.part = 0;
     }
@@ -251,10 +252,11 @@ static void test_seeds(void **state) {
     print_message("figure: simulation: %llu seeds, %.0f a second, all oracles held\n", (unsigned long long)seeds(),
                   (double)seeds() / seconds);
     const moe_residency_counts *c = &tiers_counted;
-    print_message("figure: of them, tiers: %llu hits, %llu late, %llu misses; %llu MB copied, %llu MB in vain; %llu packed again\n",
+    print_message("figure: of them, tiers: %llu hits, %llu late, %llu misses; %llu MB copied, %llu MB in vain; %llu packed again; %llu on hosts\n",
                   (unsigned long long)c->hits, (unsigned long long)c->late_hits, (unsigned long long)c->misses,
-                  (unsigned long long)c->copied_bytes >> 20, (unsigned long long)c->wasted_bytes >> 20, (unsigned long long)c->packed);
-    assert_true(c->hits && c->late_hits && c->misses && c->wasted_bytes && c->packed); /* all of it happened */
+                  (unsigned long long)c->copied_bytes >> 20, (unsigned long long)c->wasted_bytes >> 20, (unsigned long long)c->packed,
+                  (unsigned long long)c->host_experts);
+    assert_true(c->hits && c->late_hits && c->misses && c->wasted_bytes && c->packed && c->host_experts); /* all of it happened */
     ended = true;
 }
 

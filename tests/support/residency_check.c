@@ -22,7 +22,7 @@ static void check_slots(const moe_residency *r) {
 }
 
 static void check_entries(const moe_residency *r) {
-    int32_t listed = 0, wished = 0;
+    int32_t listed = 0, wished = 0, needs = 0;
     const residency_entry *e;
     for (int level = 0; level < WISH_NONE; level++) TAILQ_FOREACH(e, &r->wishes[level], link) {
         assert_int_equal(e->wish, level);
@@ -31,13 +31,17 @@ static void check_entries(const moe_residency *r) {
     for (int32_t i = 0; i < r->num_entries; i++) {
         e = &r->entries[i];
         wished += e->wish != WISH_NONE;
-        assert_true(e->needed >= 0 && e->expected >= 0);
-        if (!e->held) assert_true(e->slot < 0 && !e->image && e->wish == WISH_NONE && e->needed == 0);
+        needs += e->needed + e->imaged;
+        assert_true(e->needed >= 0 && e->expected >= 0 && e->imaged >= 0);
+        if (e->imaged > 0 && e->wish != WISH_NEEDED) assert_non_null(e->image); /* there, or packed next */
+        if (e->imaged > 0 && e->needed == 0 && e->wish == WISH_NEEDED) assert_null(e->image); /* no copy is made for it */
+        if (!e->held) assert_true(e->slot < 0 && !e->image && e->wish == WISH_NONE && e->needed == 0 && e->imaged == 0);
         if (e->slot >= 0) assert_int_equal(r->slot[e->slot].entry, i);
         if (e->image) assert_int_equal(e->image->expert, i);
         if (e->needed > 0 && e->wish != WISH_NEEDED) assert_true(e->slot >= 0); /* there, or all of it on its way */
     }
     assert_int_equal(listed, wished);
+    assert_int_equal(needs, r->needs);
 }
 
 static void check_images(const moe_residency *r) {
@@ -49,7 +53,8 @@ static void check_images(const moe_residency *r) {
         if (m->lent) assert_int_equal(m->users, 0); /* what is packed into is not copied from */
         if (m->expert >= 0) assert_ptr_equal(r->entries[m->expert].image, m);
     }
-    assert_int_equal(users, r->pieces_out); /* each piece has its image */
+    /* each piece has its image; and so has each expert that the host computes */
+    assert_true(r->config.tiers.cold == MOE_COLD_FETCH ? users == r->pieces_out : users >= r->pieces_out);
 }
 
 void residency_check(const moe_residency *r) {
@@ -67,4 +72,6 @@ void residency_counts_add(moe_residency_counts *to, const moe_residency_counts *
     to->copied_bytes += more->copied_bytes;
     to->wasted_bytes += more->wasted_bytes;
     to->packed += more->packed;
+    to->host_experts += more->host_experts;
+    to->host_rows += more->host_rows;
 }

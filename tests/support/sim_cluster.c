@@ -71,6 +71,7 @@ static void start_worker(sim_cluster *s, int32_t index) {
                                           .eviction = "hint-aware"},
                                 .reference = s->config.reference};
     if (has_tiers(s, index)) config.tiers = s->config.tiers[index];
+    config.host = backend; /* its batches take turns with the device's */
     must(moe_worker_new(&config, &w->worker, &err), &err);
     moe_registration_config registration = {.store = w->store,
                                             .clock = &s->clock,

@@ -54,9 +54,9 @@ static moe_status slots_create(moe_backend *b, const moe_ffn_weights *weights, i
 }
 static void slots_free(moe_backend *b, moe_slots *slots) { real_of(b)->ops->slots_free(slow_of(b)->real, slots); }
 
-static moe_status host_experts_create(moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi, int32_t count,
-                                      moe_host_experts **out, moe_error *err) {
-    return real_of(b)->ops->host_experts_create(slow_of(b)->real, weights, lo, hi, count, out, err);
+static moe_status host_experts_create(moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi,
+                                      const moe_image_layout *layout, int32_t count, moe_host_experts **out, moe_error *err) {
+    return real_of(b)->ops->host_experts_create(slow_of(b)->real, weights, lo, hi, layout, count, out, err);
 }
 static void host_experts_free(moe_backend *b, moe_host_experts *experts) { real_of(b)->ops->host_experts_free(slow_of(b)->real, experts); }
 
