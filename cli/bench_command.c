@@ -1,5 +1,5 @@
-/* `moesaic bench`: the engine's speed, with the experts in its process, in workers over ipc, and in workers over tcp with CURVE.
- * All of these stand side by side and take turns, so that what else the machine does falls on all alike. */
+/* `moesaic bench`: the engine's speed, with the experts in its process, in workers over shared memory, over ipc, and
+ * over tcp with CURVE. All of these stand side by side and take turns, so that what else the machine does falls on all alike. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +16,7 @@
 
 #define READY_POLL_NS (10 * MOE_NS_PER_MS)
 #define STOP_TIMEOUT_NS (10 * MOE_NS_PER_S)
-#define MAX_TARGETS 3
+#define MAX_TARGETS 4
 #define MAX_CONCURRENCIES 16
 #define MAX_PREFILLS 8
 #define MAX_CASES (MAX_CONCURRENCIES + MAX_PREFILLS)
@@ -43,7 +43,7 @@ typedef struct bench {
 /* ---- what to measure ---- */
 
 static moe_status add_target(bench *b, const char *name, size_t length, moe_error *err) {
-    static const char *const names[MAX_TARGETS] = {"inproc", "ipc", "tcp"};
+    static const char *const names[MAX_TARGETS] = {"inproc", "shm", "ipc", "tcp"};
     for (int i = 0; i < MAX_TARGETS; i++) {
         if (strlen(names[i]) != length || strncmp(names[i], name, length) != 0) continue;
         for (int32_t t = 0; t < b->num_targets; t++)
@@ -54,7 +54,7 @@ static moe_status add_target(bench *b, const char *name, size_t length, moe_erro
         t->threads = moe_share_machine(b->options, t->workers).worker_threads;
         return MOE_OK;
     }
-    return moe_fail(err, MOE_INVALID_ARGUMENT, "--experts: '%.*s' is none of inproc, ipc, tcp", (int)length, name);
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "--experts: '%.*s' is none of inproc, shm, ipc, tcp", (int)length, name);
 }
 
 /* A number of the list --`option`, of which there may be `room`; 0 after a failure. */
@@ -125,6 +125,7 @@ static moe_status read_options(bench *b, moe_error *err) {
 
 static moe_status start_processes(const bench *b, target *t, moe_error *err) {
     moe_local_cluster_config config = {.model_dir = moe_options_positional(b->options),
+                                       .ipc = strcmp(t->name, "ipc") == 0,
                                        .listen = strcmp(t->name, "tcp") == 0 ? "tcp://127.0.0.1:0" : NULL};
     moe_local_cluster *c = &t->cluster;
     moe_status status = moe_local_cluster_prepare(&config, c, err);

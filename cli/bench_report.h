@@ -10,7 +10,7 @@
 
 /* All runs of one case with the experts in one place. */
 typedef struct moe_bench_series {
-    const char *experts; /* "inproc", "ipc", "tcp" */
+    const char *experts; /* "inproc", "shm", "ipc", "tcp" */
     int32_t workers;     /* processes; 0: none */
     int32_t threads;     /* of each process */
     moe_bench_case c;

@@ -13,8 +13,8 @@ typedef struct moe_cluster_file {
     char run_dir[PATH_MAX]; /* absolute; sockets live in it */
     char model[PATH_MAX];   /* absolute */
     char redis[PATH_MAX];   /* store address, "unix:/…" */
-    char keys[PATH_MAX];    /* key folder; "" where the cluster uses ipc sockets */
-    char listen[PATH_MAX];  /* endpoint pattern of workers: "ipc" or "tcp://host:0" */
+    char keys[PATH_MAX];    /* key folder; "" where it is all in the run folder */
+    char listen[PATH_MAX];  /* endpoint pattern of workers: "shm", "ipc" or "tcp://host:0" */
     char url[256];          /* HTTP front */
     char router[PATH_MAX];  /* RPC endpoint of the router */
 } moe_cluster_file;

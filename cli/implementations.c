@@ -3,8 +3,10 @@
 #include <string.h>
 
 #include "common/model/family.h"
+#include "common/joined.h"
 #include "common/model/pre_gates.h"
 #include "common/redis/redis_store.h"
+#include "common/shm/shm_transport.h"
 #include "common/zmq/zmq_transport.h"
 #include "cpu/cpu.h"
 #ifdef MOESAIC_HAS_CUDA
@@ -119,11 +121,19 @@ moe_status moe_network_open(const char *keys_dir, moe_role role, int64_t poll_us
         moe_status status = moe_curve_keys_read(keys_dir, role, &keys, err);
         if (status != MOE_OK) return status;
     }
-    moe_zmq_config config = {.clock = moe_clock_real(),
-                             .keys = authenticated ? &keys : NULL,
-                             .linger_ms = MOE_NETWORK_LINGER_MS,
-                             .poll_ns = poll_us * MOE_NS_PER_US};
-    return moe_zmq_open(&config, out, err);
+    const moe_clock *clock = moe_clock_real();
+    moe_shm_config shm = {.clock = clock, .linger_ms = MOE_NETWORK_LINGER_MS, .poll_ns = poll_us * MOE_NS_PER_US};
+    moe_zmq_config zmq = {.clock = clock,
+                          .keys = authenticated ? &keys : NULL,
+                          .linger_ms = MOE_NETWORK_LINGER_MS,
+                          .poll_ns = poll_us * MOE_NS_PER_US};
+    moe_transport *near, *far;
+    moe_status status = moe_shm_open(&shm, &near, err);
+    if (status != MOE_OK) return status;
+    status = moe_zmq_open(&zmq, &far, err);
+    if (status == MOE_OK) return moe_joined_open(near, far, clock, out, err);
+    near->ops->close(near);
+    return status;
 }
 
 moe_status moe_store_open(const moe_store_address *a, moe_store **out, moe_error *err) {

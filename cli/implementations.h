@@ -43,8 +43,8 @@ moe_status moe_backend_devices(const char *backend, moe_device_name names[MOE_MA
  * INVALID_ARGUMENT: another backend than cuda, or no file; UNIMPLEMENTED: not built; else the backend's error. */
 moe_status moe_backend_tune(const moe_backend_config *config, const moe_model_config *model, moe_error *err);
 
-/* A network transport for a process of `role`. keys_dir NULL or "": ipc endpoints only. poll_us: how long a wait may poll before
- * it sleeps; 0: never. */
+/* A transport to other processes for one of `role`: reaches shm, ipc and tcp endpoints. keys_dir NULL or "": no tcp. poll_us: how
+ * long a wait may poll before it sleeps; 0: never. */
 moe_status moe_network_open(const char *keys_dir, moe_role role, int64_t poll_us, moe_transport **out, moe_error *err);
 
 typedef struct moe_store_address {

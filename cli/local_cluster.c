@@ -22,11 +22,10 @@ static moe_status absolute_path(const char *path, char out[PATH_MAX], moe_error 
 
 static moe_status prepare_keys(const moe_local_cluster_config *config, moe_cluster_file *file, moe_error *err) {
     const char *listen = config->listen;
-    snprintf(file->listen, sizeof file->listen, "%s", listen ? listen : "ipc");
+    snprintf(file->listen, sizeof file->listen, "%s", listen ? listen : config->ipc ? "ipc" : "shm");
     if (listen && strncmp(listen, "tcp:", 4) != 0)
         return moe_fail(err, MOE_INVALID_ARGUMENT,
-                        "--listen %s: serve takes tcp://host:0 here; without it workers get ipc sockets in the run folder",
-                        listen);
+                        "--listen %s: serve takes tcp://host:0 here; without it workers get endpoints in the run folder", listen);
     if (config->keys) return absolute_path(config->keys, file->keys, err);
     if (!listen) return MOE_OK;
     snprintf(file->keys, sizeof file->keys, "%.4080s/keys", file->run_dir);

@@ -14,7 +14,8 @@ typedef struct moe_local_cluster {
 typedef struct moe_local_cluster_config {
     const char *model_dir;
     const char *run_dir; /* NULL: a fresh one */
-    const char *listen;  /* of the workers: "tcp://host:port"; NULL: ipc sockets in the run folder */
+    const char *listen;  /* of the workers: "tcp://host:port"; NULL: endpoints in the run folder */
+    bool ipc;            /* where those are ipc sockets; else shared memory */
     const char *keys;    /* key folder; NULL: over tcp, keys made in the run folder */
 } moe_local_cluster_config;
 

@@ -50,7 +50,7 @@ static const moe_command commands[MOE_COMMAND_COUNT] = {
     {"trace replay", "FILE", "Show what eviction policies would make of a routing trace, at several budgets"},
     {"keygen", "DIR", "Make the key files that authenticate routers, workers and operators over tcp"},
     {"digest", "MODEL", "Hash every expert of a checkpoint into a manifest, by which routers refuse workers whose copy differs"},
-    {"bench", "MODEL", "Speed of decode and prefill, with experts in process and in workers over ipc and tcp"},
+    {"bench", "MODEL", "Speed of decode and prefill, with experts in process and in workers over shared memory, ipc and tcp"},
     {"placement", "plan", "Show what the placement policy would move now, and why, without moving it"},
     {"move", NULL, "Move one expert from a worker to another"},
     {"replicate", NULL, "Give one expert another replica"},
@@ -104,10 +104,11 @@ static const moe_option_row rows[] = {
      "the HTTP API speaks TLS (1.2 or later) alone, with this certificate and those between it and its root, in PEM"},
     {"ssl-keyfile", TEXT, FRONTS, "Network", NULL, 0, 0, NULL, "FILE", "key of --ssl-certfile, in PEM; default: it is in that file"},
     {"transport", CHOICE, SERVE, "Network", "auto", 0, 0, "auto|inproc|shm|zmq", NULL,
-     "how the router reaches workers; auto: ipc sockets between processes, inproc with --workers 0"},
+     "how the router reaches workers: through shared memory (shm) or ZeroMQ (zmq: ipc sockets, or tcp with --listen); auto: shm, zmq "
+     "with --listen, inproc with --workers 0"},
     {"listen", TEXT, NODES | HEALTH, "Network", NULL, 0, 0, NULL, "ENDPOINT",
-     "RPC endpoint: ipc:///path, or tcp://host:port, which needs --keys; port 0 takes a free one. serve: tcp://host:0 puts its "
-     "workers on tcp"},
+     "RPC endpoint: shm:/path or ipc:///path on this host, or tcp://host:port, which needs --keys; port 0 takes a free one. "
+     "serve: tcp://host:0 puts its workers on tcp"},
     {"advertise", TEXT, WORKER, "Network", NULL, 0, 0, NULL, "ENDPOINT",
      "endpoint that routers use, where it differs from --listen; default for tcp://0.0.0.0: this host's address"},
     {"keys", TEXT, NODES | OPERATORS | HEALTH, "Network", NULL, 0, 0, NULL, "DIR",
@@ -268,8 +269,8 @@ static const moe_option_row rows[] = {
     {"sample-memory", BYTES, TRAIN, "Texts", "4GiB", 1, MAX_BYTES, NULL, "SIZE",
      "of the nameless file beside --output that keeps samples; of more tokens a random part is kept"},
 
-    {"experts", TEXT, BENCH, "Benchmark", "inproc,ipc,tcp", 0, 0, NULL, "LIST",
-     "where the experts are, measured side by side: in the engine's process, in workers over ipc, in workers over tcp with "
+    {"experts", TEXT, BENCH, "Benchmark", "inproc,shm,ipc,tcp", 0, 0, NULL, "LIST",
+     "where the experts are, measured side by side: in the engine's process, in workers over shared memory, over ipc, over tcp with "
      "CURVE"},
     {"concurrency", TEXT, BENCH, "Benchmark", "1,8,32", 0, 0, NULL, "LIST", "requests decoded at once, one measurement each"},
     {"prompt-tokens", INT, BENCH, "Benchmark", "32", 1, 1 << 20, NULL, "N", "tokens of a prompt before its decode"},

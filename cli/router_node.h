@@ -18,7 +18,7 @@ typedef struct moe_router_node_config {
 
     bool embedded;            /* the experts live in this process; store and keys_dir are not used */
     moe_store_address store;  /* where not embedded */
-    const char *keys_dir;     /* CURVE keys; NULL: ipc only */
+    const char *keys_dir;     /* CURVE keys; NULL: no tcp */
     const char *cluster_uuid; /* ""; that of the store's cluster, made where there is none */
     const char *run_dir;      /* of the `serve` that started this router, else NULL */
     const char *id;

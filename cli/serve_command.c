@@ -30,13 +30,14 @@ typedef struct supervisor {
 static moe_status check_options(const moe_options *o, int workers, moe_error *err) {
     const char *transport = moe_option_text(o, "transport");
     int64_t replicas = moe_option_int(o, "replicas");
-    if (strcmp(transport, "shm") == 0)
-        return moe_fail(err, MOE_UNIMPLEMENTED, "--transport shm: this version has no shared-memory transport; use auto or zmq");
+    if (strcmp(transport, "shm") == 0 && moe_option_given(o, "listen"))
+        return moe_fail(err, MOE_INVALID_ARGUMENT,
+                        "--transport shm and --listen: tcp endpoints are not in shared memory; give one of the two");
     if (strcmp(transport, "inproc") == 0 && workers > 0)
         return moe_fail(err, MOE_INVALID_ARGUMENT,
                         "--transport inproc reaches experts in the router's process only: use it with --workers 0");
-    if (strcmp(transport, "zmq") == 0 && workers == 0)
-        return moe_fail(err, MOE_INVALID_ARGUMENT, "--transport zmq needs expert workers: --workers 1 or more");
+    if ((strcmp(transport, "zmq") == 0 || strcmp(transport, "shm") == 0) && workers == 0)
+        return moe_fail(err, MOE_INVALID_ARGUMENT, "--transport %s needs expert workers: --workers 1 or more", transport);
     if (replicas > workers && !(workers == 0 && replicas == 1))
         return moe_fail(err, MOE_INVALID_ARGUMENT,
                         "--replicas %lld: each replica of an expert needs a worker of its own, and --workers is %d",
@@ -49,6 +50,7 @@ static moe_status prepare(supervisor *s, moe_error *err) {
     moe_local_cluster_config config = {.model_dir = moe_options_positional(o),
                                        .run_dir = moe_option_text(o, "run-dir"),
                                        .listen = moe_option_text(o, "listen"),
+                                       .ipc = strcmp(moe_option_text(o, "transport"), "zmq") == 0,
                                        .keys = moe_option_text(o, "keys")};
     moe_status status = moe_local_cluster_prepare(&config, &s->cluster, err);
     snprintf(s->cluster.file.url, sizeof s->cluster.file.url, "http%s://%s:%s",

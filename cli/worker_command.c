@@ -59,7 +59,8 @@ static moe_status read_options(const moe_options *o, worker_settings *s, moe_err
     else if (strncmp(s->file.listen, "tcp:", 4) == 0)
         snprintf(s->listen, sizeof s->listen, "%s", s->file.listen);
     else if (cluster)
-        snprintf(s->listen, sizeof s->listen, "ipc://%.3900s/%s.sock", s->file.run_dir, s->id);
+        snprintf(s->listen, sizeof s->listen, "%s%.3900s/%s.sock", strcmp(s->file.listen, "shm") == 0 ? "shm:" : "ipc://",
+                 s->file.run_dir, s->id);
     if (!s->model_dir) return moe_fail(err, MOE_INVALID_ARGUMENT, "worker needs MODEL, or --cluster DIR");
     if (!s->store.address) return moe_fail(err, MOE_INVALID_ARGUMENT, "worker needs --store ADDRESS, or --cluster DIR");
     if (!s->listen[0]) return moe_fail(err, MOE_INVALID_ARGUMENT, "worker needs --listen ENDPOINT, or --cluster DIR");

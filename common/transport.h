@@ -1,5 +1,5 @@
-/* Message transport between peers, by endpoint. Implementations: common/inproc (also the seeded fault injector), common/shm (processes
- * of one host), common/zmq.
+/* Message transport between peers, by endpoint. Implementations: common/inproc (also the seeded fault injector), common/shm
+ * (processes of one host), common/zmq; common/joined.h makes one of two.
  *
  * A transport belongs to one thread; only `wake` may be called from others. A transport may listen at one endpoint, connect
  * to any number, or both. Peers are numbered by the transport: a number is never used again within a process, so a reply to
@@ -61,9 +61,19 @@ typedef struct moe_transport_ops {
     /* Waits for the next event, at most until deadline_ns on the transport's clock (0: do not wait). */
     moe_status (*poll)(moe_transport *t, int64_t deadline_ns, moe_event *event, moe_error *err);
     void (*wake)(moe_transport *t); /* any thread: makes the current or next poll return */
+    /* Wakes those to whom something was sent while corked; poll does so, too. NULL: send never leaves that to be done. */
+    void (*flush)(moe_transport *t);
+    /* The last two are for common/joined.h; NULL where a transport cannot be joined so. */
+
+    /* Until when poll, which has just said NONE, has nothing to do of itself; until then *descriptor (unless NULL) becomes readable
+     * when it has, and stays so until it is polled. */
+    int64_t (*rest)(moe_transport *t, int *descriptor);
+    bool (*watch)(moe_transport *t, int descriptor); /* from now on poll also returns when that is readable; false: errno says why */
 } moe_transport_ops;
 
 struct moe_transport {
     const moe_transport_ops *ops;
     bool computing; /* set by the owner: its process computes on other threads meanwhile, so that poll takes no core from them */
+    bool corked;    /* set by the owner around sends to several peers: waking them may wait for flush, so that the first one does not
+                       take this core before the last one's message has left */
 };

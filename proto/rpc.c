@@ -97,6 +97,14 @@ moe_status moe_rpc_connect(moe_rpc *rpc, const char *endpoint, uint64_t *link, m
     return rpc->config.transport->ops->connect(rpc->config.transport, endpoint, link, err);
 }
 
+void moe_rpc_cork(moe_rpc *rpc) { rpc->config.transport->corked = true; }
+
+void moe_rpc_uncork(moe_rpc *rpc) {
+    moe_transport *transport = rpc->config.transport;
+    transport->corked = false;
+    if (transport->ops->flush) transport->ops->flush(transport);
+}
+
 void moe_rpc_wake(moe_rpc *rpc) { rpc->config.transport->ops->wake(rpc->config.transport); }
 
 static bool to_report(const moe_rpc *rpc) { return !moe_list_empty(&rpc->ended) || !moe_list_empty(&rpc->cancelling); }

@@ -100,6 +100,10 @@ void moe_rpc_free(moe_rpc **rpc);
  * what had been published. Never lowered. */
 void moe_rpc_set_known(moe_rpc *rpc, uint64_t epoch, uint64_t fence);
 
+/* While corked, peers that sleep may be left asleep by what is sent to them; uncorking wakes them, and so does a step. */
+void moe_rpc_cork(moe_rpc *rpc);
+void moe_rpc_uncork(moe_rpc *rpc);
+
 /* Connections, as in moe_transport; the hello is sent by itself. */
 moe_status moe_rpc_connect(moe_rpc *rpc, const char *endpoint, uint64_t *link, moe_error *err);
 void moe_rpc_disconnect(moe_rpc *rpc, uint64_t link); /* outstanding calls to it end with UNAVAILABLE; no on_peer_down */

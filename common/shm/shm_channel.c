@@ -79,6 +79,11 @@ static void wake_other(shm_channel *c, _Atomic uint32_t *flag) {
     (void)put; /* full: it has wakes that it has not taken yet; gone: the hang-up tells */
 }
 
+void moe_shm_channel_wake(shm_channel *c) {
+    c->owes_wake = false;
+    wake_other(c, &c->out.words->consumer_asleep);
+}
+
 static shm_header header_of(const moe_frame *frames, int num_frames) {
     shm_header header = {.magic = MAGIC, .num_frames = (uint32_t)num_frames};
     for (int i = 0; i < num_frames; i++) header.sizes[i] = (uint32_t)frames[i].size;
@@ -102,7 +107,8 @@ static void write_all(shm_channel *c, const moe_frame *frames, int num_frames) {
     moe_shm_ring_write(&c->out, &header, sizeof header);
     for (int i = 0; i < num_frames; i++) write_frame(&c->out, &frames[i]);
     moe_shm_ring_publish(&c->out);
-    wake_other(c, &c->out.words->consumer_asleep);
+    c->owes_wake = true;
+    if (!c->corked) moe_shm_channel_wake(c);
 }
 
 static moe_status queue(shm_channel *c, const moe_frame *frames, int num_frames, size_t ring_bytes, moe_error *err) {
@@ -160,7 +166,7 @@ void moe_shm_channel_flush(shm_channel *c) {
         c->queued_bytes -= (int64_t)message->bytes;
         moe_free(message);
     }
-    if (moved) wake_other(c, &c->out.words->consumer_asleep);
+    if (moved) moe_shm_channel_wake(c);
 }
 
 /* ---- receiving ---- */

@@ -13,7 +13,9 @@ typedef struct shm_limits {
 
 typedef struct shm_channel {
     const shm_limits *limits;
-    int socket; /* borrowed: a byte on it wakes the other side */
+    int socket;     /* borrowed: a byte on it wakes the other side */
+    bool corked;    /* send leaves waking the other side to the caller: */
+    bool owes_wake; /* it has */
     shm_ring out, in;
     shm_queued *first, *last; /* what the ring had no room for */
     int64_t queued_bytes;
@@ -34,6 +36,7 @@ void moe_shm_channel_close(shm_channel *c); /* drops what is queued; the shared 
 
 /* As of moe_transport_ops, for a peer that is there. */
 moe_status moe_shm_channel_send(shm_channel *c, const moe_frame *frames, int num_frames, moe_error *err);
+void moe_shm_channel_wake(shm_channel *c);  /* the other side, if it sleeps and there is something for it */
 void moe_shm_channel_flush(shm_channel *c); /* moves what is queued into the ring as far as there is room */
 
 typedef enum shm_received { SHM_NOTHING, SHM_MESSAGE, SHM_BROKEN, SHM_NO_MEMORY } shm_received;

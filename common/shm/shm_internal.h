@@ -46,7 +46,7 @@ typedef struct shm_transport {
     shm_limits limits;
     int epoll_fd, wake_fd;
     _Atomic bool woken, asleep; /* any thread: wake was called; the owner sleeps, or is about to */
-    bool interrupted;           /* by wake or a signal, in this poll */
+    bool interrupted;           /* by wake, a signal or the watched descriptor, in this poll */
     moe_adaptive_wait wait;
     uint64_t last_number; /* serials of peers and links */
     shm_listener listener;
@@ -54,6 +54,7 @@ typedef struct shm_transport {
     int num_connections, num_accepted; /* slots ever used of either kind */
     int cursor;                        /* the slot that was last received from */
     int polls_since_look;
+    bool owes_wakes; /* some peers' channels do */
     shm_peer *held;        /* whose frames the last event shows */
     unsigned char *orphan; /* those frames, where the peer was dropped since */
 } shm_transport;
@@ -66,6 +67,7 @@ moe_status moe_shm_fail(moe_error *err, const char *what, const char *where); /*
 bool moe_shm_watch(shm_transport *t, int fd, int slot);                       /* false and errno on failure */
 #define SLOT_LISTENER PEER_SLOTS
 #define SLOT_WAKE (PEER_SLOTS + 1)
+#define SLOT_WATCHED (PEER_SLOTS + 2) /* another transport's descriptor */
 
 /* shm_socket.c: the unix socket, and what passes over it */
 moe_status moe_shm_parse_endpoint(const char *text, struct sockaddr_un *out, moe_error *err);
@@ -86,8 +88,8 @@ void moe_shm_peer_flush(shm_peer *p);
 /* A message, or PEER_DOWN once there are no more or after nonsense; *got false: neither. */
 moe_status moe_shm_peer_receive(shm_peer *p, moe_event *event, bool *got, moe_error *err);
 bool moe_shm_peer_ready(shm_peer *p); /* there is something to do for it */
-/* Says that we are about to sleep; false: it is ready. */
-bool moe_shm_peer_sleep(shm_peer *p);
+/* Says that we are about to sleep on that core; false: it is ready. */
+bool moe_shm_peer_sleep(shm_peer *p, int core);
 void moe_shm_peer_rise(shm_peer *p);
 
 /* shm_listen.c */

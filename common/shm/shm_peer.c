@@ -84,10 +84,11 @@ bool moe_shm_peer_ready(shm_peer *p) {
     return arrived || room || is_broken(p);
 }
 
-bool moe_shm_peer_sleep(shm_peer *p) {
+bool moe_shm_peer_sleep(shm_peer *p, int core) {
     if (p->state == PEER_UP) {
-        atomic_store(&p->channel.in.words->consumer_asleep, 1);
-        if (p->channel.first) atomic_store(&p->channel.out.words->producer_asleep, 1);
+        uint32_t asleep = 1 + (uint32_t)core;
+        atomic_store(&p->channel.in.words->consumer_asleep, asleep);
+        if (p->channel.first) atomic_store(&p->channel.out.words->producer_asleep, asleep);
     }
     return !moe_shm_peer_ready(p);
 }

@@ -13,6 +13,7 @@
 typedef struct shm_ring_words {
     _Alignas(MOE_SHM_LINE_BYTES) _Atomic uint64_t head; /* bytes ever produced */
     _Alignas(MOE_SHM_LINE_BYTES) _Atomic uint64_t tail; /* bytes ever consumed */
+    /* 0: awake; else 1 + the core on which it sleeps */
     _Alignas(MOE_SHM_LINE_BYTES) _Atomic uint32_t consumer_asleep;
     _Alignas(MOE_SHM_LINE_BYTES) _Atomic uint32_t producer_asleep; /* for want of room */
 } shm_ring_words;

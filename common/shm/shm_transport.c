@@ -2,6 +2,7 @@
 #include "common/shm/shm_transport.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -49,7 +50,29 @@ static moe_status shm_send_op(moe_transport *transport, moe_peer peer, const moe
     if (!p || p->state != PEER_UP || p->number != peer) {
         return moe_fail(err, MOE_UNAVAILABLE, "peer %llu is gone", (unsigned long long)peer);
     }
-    return moe_shm_channel_send(&p->channel, frames, num_frames, err);
+    p->channel.corked = transport->corked;
+    moe_status status = moe_shm_channel_send(&p->channel, frames, num_frames, err);
+    t->owes_wakes = t->owes_wakes || p->channel.owes_wake;
+    return status;
+}
+
+static bool sleeps_on(const shm_channel *c, int core) {
+    return atomic_load_explicit(&c->out.words->consumer_asleep, memory_order_relaxed) == 1 + (uint32_t)core;
+}
+
+/* Those that sleep on other cores first: one of this core may run at once in our place. */
+static void shm_flush_op(moe_transport *transport) {
+    shm_transport *t = (shm_transport *)transport;
+    if (!t->owes_wakes) return;
+    t->owes_wakes = false;
+    int core = sched_getcpu();
+    for (int here = 0; here <= 1; here++) {
+        int slot = 0;
+        for (shm_peer *p; (p = moe_shm_next_peer(t, &slot));) {
+            bool wake = p->state == PEER_UP && p->channel.owes_wake && (here || !sleeps_on(&p->channel, core));
+            if (wake) moe_shm_channel_wake(&p->channel);
+        }
+    }
 }
 
 /* ---- poll ---- */
@@ -128,6 +151,7 @@ static moe_status look_at_sockets(shm_transport *t, int sleep_ms, bool *any, moe
     for (int i = 0; i < count; i++) {
         uint64_t slot = events[i].data.u64;
         if (slot == SLOT_LISTENER) t->listener.readable = true;
+        if (slot == SLOT_WATCHED) t->interrupted = true;
         if (slot < PEER_SLOTS && t->peers[slot]) t->peers[slot]->readable = true;
     }
     return MOE_OK;
@@ -136,9 +160,9 @@ static moe_status look_at_sockets(shm_transport *t, int sleep_ms, bool *any, moe
 /* Sleeps until a socket or a wake has something; not at all where a ring has. */
 static moe_status sleep_on_sockets(shm_transport *t, int sleep_ms, bool *any, moe_error *err) {
     bool idle = true;
-    int slot = 0;
+    int slot = 0, core = sched_getcpu();
     atomic_store(&t->asleep, true);
-    for (shm_peer *p; (p = moe_shm_next_peer(t, &slot));) idle = moe_shm_peer_sleep(p) && idle;
+    for (shm_peer *p; (p = moe_shm_next_peer(t, &slot));) idle = moe_shm_peer_sleep(p, core) && idle;
     idle = !atomic_load(&t->woken) && idle;
     moe_status status = look_at_sockets(t, idle ? sleep_ms : 0, any, err);
     atomic_store_explicit(&t->asleep, false, memory_order_relaxed);
@@ -170,6 +194,7 @@ static moe_status shm_poll_op(moe_transport *transport, int64_t deadline_ns, moe
     shm_transport *t = (shm_transport *)transport;
     bool got;
     release_frames(t);
+    shm_flush_op(transport);
     t->interrupted = false;
     if (++t->polls_since_look >= POLLS_WITHOUT_LOOK) {
         moe_status status = look_at_sockets(t, 0, &got, err);
@@ -197,6 +222,10 @@ static void shm_wake(moe_transport *transport) {
     (void)put; /* EAGAIN: 2^64 wakes are waiting already */
 }
 
+static bool shm_watch_op(moe_transport *transport, int descriptor) {
+    return moe_shm_watch((shm_transport *)transport, descriptor, SLOT_WATCHED);
+}
+
 /* ---- open and close ---- */
 
 /* Waits until the peers have taken what was queued for them, or the time is up. */
@@ -219,6 +248,7 @@ static void linger(shm_transport *t) {
 
 static void shm_close_op(moe_transport *transport) {
     shm_transport *t = (shm_transport *)transport;
+    shm_flush_op(transport);
     linger(t);
     release_frames(t);
     moe_shm_listener_close(t);
@@ -239,6 +269,8 @@ static const moe_transport_ops shm_ops = {
     .send = shm_send_op,
     .poll = shm_poll_op,
     .wake = shm_wake,
+    .flush = shm_flush_op,
+    .watch = shm_watch_op,
 };
 
 moe_status moe_shm_open(const moe_shm_config *config, moe_transport **out, moe_error *err) {

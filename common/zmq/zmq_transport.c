@@ -146,6 +146,12 @@ static moe_status zmq_poll_op(moe_transport *transport, int64_t deadline_ns, moe
     }
 }
 
+static int64_t zmq_rest(moe_transport *transport, int *descriptor) {
+    zmq_transport *t = (zmq_transport *)transport;
+    if (descriptor) *descriptor = t->epoll_fd;
+    return next_timer_ns(t);
+}
+
 static void zmq_wake(moe_transport *transport) {
     const uint64_t one = 1;
     ssize_t put = write(((zmq_transport *)transport)->wake_fd, &one, sizeof one);
@@ -179,6 +185,7 @@ static const moe_transport_ops zmq_ops = {
     .send = zmq_send_op,
     .poll = zmq_poll_op,
     .wake = zmq_wake,
+    .rest = zmq_rest,
 };
 
 static int64_t value_or(int64_t value, int64_t otherwise) { return value ? value : otherwise; }

@@ -338,6 +338,7 @@ static void plan_and_send(micro_batch *b, int32_t count) {
     const moe_placement *p = b->map->placement;
     dispatch_choose(b, s->assignments, count, usual_fitness, b);
     view_add_loads(e, b->segment.index, b->map, s->rows_of_expert, s->chosen);
+    for (int32_t i = 0; i < e->config.num_transports; i++) moe_rpc_cork(e->channels[i].rpc);
     for (int32_t w = MOE_PLAN_NO_WORKER; w < p->num_workers; w++) {
         int32_t taken = 0;
         for (int32_t i = 0; i < count; i++)
@@ -348,6 +349,7 @@ static void plan_and_send(micro_batch *b, int32_t count) {
         else
             dispatch_start_call(b, w, s->sorted, taken, NULL);
     }
+    for (int32_t i = 0; i < e->config.num_transports; i++) moe_rpc_uncork(e->channels[i].rpc);
 }
 
 static bool is_called(const micro_batch *b, int32_t worker) {

@@ -240,13 +240,13 @@ bool workers_up(const moe_engine *e, const placed_map *map, int32_t placed) {
     return w->up && w->incarnation == map->placement->workers[placed].incarnation;
 }
 
-/* The transport tells: inproc is this process, ipc this host. */
+/* The transport tells: inproc is this process, shm and ipc this host. */
 moe_plan_distance workers_distance(const moe_engine *e, const placed_map *map, int32_t placed) {
     if (map->worker[placed] < 0) return MOE_PLAN_OTHER_HOST;
     const char *endpoint = e->workers[map->worker[placed]].endpoint;
     return strncmp(endpoint, "inproc:", 7) == 0 ? MOE_PLAN_SAME_PROCESS
-           : strncmp(endpoint, "ipc:", 4) == 0  ? MOE_PLAN_SAME_HOST
-                                                : MOE_PLAN_OTHER_HOST;
+           : strncmp(endpoint, "shm:", 4) == 0 || strncmp(endpoint, "ipc:", 4) == 0 ? MOE_PLAN_SAME_HOST
+                                                                                    : MOE_PLAN_OTHER_HOST;
 }
 
 moe_plan_fitness workers_fitness(const moe_engine *e, const placed_map *map, int32_t placed) {

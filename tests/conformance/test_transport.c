@@ -21,6 +21,7 @@
 
 #include "common/alloc.h"
 #include "common/inproc/inproc.h"
+#include "common/joined.h"
 #include "common/log.h"
 #include "common/metrics.h"
 #include "common/random.h"
@@ -983,6 +984,59 @@ static moe_transport *shm_open_polling(world *w, bool listener) {
 static const implementation shm = {"shm", shm_setup, ipc_teardown, shm_open_sleeping, ZMQ_QUEUE_LIMIT_BYTES, false};
 static const implementation shm_polling = {"shm-polling", shm_setup, ipc_teardown, shm_open_polling, ZMQ_QUEUE_LIMIT_BYTES, false};
 
+/* ---- two as one: both parts in use, the endpoint under test belongs to either ---- */
+
+static moe_transport *open_joined(world *w, bool near_under_test) {
+    static int serial;
+    moe_transport *t;
+    char other[MOE_ENDPOINT_BYTES];
+    moe_zmq_config config = zmq_config(NULL);
+    if (moe_joined_open(open_shm(0), open_zmq(&config), moe_clock_real(), &t, &w->err) != MOE_OK) fail_msg("%s", w->err.message);
+    snprintf(other, sizeof other, "%s%s/%d.sock", near_under_test ? "ipc://" : "shm:", w->folder, serial++);
+    uint64_t link; /* nobody listens there: it goes on trying */
+    assert_int_equal(t->ops->connect(t, other, &link, &w->err), MOE_OK);
+    return t;
+}
+
+static moe_transport *near_open(world *w, bool listener) {
+    (void)listener;
+    return open_joined(w, true);
+}
+
+static moe_transport *far_open(world *w, bool listener) {
+    (void)listener;
+    return open_joined(w, false);
+}
+
+static const implementation joined_near = {"joined-near", shm_setup, ipc_teardown, near_open, ZMQ_QUEUE_LIMIT_BYTES, false};
+static const implementation joined_far = {"joined-far", ipc_setup, ipc_teardown, far_open, ZMQ_QUEUE_LIMIT_BYTES, false};
+
+/* One listener at both kinds of endpoint, with a client at each: the numbers of peers do not meet. */
+static void test_both_parts(void **state) {
+    world *w = *state;
+    char second[MOE_ENDPOINT_BYTES];
+    int server = open_node(w, true), clients[2];
+    moe_transport *t = w->nodes[server].t;
+    listen_at(w, server);
+    snprintf(second, sizeof second, "ipc://%s/second.sock", w->folder);
+    assert_int_equal(t->ops->listen(t, second, NULL, &w->err), MOE_OK);
+    moe_peer to_server[2], to_client[2];
+    for (int i = 0; i < 2; i++) {
+        if (i == 1) snprintf(w->endpoint, sizeof w->endpoint, "%s", second);
+        clients[i] = open_node(w, false);
+        to_server[i] = expect_up(w, clients[i], connect_to(w, clients[i]));
+        send_text(w, clients[i], to_server[i], "hello");
+        to_client[i] = expect_text(w, server, "hello");
+    }
+    assert_true(to_client[0] != to_client[1]);
+    for (int i = 0; i < 20; i++) {
+        send_text(w, server, to_client[1], "to the second");
+        send_text(w, server, to_client[0], "to the first");
+        expect_text(w, clients[0], "to the first");
+        expect_text(w, clients[1], "to the second");
+    }
+}
+
 /* ---- in other processes ---- */
 
 /* A node on a configuration of its own. */
@@ -1528,6 +1582,11 @@ static int run_shm(void) {
     return cmocka_run_group_tests_name("shm only", tests, NULL, NULL);
 }
 
+static int run_joined(void) {
+    const struct CMUnitTest tests[] = {ON(joined_near, test_both_parts), ON(joined_far, test_listener_process_dies)};
+    return cmocka_run_group_tests_name("joined only", tests, NULL, NULL);
+}
+
 static int run_zmq(void) {
     const struct CMUnitTest tests[] = {
         ON(zmq_ipc, test_listener_process_dies),
@@ -1556,5 +1615,6 @@ int main(void) {
     moe_log_init(MOE_LOG_ERROR, "test");
     int failed = run_every(&inproc) + run_inproc() + run_every(&shm) + run_every(&shm_polling) + run_shm();
     if (TEST_ZMQ) failed += run_every(&zmq_ipc) + run_every(&zmq_polling) + run_every(&zmq_tcp) + run_zmq();
+    if (TEST_ZMQ) failed += run_every(&joined_near) + run_every(&joined_far) + run_joined();
     return failed;
 }

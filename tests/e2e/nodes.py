@@ -1,5 +1,5 @@
 """A cluster whose processes the test starts one by one, so that it can pause, cut off, kill and restart each of them: Redis, routers,
-workers (over ipc, or over tcp behind forwarders of the test's own), and clients that stream golden prompts meanwhile."""
+workers (over shared memory and ipc, or over tcp behind forwarders of the test's own), and clients that stream golden prompts meanwhile."""
 import os
 import select
 import shutil
@@ -121,7 +121,7 @@ class Forwarder:
 class Nodes:
     """A context manager: everything it starts is killed at exit; the ends of all logs are shown when a test fails.
 
-    Workers w0, w1, … listen at ipc sockets, or with `tcp` behind a forwarder each (self.forwarders). Routers r0, r1, …; those named in
+    Workers w0, w1, … listen in shared memory, the last one at an ipc socket, or with `tcp` behind a forwarder each (self.forwarders). Routers r0, r1, …; those named in
     `own_redis_path` reach Redis through a forwarder each (self.redis_paths)."""
 
     def __init__(self, workers, routers=1, replicas=2, tcp=False, own_redis_path=(), router_args=(), worker_args=()):
@@ -138,7 +138,7 @@ class Nodes:
         self.redis_paths = {name: Forwarder(f"{self.dir}/redis.sock") for name in own_redis_path}
         self.forwarders, self.workers, self.routers = [], [], []
         for i in range(workers):
-            listen = ["--listen", f"ipc://{self.dir}/w{i}.sock"]
+            listen = ["--listen", f"{'ipc://' if i == workers - 1 else 'shm:'}{self.dir}/w{i}.sock"]
             if tcp:
                 port = free_port()
                 self.forwarders.append(Forwarder(("127.0.0.1", port)))

@@ -60,7 +60,7 @@ def table_and_csv():
         check(run.returncode == 0, f"bench ended with {run.returncode}: {run.stderr[-2000:]}")
         with open(path, encoding="utf-8", newline="") as f:
             rows = list(csv.DictReader(f))
-        for experts, workers in (("inproc", 0), ("ipc", 2), ("tcp", 2)):
+        for experts, workers in (("inproc", 0), ("shm", 2), ("ipc", 2), ("tcp", 2)):
             mine = [r for r in rows if r["experts"] == experts]
             check(len(mine) == RUNS * (len(REQUESTS) + len(PREFILL)), f"{len(mine)} rows of {experts}")
             for row in mine:
@@ -69,7 +69,7 @@ def table_and_csv():
             for what in [f"decode x{n}" for n in REQUESTS] + [f"prefill {n}" for n in PREFILL]:
                 lines = [line for line in run.stdout.splitlines() if line.startswith(what) and line[len(what):].split()[0] == experts]
                 check(len(lines) == 2 and "%" in lines[0], f"{what} {experts}: {run.stdout}")
-        check(len(rows) == 3 * RUNS * (len(REQUESTS) + len(PREFILL)), f"{len(rows)} rows")
+        check(len(rows) == 4 * RUNS * (len(REQUESTS) + len(PREFILL)), f"{len(rows)} rows")
         check(not glob.glob(os.path.join(folder, "moesaic-*")), "a run folder is left")
 
 
@@ -103,7 +103,7 @@ def a_sweep():
 
 def mistakes_are_told():
     with tempfile.TemporaryDirectory() as folder:
-        for arguments, word in ((("--experts", "shm"), "shm"), (("--concurrency", "1,x"), "x"), (("--concurrency", "0"), "--max-num-seqs"),
+        for arguments, word in ((("--experts", "pigeon"), "pigeon"), (("--concurrency", "1,x"), "x"), (("--concurrency", "0"), "--max-num-seqs"),
                                 (("--prefill-tokens", "8,x"), "--prefill-tokens"),
                                 (("--workers", "0"), "--experts inproc")):
             run = bench(folder, *arguments)

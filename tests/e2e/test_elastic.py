@@ -108,7 +108,7 @@ def hand_over_that_is_cut_short():
 
 
 def operators_move_experts(*transport):
-    """Experts are copied from worker to worker, over ipc or over tcp with keys."""
+    """Experts are copied from worker to worker, through shared memory or over tcp with keys."""
     with Cluster("--no-auto-placement", "--copy-from", "peer", *transport, workers=3) as cluster:
         with Load([cluster.port]) as load:
             out = operate(cluster, "move", "--layer", "0", "--expert", "0", "--from", "w0", "--to", "w1", "--operation", "first")

@@ -41,6 +41,8 @@ for number, (gating, (workers, replicas)) in enumerate(itertools.product(("gate"
     combine = ("exact", "partial")[number // 2 % 2]
     SHAPES.append(shape("--gating", gating, "--replicas", str(replicas), "--placement", placement, "--combine", combine,
                         "--micro-batches", str(1 + number % 2), workers=workers))
+SHAPES.append(shape("--gating", "gate", "--replicas", "2", "--transport", "zmq", workers=2))
+
 
 def seeds_and_placement_files():
     """Sampled tokens depend on the seed alone, not on what else runs nor on where the experts are."""

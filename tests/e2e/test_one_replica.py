@@ -55,7 +55,8 @@ def stream_that_began_ends_with_an_error_event():
 
 
 def bad_arguments_are_refused_at_start():
-    for arguments, word in ((["--workers", "2", "--replicas", "3"], "replica"), (["--transport", "shm"], "shm"),
+    for arguments, word in ((["--workers", "2", "--replicas", "3"], "replica"), (["--transport", "shm", "--workers", "0"], "--workers 1"),
+                            (["--transport", "shm", "--listen", "tcp://127.0.0.1:0"], "--listen"),
                             (["--wokers", "2"], "--workers"), (["--workers", "many"], "many"), (["--port", "70000"], "70000")):
         result = subprocess.run([os.path.join(BIN, "moesaic"), "serve", "models/demo", *arguments], capture_output=True, text=True, timeout=30)
         check(result.returncode != 0 and word in result.stderr, f"{arguments}: {result.returncode} {result.stderr!r}")
