@@ -6,43 +6,73 @@
 
 typedef float lanes __attribute__((vector_size(MOE_TRAINING_LANES * sizeof(float)), may_alias));
 
-#define TILE 4 /* rows of the result at once, that share what is read of the other factor */
+/* A product's factors: y[i, p] = Σ_k a[i · a_row + k · a_col] · b[k, p], summed in the order of k; b and y have rows of `padded`. */
+typedef struct factors {
+    const float *a, *b;
+    int64_t a_row, a_col;
+    int32_t depth, padded;
+    float *y;
+} factors;
 
-/* y[i, block] = Σ_k a[i · a_row + k · a_col] · b[k, block], for TILE rows i and one block of lanes; b and y have rows of
- * `padded`. */
-static void product_tile(const float *a, int64_t a_row, int64_t a_col, const float *b, int32_t depth, int32_t padded, float *y) {
-    lanes sum[TILE] = {{0}};
-    for (int32_t k = 0; k < depth; k++) {
-        const lanes row = *(const lanes *)(b + (int64_t)k * padded);
-        for (int i = 0; i < TILE; i++) sum[i] += a[i * a_row + k * a_col] * row;
+#define INLINE static inline __attribute__((always_inline))
+
+/* ROWS (constant) rows from row i and BLOCKS (constant) blocks of lanes from column p. */
+INLINE void product_tile(const factors *f, const int ROWS, const int BLOCKS, int32_t i, int32_t p) {
+    lanes sum[8][2];
+    const float *a = f->a + i * f->a_row, *b = f->b + p;
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < BLOCKS; c++) sum[r][c] = (lanes){0};
+    for (int32_t k = 0; k < f->depth; k++, a += f->a_col, b += f->padded)
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < BLOCKS; c++) sum[r][c] += a[r * f->a_row] * *(const lanes *)(b + c * MOE_TRAINING_LANES);
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < BLOCKS; c++)
+            *(lanes *)(f->y + (int64_t)(i + r) * f->padded + p + c * MOE_TRAINING_LANES) = sum[r][c];
+}
+
+/* The columns p … of `rows` rows, in tiles of ROWS (constant) rows and then of one. */
+INLINE void product_columns(const factors *f, int32_t rows, const int ROWS, const int BLOCKS, int32_t p) {
+    int32_t i = 0;
+    for (; i + ROWS <= rows; i += ROWS) product_tile(f, ROWS, BLOCKS, i, p);
+    for (; i < rows; i++) product_tile(f, 1, BLOCKS, i, p);
+}
+
+/* Tiles that the registers of an instruction set hold; the bits do not depend on them. */
+#define PRODUCT(name, rows_at_once, blocks_at_once, ...)                                                                         \
+    __VA_ARGS__ static void name(const factors *f, int32_t rows) {                                                               \
+        int32_t p = 0, step = (blocks_at_once) * MOE_TRAINING_LANES;                                                             \
+        for (; p + step <= f->padded; p += step) product_columns(f, rows, rows_at_once, blocks_at_once, p);                      \
+        for (; p < f->padded; p += MOE_TRAINING_LANES) product_columns(f, rows, rows_at_once, 1, p);                             \
     }
-    for (int i = 0; i < TILE; i++) *(lanes *)(y + (int64_t)i * padded) = sum[i];
-}
 
-static void product_row(const float *a, int64_t a_col, const float *b, int32_t depth, int32_t padded, float *y) {
-    lanes sum = {0};
-    for (int32_t k = 0; k < depth; k++) sum += a[k * a_col] * *(const lanes *)(b + (int64_t)k * padded);
-    *(lanes *)y = sum;
-}
+PRODUCT(product_any, 2, 1, __attribute__((optimize("O3"))))
+#if defined(__x86_64__)
+PRODUCT(product_avx2, 4, 1, __attribute__((target("avx2"), optimize("O3"))))
+PRODUCT(product_avx512, 8, 2, __attribute__((target("avx512f"), optimize("O3"))))
+#endif
 
 /* y [rows, P] = a · b with a [rows, depth] read with those strides, b [depth, P] */
-static void product(const float *a, int64_t a_row, int64_t a_col, const float *b, int32_t rows, int32_t depth, int32_t padded,
-                    float *y) {
-    MOE_ASSERT(padded % MOE_TRAINING_LANES == 0);
-    for (int32_t block = 0; block < padded; block += MOE_TRAINING_LANES) {
-        int32_t i = 0;
-        for (; i + TILE <= rows; i += TILE)
-            product_tile(a + i * a_row, a_row, a_col, b + block, depth, padded, y + (int64_t)i * padded + block);
-        for (; i < rows; i++) product_row(a + i * a_row, a_col, b + block, depth, padded, y + (int64_t)i * padded + block);
+static void product(const factors *f, int32_t rows) {
+    MOE_ASSERT(f->padded % MOE_TRAINING_LANES == 0);
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f")) {
+        product_avx512(f, rows);
+        return;
     }
+    if (__builtin_cpu_supports("avx2")) {
+        product_avx2(f, rows);
+        return;
+    }
+#endif
+    product_any(f, rows);
 }
 
 void moe_training_linear(const float *x, const float *w, int32_t rows, int32_t hidden, int32_t padded, float *y) {
-    product(x, hidden, 1, w, rows, hidden, padded, y);
+    product(&(factors){.a = x, .b = w, .a_row = hidden, .a_col = 1, .depth = hidden, .padded = padded, .y = y}, rows);
 }
 
 void moe_training_linear_gradient(const float *x, const float *d, int32_t rows, int32_t hidden, int32_t padded, float *g) {
-    product(x, 1, hidden, d, hidden, rows, padded, g);
+    product(&(factors){.a = x, .b = d, .a_row = 1, .a_col = hidden, .depth = rows, .padded = padded, .y = g}, hidden);
 }
 
 /* log Σ exp(x) */

@@ -39,6 +39,9 @@ done
 # The cluster on the GPU: greedy tokens equal transformers' in every shape of cluster.
 MOESAIC_BACKEND=cuda MOESAIC_DTYPE=float32 MOESAIC_BIN=$PWD/$build/bin run "e2e/test_golden.py, float32" 170 python3 tests/e2e/test_golden.py
 
+# What layers are given and how they route, as it comes to the host.
+MOESAIC_BIN=$PWD/$build/bin run e2e/test_gating_cuda.py 170 python3 tests/e2e/test_gating_cuda.py
+
 # Two GPUs, where they are.
 MOESAIC_BACKEND=cuda MOESAIC_DTYPE=float32 MOESAIC_BIN=$PWD/$build/bin run "e2e/test_devices.py, float32" 60 python3 tests/e2e/test_devices.py
 

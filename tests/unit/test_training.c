@@ -67,6 +67,32 @@ static void test_gradient_beside_finite_differences(void **state) {
     for (int i = 0; i < 5; i++) moe_free(owned[i]);
 }
 
+/* Whatever tiles there are: each sum in the order of its terms, to the bit. */
+static void test_products_bit_by_bit(void **state) {
+    enum { MAX_ROWS = 19, DEPTH = 37, MAX_PADDED = 80 };
+    (void)state;
+    moe_random random = {7};
+    float *x = random_floats(&random, MAX_ROWS * DEPTH, 1), *w = random_floats(&random, DEPTH * MAX_PADDED, 1);
+    float *d = random_floats(&random, MAX_ROWS * MAX_PADDED, 1), *y = moe_alloc_aligned(DEPTH * MAX_PADDED, sizeof *y);
+    for (int32_t rows = 1; rows <= MAX_ROWS; rows++)
+        for (int32_t padded = MOE_TRAINING_LANES; padded <= MAX_PADDED; padded += MOE_TRAINING_LANES) {
+            moe_training_linear(x, w, rows, DEPTH, padded, y);
+            for (int32_t i = 0; i < rows * padded; i++) {
+                float sum = 0;
+                for (int32_t k = 0; k < DEPTH; k++) sum += x[i / padded * DEPTH + k] * w[k * padded + i % padded];
+                assert_memory_equal(&y[i], &sum, sizeof sum);
+            }
+            moe_training_linear_gradient(x, d, rows, DEPTH, padded, y);
+            for (int32_t i = 0; i < DEPTH * padded; i++) {
+                float sum = 0;
+                for (int32_t k = 0; k < rows; k++) sum += x[k * DEPTH + i / padded] * d[k * padded + i % padded];
+                assert_memory_equal(&y[i], &sum, sizeof sum);
+            }
+        }
+    float *const owned[] = {x, w, d, y};
+    for (int i = 0; i < 4; i++) moe_free(owned[i]);
+}
+
 static void test_adamw_beside_its_definition(void **state) {
     (void)state;
     enum { COUNT = 5, STEPS = 50 };
@@ -252,6 +278,7 @@ static void test_nothing_to_train_on(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gradient_beside_finite_differences),
+        cmocka_unit_test(test_products_bit_by_bit),
         cmocka_unit_test(test_adamw_beside_its_definition),
         cmocka_unit_test(test_reservoir),
         cmocka_unit_test(test_fit),
