@@ -6,11 +6,7 @@
 #define F32_EXPONENT UINT32_C(0x7f800000)
 #define LOW_BF16_EXPONENT UINT32_C(0x00007f80) /* of the first of two in a word; that of the second is where an f32 has it */
 
-bool moe_elements_finite(const void *elements, moe_dtype dtype, size_t count) {
-    const uint8_t *at = elements;
-    size_t bytes = count * moe_dtype_bytes(dtype);
-    /* an exponent of ones in the low half of a word means something in bfloat16 alone */
-    uint32_t low = dtype == MOE_BF16 ? LOW_BF16_EXPONENT : UINT32_MAX;
+static inline __attribute__((always_inline)) bool words_finite(const uint8_t *at, size_t bytes, uint32_t low) {
     while (bytes > 0) {
         uint32_t words[WORDS_PER_BLOCK], bad = 0;
         size_t n = bytes < sizeof words ? bytes : sizeof words;
@@ -22,6 +18,22 @@ bool moe_elements_finite(const void *elements, moe_dtype dtype, size_t count) {
         bytes -= n;
     }
     return true;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"), optimize("O3"))) static bool words_finite_avx2(const uint8_t *at, size_t bytes, uint32_t low) {
+    return words_finite(at, bytes, low);
+}
+#endif
+
+bool moe_elements_finite(const void *elements, moe_dtype dtype, size_t count) {
+    size_t bytes = count * moe_dtype_bytes(dtype);
+    /* an exponent of ones in the low half of a word means something in bfloat16 alone */
+    uint32_t low = dtype == MOE_BF16 ? LOW_BF16_EXPONENT : UINT32_MAX;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2")) return words_finite_avx2(elements, bytes, low);
+#endif
+    return words_finite(elements, bytes, low);
 }
 
 void moe_elements_narrow(const float *x, moe_dtype dtype, size_t count, void *out) {

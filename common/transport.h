@@ -7,6 +7,7 @@
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "common/status.h"
 
@@ -23,7 +24,26 @@ typedef enum moe_role { MOE_ROLE_LOCAL, MOE_ROLE_ROUTER, MOE_ROLE_WORKER, MOE_RO
 typedef struct moe_frame {
     const void *data; /* aligned to 16 bytes or not: see the receiver */
     size_t size;
+    /* Of frames to send alone. NULL: `size` bytes of data. Else the frame is gathered: row rows[0] of data, then row rows[1], …,
+     * of row_bytes each, size in all. */
+    const int32_t *rows;
+    size_t row_bytes;
 } moe_frame;
+
+/* The bytes of a frame from `offset` < size on that lie together, *bytes of them. */
+static inline const void *moe_frame_span(const moe_frame *frame, size_t offset, size_t *bytes) {
+    size_t row = frame->rows ? offset / frame->row_bytes : 0, in_row = frame->rows ? offset % frame->row_bytes : offset;
+    *bytes = frame->rows ? frame->row_bytes - in_row : frame->size - offset;
+    return (const uint8_t *)frame->data + (frame->rows ? (size_t)frame->rows[row] * frame->row_bytes : 0) + in_row;
+}
+
+/* All of them, to `to`. */
+static inline void moe_frame_copy(const moe_frame *frame, void *to) {
+    for (size_t at = 0, bytes; at < frame->size; at += bytes) {
+        const void *from = moe_frame_span(frame, at, &bytes);
+        memcpy((uint8_t *)to + at, from, bytes);
+    }
+}
 
 typedef enum moe_event_kind {
     MOE_EVENT_NONE,     /* the deadline passed or wake was called */

@@ -17,12 +17,15 @@ moe_block moe_blocks_take(moe_blocks *b, size_t bytes) {
     return taken;
 }
 
-/* A larger block takes the place of the smallest. */
+/* A larger block takes the place of the smallest, as long as all together are not too much. */
 void moe_blocks_give_back(moe_blocks *b, moe_block block) {
     moe_block *smallest = &b->kept[0];
-    for (int i = 1; i < MOE_BLOCKS_KEPT; i++)
+    size_t total = block.bytes;
+    for (int i = 0; i < MOE_BLOCKS_KEPT; i++) {
+        total += b->kept[i].bytes;
         if (b->kept[i].bytes < smallest->bytes) smallest = &b->kept[i];
-    if (block.bytes > MOE_BLOCK_KEPT_BYTES || block.bytes <= smallest->bytes) {
+    }
+    if (total - smallest->bytes > MOE_BLOCKS_KEPT_BYTES || block.bytes <= smallest->bytes) {
         release(b, &block);
         return;
     }

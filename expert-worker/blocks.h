@@ -4,7 +4,7 @@
 #include "common/backend.h"
 
 #define MOE_BLOCKS_KEPT 16
-#define MOE_BLOCK_KEPT_BYTES ((size_t)16 << 20) /* larger ones are given back at once */
+#define MOE_BLOCKS_KEPT_BYTES ((size_t)256 << 20) /* together */
 
 typedef struct moe_block {
     void *memory;

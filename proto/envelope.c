@@ -78,6 +78,14 @@ void moe_envelope_peek(const moe_frame *frames, int num_frames, Moesaic__V1__Mes
     *call_id = id;
 }
 
+static uint32_t frame_crc(uint32_t crc, const moe_frame *frame) {
+    for (size_t at = 0, bytes; at < frame->size; at += bytes) {
+        const void *data = moe_frame_span(frame, at, &bytes);
+        crc = moe_crc32c(crc, data, bytes);
+    }
+    return crc;
+}
+
 void moe_envelope_buffers_free(moe_envelope_buffers *buffers) {
     moe_buf_free(&buffers->body);
     moe_buf_free(&buffers->header);
@@ -98,7 +106,7 @@ moe_status moe_envelope_pack(moe_envelope_buffers *buffers, Moesaic__V1__Envelop
     uint64_t lengths[MOE_RPC_MAX_PAYLOAD_FRAMES];
     for (int i = 0; i < num_payload; i++) {
         lengths[i] = payload[i].size;
-        envelope->payload_crc32c = moe_crc32c(envelope->payload_crc32c, payload[i].data, payload[i].size);
+        envelope->payload_crc32c = frame_crc(envelope->payload_crc32c, &payload[i]);
         frames[i + 1] = payload[i];
     }
     envelope->n_payload_bytes = (size_t)num_payload;

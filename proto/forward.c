@@ -27,12 +27,12 @@ moe_status moe_forward_start(moe_rpc *rpc, moe_peer peer, const moe_forward_call
     header.model_digest = call->model_digest;
     header.n_hint = (size_t)call->num_hints;
     header.hint = (uint32_t *)call->hints;
-    size_t rows = (size_t)call->rows, assignments = (size_t)call->assignments;
+    size_t rows = (size_t)call->rows, assignments = (size_t)call->assignments, row_bytes = moe_row_bytes(call->dtype, width);
     const moe_frame payload[4] = {
-        {call->activations, rows * moe_row_bytes(call->dtype, width)},
-        {call->assignment_rows, assignments * sizeof(uint32_t)},
-        {call->assignment_experts, assignments * sizeof(uint32_t)},
-        {call->assignment_weights, assignments * sizeof(float)},
+        {call->activations, rows * row_bytes, call->activation_rows, row_bytes},
+        {.data = call->assignment_rows, .size = assignments * sizeof(uint32_t)},
+        {.data = call->assignment_experts, .size = assignments * sizeof(uint32_t)},
+        {.data = call->assignment_weights, .size = assignments * sizeof(float)},
     };
     int num_payload = call->combine == MOE_COMBINE_PARTIAL ? 4 : 3;
     return moe_rpc_call_start(rpc, peer, MOE_FORWARD_METHOD, (const ProtobufCMessage *)&header, payload, num_payload, deadline_ns,
@@ -62,7 +62,7 @@ void moe_forward_respond(moe_rpc_call *call, const moe_forward_result *result, i
     residency.host_rows = result->residency.host_rows;
     residency.host_ns = result->residency.host_ns;
     if (result->residency.present) header.residency = &residency;
-    const moe_frame payload = {result->out, (size_t)out_rows * moe_row_bytes(result->dtype, width)};
+    const moe_frame payload = {.data = result->out, .size = (size_t)out_rows * moe_row_bytes(result->dtype, width)};
     moe_rpc_respond(call, (const ProtobufCMessage *)&header, &payload, 1);
 }
 

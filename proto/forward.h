@@ -34,6 +34,7 @@ typedef struct moe_forward_call {
     moe_dtype dtype; /* of the activations: that of caller's and worker's numeric profiles */
     /* payload; when decoded these point into the message (activations possibly unaligned) */
     const void *activations;            /* [rows, hidden] of dtype */
+    const int32_t *activation_rows;     /* to send: [rows], which rows of a larger `activations`; NULL: the first ones */
     const uint32_t *assignment_rows;    /* [assignments] */
     const uint32_t *assignment_experts; /* [assignments], strictly ascending by (expert, row) */
     const float *assignment_weights;    /* [assignments]; NULL in exact mode */

@@ -26,7 +26,7 @@ inproc_delivery *moe_inproc_message_new(const moe_frame *frames, int num_frames,
     char *at = (char *)message + header;
     for (int i = 0; i < num_frames; i++) {
         char *data = at + (misalign ? 1 + 2 * (i % 4) : 0);
-        if (frames[i].size) memcpy(data, frames[i].data, frames[i].size);
+        moe_frame_copy(&frames[i], data);
         message->frames[i] = (moe_frame){.data = data, .size = frames[i].size};
         at += frame_room_bytes(frames[i].size, &fits);
     }

@@ -92,12 +92,12 @@ static shm_header header_of(const moe_frame *frames, int num_frames) {
 
 /* Publishes in pieces; the other side is woken at the end. */
 static void write_frame(shm_ring *ring, const moe_frame *frame) {
-    const unsigned char *from = frame->data;
-    for (size_t done = 0; done < frame->size;) {
-        size_t bytes = frame->size - done < PIECE_BYTES ? frame->size - done : PIECE_BYTES;
-        moe_shm_ring_write(ring, from + done, bytes);
-        done += bytes;
-        if (bytes == PIECE_BYTES) moe_shm_ring_publish(ring);
+    for (size_t done = 0, bytes; done < frame->size; done += bytes) {
+        const void *from = moe_frame_span(frame, done, &bytes);
+        size_t left = PIECE_BYTES - done % PIECE_BYTES; /* pieces are whole lines, rows need not be */
+        if (bytes > left) bytes = left;
+        moe_shm_ring_write(ring, from, bytes);
+        if (bytes == left) moe_shm_ring_publish(ring);
     }
     moe_shm_ring_skip(ring, lines(frame->size) - frame->size);
 }
@@ -126,7 +126,7 @@ static moe_status queue(shm_channel *c, const moe_frame *frames, int num_frames,
     for (int i = 0; i < num_frames; i++) {
         size_t padded = lines(frames[i].size);
         if (padded) memset(message->data + at + padded - MOE_SHM_LINE_BYTES, 0, MOE_SHM_LINE_BYTES); /* nothing of ours leaks */
-        if (padded) memcpy(message->data + at, frames[i].data, frames[i].size);
+        moe_frame_copy(&frames[i], message->data + at);
         at += padded;
     }
     if (c->first) {

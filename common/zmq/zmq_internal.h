@@ -10,11 +10,13 @@
  * Slots of connections come first, then those of accepted peers. */
 #define PEER_SLOTS (MOE_ZMQ_MAX_CONNECTIONS + MOE_ZMQ_MAX_ACCEPTED)
 #define MAX_ROUTING_ID_BYTES 255
+#define MOE_ZMQ_KEPT_FRAMES 2 /* of a peer */
 
 /* Bytes handed to libzmq for one peer and not yet written to the network. Counted: libzmq's thread gives back each frame. */
 typedef struct zmq_account {
     _Atomic int64_t queued_bytes;
     _Atomic int64_t references;
+    struct zmq_outgoing *_Atomic kept[MOE_ZMQ_KEPT_FRAMES]; /* large frames that were sent, for the next ones; NULL: none */
 } zmq_account;
 
 typedef struct zmq_endpoint {

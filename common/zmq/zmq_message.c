@@ -6,11 +6,16 @@
 #include "common/metrics.h"
 #include "common/zmq/zmq_internal.h"
 
-/* One frame on its way out; its bytes follow. */
-typedef struct outgoing {
+/* One frame on its way out; room for its bytes follows. Memory of megabytes is new to the process each time it is allocated, and
+ * the kernel then clears it page by page, which takes longer than copying a frame into it: so a peer's last large frames are
+ * kept. */
+typedef struct zmq_outgoing {
     zmq_account *account;
-    size_t size;
+    size_t size, room;
 } outgoing;
+
+#define KEPT_MIN_BYTES ((size_t)1 << 20)
+#define KEPT_MAX_BYTES ((size_t)64 << 20)
 
 zmq_account *moe_zmq_account_new(void) {
     zmq_account *account = moe_calloc(1, sizeof *account);
@@ -19,26 +24,52 @@ zmq_account *moe_zmq_account_new(void) {
 }
 
 void moe_zmq_account_release(zmq_account *account) {
-    if (account && atomic_fetch_sub(&account->references, 1) == 1) moe_free(account);
+    if (!account || atomic_fetch_sub(&account->references, 1) != 1) return;
+    for (int i = 0; i < MOE_ZMQ_KEPT_FRAMES; i++) moe_free(atomic_load(&account->kept[i]));
+    moe_free(account);
+}
+
+static bool is_kept_size(size_t room) { return room >= KEPT_MIN_BYTES && room <= KEPT_MAX_BYTES; }
+
+/* Any thread. */
+static void give_back(zmq_account *account, outgoing *frame) {
+    for (int i = 0; i < MOE_ZMQ_KEPT_FRAMES && is_kept_size(frame->room); i++) {
+        outgoing *none = NULL;
+        if (atomic_compare_exchange_strong(&account->kept[i], &none, frame)) return;
+    }
+    moe_free(frame);
+}
+
+/* A kept frame with room for `size` bytes, or a new one. What is too small goes: it would only be in the way. */
+static outgoing *take(zmq_account *account, size_t size) {
+    for (int i = 0; i < MOE_ZMQ_KEPT_FRAMES && is_kept_size(size); i++) {
+        outgoing *frame = atomic_exchange(&account->kept[i], NULL);
+        if (frame && frame->room >= size) return frame;
+        moe_free(frame);
+    }
+    size_t room = is_kept_size(size + size / 8) ? size + size / 8 : size, total; /* the next one may be a little larger */
+    outgoing *frame = moe_size_add(sizeof *frame, room, &total) ? moe_realloc(NULL, 1, total) : NULL;
+    if (frame) frame->room = room;
+    return frame;
 }
 
 /* Called by libzmq's thread once the frame is on the network or dropped. */
 static void frame_done(void *data, void *hint) {
     (void)data;
     outgoing *frame = hint;
-    atomic_fetch_sub(&frame->account->queued_bytes, (int64_t)frame->size);
-    moe_zmq_account_release(frame->account);
-    moe_free(frame);
+    zmq_account *account = frame->account;
+    atomic_fetch_sub(&account->queued_bytes, (int64_t)frame->size);
+    give_back(account, frame);
+    moe_zmq_account_release(account);
 }
 
 static bool frame_init(zmq_msg_t *message, zmq_account *account, const moe_frame *from) {
     if (from->size == 0) return zmq_msg_init(message) == 0;
-    size_t total;
-    if (!moe_size_add(sizeof(outgoing), from->size, &total)) return false;
-    outgoing *frame = moe_realloc(NULL, 1, total);
+    outgoing *frame = take(account, from->size);
     if (!frame) return false;
-    *frame = (outgoing){.account = account, .size = from->size};
-    memcpy(frame + 1, from->data, from->size);
+    frame->account = account;
+    frame->size = from->size;
+    moe_frame_copy(from, frame + 1);
     atomic_fetch_add(&account->references, 1);
     atomic_fetch_add(&account->queued_bytes, (int64_t)from->size);
     if (zmq_msg_init_data(message, frame + 1, from->size, frame_done, frame) == 0) return true;

@@ -218,17 +218,14 @@ static int32_t collect_hints(const micro_batch *b, int32_t placed, int32_t next_
     return count;
 }
 
-/* Numbers the rows that a call needs (each once, ascending) and gathers the message's arrays into scratch. */
+/* Numbers the rows that a call needs (each once, ascending) and gathers the message's small arrays into scratch. The rows
+ * themselves go from the activations into the message. */
 static void build_message(const micro_batch *b, expert_call *call, plan_scratch *s) {
-    moe_dtype dtype = b->engine->dtype;
-    int32_t hidden = b->engine->model->hidden;
     for (int32_t t = 0; t < b->num_rows; t++) s->local_row[t] = -1;
     for (int32_t i = 0; i < call->num_assignments; i++) s->local_row[call->assignments[i].row] = 0;
     call->num_rows = 0;
     for (int32_t t = 0; t < b->num_rows; t++) {
         if (s->local_row[t] < 0) continue;
-        memcpy(moe_row_at(s->activations, dtype, hidden, call->num_rows), moe_row_at(b->activations, dtype, hidden, t),
-               moe_row_bytes(dtype, hidden));
         call->row_slots[call->num_rows] = -1;
         call->rows[call->num_rows] = t;
         s->local_row[t] = call->num_rows++;
@@ -295,7 +292,8 @@ bool dispatch_start_call(micro_batch *b, int32_t placed, const moe_assignment *a
                                 .hints = s->hints,
                                 .num_hints = collect_hints(b, placed, b->segment.index + 1, s),
                                 .dtype = e->dtype,
-                                .activations = s->activations,
+                                .activations = b->activations,
+                                .activation_rows = call->rows,
                                 .assignment_rows = s->message_rows,
                                 .assignment_experts = s->message_experts,
                                 .assignment_weights = exact ? NULL : s->message_weights};

@@ -36,23 +36,21 @@ static moe_status scratch_init(moe_engine *e, moe_error *err) {
     s->order = moe_calloc(2 * experts, sizeof *s->order);
     s->workers = moe_calloc(MOE_PLACEMENT_MAX_WORKERS, sizeof *s->workers);
     s->local_row = moe_calloc(rows, sizeof *s->local_row);
-    s->activations = moe_alloc_aligned(rows, moe_row_bytes(e->dtype, e->model->hidden));
     s->message_rows = moe_calloc(slots, sizeof *s->message_rows);
     s->message_experts = moe_calloc(slots, sizeof *s->message_experts);
     s->message_weights = moe_calloc(slots, sizeof *s->message_weights);
     s->hints = moe_calloc(experts, sizeof *s->hints);
     s->hinted = moe_calloc(experts, sizeof *s->hinted);
     if (!s->assignments || !s->sorted || !s->counts || !s->rows_of_expert || !s->chosen || !s->order || !s->workers ||
-        !s->local_row || !s->activations || !s->message_rows || !s->message_experts || !s->message_weights || !s->hints ||
-        !s->hinted)
+        !s->local_row || !s->message_rows || !s->message_experts || !s->message_weights || !s->hints || !s->hinted)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for planning %zu rows", rows);
     return MOE_OK;
 }
 
 static void scratch_free(plan_scratch *s) {
-    void *const owned[] = {
-        s->assignments, s->sorted,      s->counts,       s->rows_of_expert,  s->chosen,          s->order, s->workers,
-        s->local_row,   s->activations, s->message_rows, s->message_experts, s->message_weights, s->hints, s->hinted};
+    void *const owned[] = {s->assignments,     s->sorted,  s->counts,    s->rows_of_expert, s->chosen,
+                           s->order,           s->workers, s->local_row, s->message_rows,   s->message_experts,
+                           s->message_weights, s->hints,   s->hinted};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) moe_free(owned[i]);
 }
 

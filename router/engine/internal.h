@@ -202,7 +202,6 @@ typedef struct plan_scratch {
     int32_t *order;                       /* [2 · num_experts] */
     moe_plan_worker *workers;             /* [MOE_PLACEMENT_MAX_WORKERS] */
     int32_t *local_row;                   /* [max rows]: row of the message, or -1 */
-    void *activations;                    /* [max rows, H] of engine->dtype: rows of one message */
     uint32_t *message_rows, *message_experts;
     float *message_weights; /* [max rows × top_k] each */
     uint32_t *hints;        /* [num_experts] */

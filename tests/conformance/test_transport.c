@@ -328,6 +328,41 @@ static void test_big_frames(void **state) {
     free(data);
 }
 
+/* Frames gathered from rows, of odd and of even sizes, larger than a piece and than a ring; the large ones twice, so that what a
+ * transport keeps of the first serves the second. */
+static void test_gathered_frames(void **state) {
+    enum { DATA_ROWS = 256, MOST_ROWS = 5000 };
+    static const struct {
+        size_t row_bytes;
+        int32_t count;
+    } shapes[] = {{1, 1}, {7, 3}, {100, MOST_ROWS}, {64, 2048}, {4096, 3000}, {4096, 2999}, {4099, 2500}, {4099, 256}};
+    world *w = *state;
+    pair p = connected_pair(w);
+    moe_transport *t = w->nodes[p.client].t;
+    int32_t *rows = malloc(MOST_ROWS * sizeof *rows);
+    uint8_t *data = malloc(DATA_ROWS * 4099);
+    assert_true(rows && data);
+    for (size_t i = 0; i < DATA_ROWS * 4099; i++) data[i] = (uint8_t)moe_mix64(i);
+    if (w->hub) moe_inproc_set_queue_limit(w->hub, MOE_MAX_PEER_QUEUED_BYTES);
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        size_t row_bytes = shapes[s].row_bytes, size = row_bytes * (size_t)shapes[s].count;
+        for (int32_t i = 0; i < shapes[s].count; i++) rows[i] = (int32_t)(moe_mix64((uint64_t)i + s) % DATA_ROWS);
+        const moe_frame frames[3] = {{"head", 4}, {data, size, rows, row_bytes}, {"tail", 4}};
+        assert_int_equal(t->ops->send(t, p.to_server, frames, 3, &w->err), MOE_OK);
+        saved_event e = expect(w, p.server, MOE_EVENT_MESSAGE);
+        assert_int_equal(e.event.num_frames, 3);
+        assert_int_equal(e.event.frames[1].size, size);
+        for (int32_t i = 0; i < shapes[s].count; i++) {
+            const uint8_t *got = (const uint8_t *)e.event.frames[1].data + (size_t)i * row_bytes;
+            assert_int_equal(memcmp(got, data + (size_t)rows[i] * row_bytes, row_bytes), 0);
+        }
+        assert_memory_equal(e.event.frames[2].data, "tail", 4);
+        free_saved(&e);
+    }
+    free(rows);
+    free(data);
+}
+
 static void test_oversize_refused(void **state) {
     world *w = *state;
     pair p = connected_pair(w);
@@ -1531,6 +1566,7 @@ static const named_test every[] = {
     {"frame_counts", test_frame_counts},
     {"empty_frames", test_empty_frames},
     {"big_frames", test_big_frames},
+    {"gathered_frames", test_gathered_frames},
     {"oversize_refused", test_oversize_refused},
     {"unknown_peer", test_unknown_peer},
     {"restart", test_restart},

@@ -244,6 +244,25 @@ static void pack_data_call(moe_envelope_buffers *buffers, moe_frame frames[MOE_M
     assert_int_equal(moe_envelope_pack(buffers, &envelope, (ProtobufCMessage *)&body, payload, 2, frames, NULL), MOE_OK);
 }
 
+/* CRC32C bit by bit, as RFC 3720 has it; its check value; and lengths around those at which lanes begin and end. */
+static void test_crc32c(void **state) {
+    enum { MOST = 4000 };
+    uint8_t text[MOST + 8];
+    (void)state;
+    assert_int_equal(moe_crc32c(0, "123456789", 9), 0xe3069283u);
+    for (size_t i = 0; i < sizeof text; i++) text[i] = (uint8_t)moe_mix64(i);
+    for (size_t offset = 0; offset < 8; offset += 3) {
+        uint32_t crc = 12345;
+        assert_int_equal(moe_crc32c(crc, text + offset, 0), crc);
+        for (size_t size = 1; size <= MOST; size++) {
+            crc = ~crc ^ text[offset + size - 1];
+            for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82f63b78u : 0);
+            crc = ~crc;
+            if (size < 40 || size % 61 == 0 || size % 512 < 2) assert_int_equal(moe_crc32c(12345, text + offset, size), crc);
+        }
+    }
+}
+
 static void test_envelope(void **state) {
     (void)state;
     moe_envelope_buffers buffers = {0};
@@ -403,6 +422,7 @@ int main(void) {
         cmocka_unit_test(test_nesting),
         cmocka_unit_test(test_mutations),
         cmocka_unit_test(test_every_allocation_fails),
+        cmocka_unit_test(test_crc32c),
         cmocka_unit_test(test_envelope),
         cmocka_unit_test(test_header_limits),
         cmocka_unit_test(test_methods_against_proto),
