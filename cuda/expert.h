@@ -15,10 +15,13 @@ typedef struct moe_cuda_network_shape {
     bool gated;            /* moe_ffn_gated */
 } moe_cuda_network_shape;
 
-/* A network in device memory, and, but for the tail, its image in host memory: two matrices and the tail, each at the next
- * 256-byte boundary. Padding is zero. gate_up  gated: [2 · padded, hidden], rows 16j … 16j+7 are gate rows 8j … 8j+7, rows 16j+8
- * … 16j+15 the up rows; without a gate matrix: up alone, [padded, hidden], its rows in order down     [hidden, padded] tail
- * moe_cuda_expert_maps */
+/* A network in device memory and, but for its tail, its image in host memory. Each part begins at the next 256-byte boundary; padding
+ * is zero.
+ *
+ * gate_up: of a gated network [2 · padded, hidden], rows 16j … 16j+7 are gate rows 8j … 8j+7, rows 16j+8 … 16j+15 the up rows. Of a
+ * network without a gate matrix it is up alone, [padded, hidden], its rows in order.
+ *
+ * down: [hidden, padded]. tail: moe_cuda_expert_maps. */
 typedef struct moe_cuda_network {
     moe_cuda_network_shape shape;
     void *gate_up; /* NULL: absent */
