@@ -124,7 +124,7 @@ static moe_status memory_limit(const moe_options *o, const char *name, moe_memor
 }
 
 moe_status moe_expert_budget_option(const moe_options *o, moe_expert_budget *out, moe_error *err) {
-    const char *text = moe_option_text(o, "expert-budget");
+    const char *text = moe_option_exists(o, "expert-budget") ? moe_option_text(o, "expert-budget") : NULL; /* not for trace */
     *out = (moe_expert_budget){0};
     return text ? moe_expert_budget_parse(text, out, err) : MOE_OK;
 }

@@ -389,6 +389,7 @@ int64_t moe_option_ns(const moe_options *o, const char *name) {
 }
 bool moe_option_bool(const moe_options *o, const char *name) { return moe_option_float(o, name) != 0; }
 int moe_option_choice(const moe_options *o, const char *name) { return (int)moe_option_float(o, name); }
+bool moe_option_exists(const moe_options *o, const char *name) { return find_row(o->table, o->command, name) >= 0; }
 bool moe_option_given(const moe_options *o, const char *name) { return o->values[row_of(o, name)].text != NULL; }
 const char *moe_options_positional(const moe_options *o) { return o->positional; }
 

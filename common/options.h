@@ -59,6 +59,7 @@ int64_t moe_option_ns(const moe_options *options, const char *name); /* DURATION
 bool moe_option_bool(const moe_options *options, const char *name);
 int moe_option_choice(const moe_options *options, const char *name); /* index among the choices */
 bool moe_option_given(const moe_options *options, const char *name); /* by flag, environment or file */
+bool moe_option_exists(const moe_options *options, const char *name); /* whether the command takes it; the others ask for what it takes */
 /* A size as options of type BYTES take it ("512MiB"), 0 and above; false where it is none. */
 bool moe_option_parse_bytes(const char *text, int64_t *out);
 const char *moe_options_positional(const moe_options *options);      /* NULL where none was given */
