@@ -31,6 +31,13 @@ void moe_slow_end_batch(moe_slow_backend *s) {
     s->num_batches--;
     memmove(s->batches, s->batches + 1, (size_t)s->num_batches * sizeof *s->batches);
     memmove(s->batch_jobs, s->batch_jobs + 1, (size_t)s->num_batches * sizeof *s->batch_jobs);
+    if (s->fail_next_batch) {
+        s->fail_next_batch = false;
+        job->status = MOE_INTERNAL;
+        snprintf(job->message, sizeof job->message, "the computation failed");
+        job->done(job);
+        return;
+    }
     s->real->ops->ffn_submit(s->real, batch, job);
 }
 

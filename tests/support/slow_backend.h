@@ -20,6 +20,7 @@ typedef struct moe_slow_backend {
     bool slow_batches; /* else they end inside the submission */
     bool at_once;   /* copies end inside the submission */
     bool fail_next; /* the next copy ends with INTERNAL */
+    bool fail_next_batch; /* the next of the slow batches does */
 } moe_slow_backend;
 
 void moe_slow_init(moe_slow_backend *slow, moe_backend *real);

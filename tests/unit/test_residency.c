@@ -9,7 +9,7 @@
 #include "common/elements.h"
 #include "common/random.h"
 #include "cpu/cpu.h"
-#include "expert-worker/passes.h"
+#include "expert-worker/batcher.h"
 #include "tests/support/slow_backend.h"
 #include "tests/support/stub_transport.h"
 #include "tests/support/test.h"
@@ -598,12 +598,122 @@ static void auto_divides(void **state) {
         open_full_cold(&r, TOP_K + 1, 0, MOE_COLD_AUTO);
         moe_cold_costs *costs = moe_residency_costs(r.residency);
         *costs = (moe_cold_costs){.copy_byte_ns = byte_ns[i], .device = {1, 1}, .host = {10e3, 1e3}};
+        if (i == 1) costs->host.expert_ns = 1e15; /* copies are measured, too, and this machine may be slow */
         check_batches(&r, 12);
         uint64_t on_host = moe_residency_counted(r.residency).host_experts;
         int64_t copies = r.slow.fills_ended - (TOP_K + 1);
         if (i == 0) assert_true(on_host > 0 && copies == 0);
         if (i == 1) assert_true(on_host == 0 && copies > 0);
         if (i == 2) assert_true(on_host > 0 && copies > 0);
+        close_tiers(&r);
+    }
+}
+
+/* ---- the batcher ---- */
+
+typedef struct answered {
+    int count;
+    moe_status status;
+    float out[EXPERTS * H];
+} answered;
+
+static void keep_answer(void *ctx, moe_work *w) {
+    answered *a = ctx;
+    a->count++;
+    a->status = w->status;
+    if (w->status == MOE_OK) memcpy(a->out, w->out, sizeof a->out);
+}
+
+static void open_batcher(rig *r, answered *a, moe_batcher *b) {
+    const moe_batcher_config config = {.shard = &r->shard,
+                                       .backend = &r->slow.base,
+                                       .host = &r->slow.base,
+                                       .transport = &r->transport.base,
+                                       .clock = moe_clock_real(),
+                                       .max_queued_calls = 4,
+                                       .max_batch_rows = 64,
+                                       .answer = keep_answer,
+                                       .ctx = a};
+    *a = (answered){.count = 0};
+    assert_int_equal(moe_batcher_init(b, &config, NULL), MOE_OK);
+    r->slow.slow_batches = true;
+}
+
+/* One row for each expert of layer 0, of which some are in slots. */
+static void add_call(moe_batcher *b, moe_rpc_call *call) {
+    static float x[H];
+    uint32_t rows[EXPERTS] = {0}, experts[EXPERTS];
+    for (uint32_t e = 0; e < EXPERTS; e++) experts[e] = e;
+    for (int i = 0; i < H; i++) x[i] = (float)(i % 7) / 4;
+    const moe_forward_call decoded = {.rows = 1,
+                                      .assignments = EXPERTS,
+                                      .block_hi = MOE_FFN_BLOCKS,
+                                      .combine = MOE_COMBINE_EXACT,
+                                      .activations = x,
+                                      .assignment_rows = rows,
+                                      .assignment_experts = experts};
+    *call = (moe_rpc_call){.deadline_ns = INT64_MAX};
+    assert_int_equal(moe_batcher_add(b, &decoded, call, NULL), MOE_OK);
+}
+
+/* Device and host compute at once; the batch ends when both have. A failure of either ends it, not before the other has ended. */
+static void device_and_host_at_once(void **state) {
+    (void)state;
+    float want[EXPERTS * H];
+    for (int failing = 0; failing <= 2; failing++) { /* 1: the device's job, 2: the host's */
+        rig r;
+        answered a;
+        moe_batcher b;
+        moe_rpc_call call;
+        open_full_cold(&r, 5, 0, MOE_COLD_HOST);
+        open_batcher(&r, &a, &b);
+        add_call(&b, &call);
+        moe_batcher_turn(&b);
+        assert_int_equal(r.slow.num_batches, 2);
+        assert_int_equal(r.slow.batches[0]->num_groups, 5);
+        assert_int_equal(r.slow.batches[1]->num_groups, EXPERTS - 5);
+        assert_int_equal(r.slow.num_fills, 0);
+        for (int job = 1; job <= 2; job++) {
+            r.slow.fail_next_batch = job == failing;
+            moe_slow_end_batch(&r.slow);
+            moe_batcher_turn(&b);
+            assert_int_equal(a.count, job == 2);
+        }
+        assert_int_equal(a.status, failing ? MOE_INTERNAL : MOE_OK);
+        if (failing == 0) memcpy(want, a.out, sizeof want);
+        r.slow.slow_batches = false; /* and the next batch is computed */
+        r.slow.at_once = true;
+        add_call(&b, &call);
+        while (a.count < 2) moe_batcher_turn(&b);
+        assert_int_equal(a.status, MOE_OK);
+        assert_memory_equal(a.out, want, sizeof want);
+        moe_batcher_close(&b);
+        close_tiers(&r);
+    }
+}
+
+/* Copied, computed by the host, or divided: the same bits. */
+static void same_bits_however(void **state) {
+    (void)state;
+    float want[EXPERTS * H];
+    for (int cold = MOE_COLD_FETCH; cold <= MOE_COLD_AUTO; cold++) {
+        rig r;
+        answered a;
+        moe_batcher b;
+        moe_rpc_call call;
+        open_full_cold(&r, 5, 0, (moe_cold_experts)cold);
+        *moe_residency_costs(r.residency) = (moe_cold_costs){.copy_byte_ns = 1, .device = {1, 1}, .host = {20e3, 1e3}};
+        open_batcher(&r, &a, &b);
+        add_call(&b, &call);
+        while (a.count < 1) {
+            moe_batcher_turn(&b);
+            if (r.slow.num_batches) moe_slow_end_batch(&r.slow);
+            if (r.slow.num_fills) moe_slow_end(&r.slow);
+        }
+        assert_int_equal(a.status, MOE_OK);
+        if (cold == MOE_COLD_FETCH) memcpy(want, a.out, sizeof want);
+        assert_memory_equal(a.out, want, sizeof want);
+        moe_batcher_close(&b);
         close_tiers(&r);
     }
 }
@@ -675,7 +785,7 @@ int main(void) {
         cmocka_unit_test(announced_stays), cmocka_unit_test(announced_in_vain_is_late), cmocka_unit_test(announced_comes_back), cmocka_unit_test(expected_stays), cmocka_unit_test(users_keep_slots), cmocka_unit_test(drop_meanwhile),
         cmocka_unit_test(lost_device),     cmocka_unit_test(passes),         cmocka_unit_test(give_up_passes),
         cmocka_unit_test(host_passes),     cmocka_unit_test(hot_experts_earn_slots), cmocka_unit_test(images_in_use_stay),
-        cmocka_unit_test(auto_divides),
+        cmocka_unit_test(auto_divides),    cmocka_unit_test(device_and_host_at_once), cmocka_unit_test(same_bits_however),
         cmocka_unit_test(out_of_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
