@@ -132,7 +132,7 @@ static const moe_option_row rows[] = {
     {"chat-template-fallback", CHOICE, FRONTS, "Model", NULL, 0, 0, "chatml|llama2|llama3|mistral", NULL,
      "chat template where the model has none"},
 
-    {"gating", CHOICE, ENGINES & ~(TRAIN | TRACE), "Experts", "gate", 0, 0, "gate|hint|pre-gate", NULL,
+    {"gating", CHOICE, ENGINES & ~TRAIN, "Experts", "gate", 0, 0, "gate|hint|pre-gate", NULL,
      "who chooses experts: each layer's gate; the gate, with a prediction sent ahead; or the pre-gate, one layer ahead"},
     {"dummy-routing", TEXT, ENGINES & ~TRAIN, "Experts", NULL, 0, 0, NULL, "HOW",
      "with --load-format dummy, whose gates route almost evenly: zipf:S chooses the experts instead, skewed by Zipf's exponent S, and "
@@ -261,7 +261,11 @@ static const moe_option_row rows[] = {
     {"limit", INT, TEXTS, "Texts", "0", 0, 1e9, NULL, "N", "texts at most; 0: all"},
     {"output", TEXT, TRAIN | TRACE | DIGEST, "Texts", NULL, 0, 0, NULL, "FILE",
      "file to write, -o for short; train-pregate and trace: required; digest: default MODEL/expert-digests.json"},
-    {"requests", INT, REPLAY, "Texts", "1", 1, 4096, NULL, "N", "texts of the trace that are decoded at once"},
+    {"timeline", TEXT, TRACE, "Texts", NULL, 0, 0, NULL, "FILE",
+     "instead of recording texts: draw what router, experts and copies do in the last steps of a short generation, as SVG; with --gating "
+     "and --device-memory"},
+    {"requests", INT, TRACE | REPLAY, "Texts", "1", 1, 1024, NULL, "N",
+     "replay: texts of the trace that are decoded at once; --timeline: requests of the generation"},
     {"valid", TEXT, TRAIN, "Texts", NULL, 0, 0, NULL, "FILE",
      "texts on which the result is measured; default: those of --data that are held out, one of 20"},
     {"epochs", INT, TRAIN, "Texts", "10", 1, 1000, NULL, "N", "passes over the samples at most; fewer where they no longer help"},

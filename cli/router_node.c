@@ -149,6 +149,7 @@ static moe_status open_embedded(moe_router_node *n, moe_error *err) {
                                      .max_queued_calls = MOE_WORKER_MAX_QUEUED_CALLS,
                                      .max_batch_rows = MOE_WORKER_MAX_BATCH_ROWS,
                                      .tiers = n->config.tiers,
+                                     .timeline = n->config.timeline,
                                      .threads = n->config.backend.threads,
                                      .stepped = true};
     return moe_worker_node_open(&worker, &n->worker, err);
@@ -257,6 +258,7 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .step_local_worker = n->worker ? step_local_worker : NULL,
                                 .local_experts = n->worker && c->local_steps ? local_experts : NULL,
                                 .local_worker = n->worker,
+                                .timeline = c->timeline,
                                 .on_layer = c->on_layer,
                                 .on_layer_ctx = c->on_layer_ctx,
                                 .on_not_held = on_not_held,

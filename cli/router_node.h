@@ -48,6 +48,7 @@ typedef struct moe_router_node_config {
     bool vllm_metrics;
     const char *rpc_listen; /* endpoint; NULL: no RPC front */
 
+    moe_timeline *timeline; /* where embedded: of the engine and its worker; borrowed; NULL: none is kept */
     void (*on_layer)(void *ctx, const moe_layer_view *view); /* as in moe_engine_config; NULL: nobody looks */
     void *on_layer_ctx;
 } moe_router_node_config;

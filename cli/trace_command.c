@@ -8,6 +8,7 @@
 #include "cli/node_options.h"
 #include "cli/trace_record.h"
 #include "cli/trace_replay.h"
+#include "cli/trace_timeline.h"
 #include "common/log.h"
 #include "expert-worker/eviction.h"
 
@@ -66,10 +67,16 @@ int moe_command_trace(const moe_options *o) {
     moe_trace trace = {0};
     moe_error err;
     if (!moe_option_given(o, "log-level")) moe_log_init(MOE_LOG_WARN, "trace");
-    if (!moe_option_text(o, "data") || !moe_option_text(o, "output")) {
-        fprintf(stderr, "moesaic: trace needs --data FILE and -o FILE\n");
+    bool drawn = moe_option_text(o, "timeline") != NULL;
+    if (!drawn && (!moe_option_text(o, "data") || !moe_option_text(o, "output"))) {
+        fprintf(stderr, "moesaic: trace needs --data FILE and -o FILE, or --timeline FILE\n");
         return 2;
     }
+    if (!drawn && moe_option_given(o, "gating")) {
+        fprintf(stderr, "moesaic: trace records every gating; --gating goes with --timeline\n");
+        return 2;
+    }
+    if (drawn) return moe_trace_timeline(o);
     moe_status status = record(o, &trace, &err);
     moe_trace_free(&trace);
     return status == MOE_OK ? 0 : moe_command_failed(&err);

@@ -127,6 +127,7 @@ static moe_status start(moe_worker_node *n, const moe_worker_node_config *c, moe
                                 .copy_bytes_per_s = c->copy_bytes_per_s,
                                 .max_experts = (int32_t)c->capacity_experts,
                                 .tiers = c->tiers,
+                                .timeline = c->timeline,
                                 .known_epoch = n->remembered.epoch,
                                 .known_fence = n->remembered.fence};
     moe_calibration cost = calibrate(c);

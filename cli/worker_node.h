@@ -26,6 +26,7 @@ typedef struct moe_worker_node_config {
     moe_tier_options tiers;
     int32_t threads;           /* this worker's share of the machine's, by which its first experts are packed */
     const moe_ops *reference;  /* cpu-ref's operations, for known-answer batches; NULL: none */
+    moe_timeline *timeline;   /* borrowed; of a `stepped` worker; NULL: none is kept */
     bool stepped;             /* no thread of its own: moe_worker_node_step is called instead */
 } moe_worker_node_config;
 

@@ -191,10 +191,13 @@ static void observe_start(moe_batcher *b, const moe_batch *batch) {
     b->rows += (uint64_t)batch->assignments;
 }
 
+static int32_t running_layer(const moe_batcher *b) { return TAILQ_FIRST(&b->batches[b->running].works)->layer; }
+
 static void submit(moe_batcher_lane *lane, const moe_ffn_batch *ffn) {
     lane->busy = true;
     lane->submitter = pthread_self(); /* this and the next: no job of this lane, so no other thread */
     lane->done = false;
+    lane->began_ns = moe_timeline_now(lane->batcher->config.timeline);
     lane->experts = ffn->num_groups;
     lane->rows = ffn->num_assignments;
     lane->job = (moe_job){.done = on_job_done, .owner = lane};
@@ -243,7 +246,10 @@ static void watch_stall(moe_batcher *b) {
         if (!b->stalled_since_ns) b->stalled_since_ns = now_ns;
         return;
     }
-    if (b->stalled_since_ns) b->batch_stall_ns += now_ns - b->stalled_since_ns;
+    if (b->stalled_since_ns) {
+        b->batch_stall_ns += now_ns - b->stalled_since_ns;
+        moe_timeline_add(b->config.timeline, MOE_TIMELINE_STALL, running_layer(b), 0, b->stalled_since_ns);
+    }
     b->stalled_since_ns = 0;
 }
 
@@ -274,7 +280,9 @@ static void observe_costs(moe_batcher *b, const moe_batcher_lane *lane) {
 }
 
 static void end_job(moe_batcher *b, moe_batcher_lane *lane) {
+    moe_timeline_kind kind = lane == &b->lanes[MOE_PASS_HOST] ? MOE_TIMELINE_HOST : MOE_TIMELINE_PASS;
     lane->busy = false;
+    moe_timeline_add(b->config.timeline, kind, running_layer(b), lane->experts, lane->began_ns);
     b->ticks += atomic_load(&lane->job.progress) + 1;
     lane->compute_ns += lane->job.compute_ns;
     b->batch_copy_ns += lane->job.copy_ns;

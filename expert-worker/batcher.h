@@ -15,6 +15,7 @@ typedef struct moe_batcher_config {
     const moe_ops *reference; /* cpu-ref's operations, to check doubtful results; NULL: they are not */
     bool threaded;            /* checks may use a thread of their own */
     int32_t max_queued_calls, max_batch_rows;
+    moe_timeline *timeline;   /* passes and stalls are told it; NULL: there is none */
     /* The call came to its end: `status`, `message`, `out` and `compute_ns` are set. Called by turn and close,
      * and where a queued call is cancelled. */
     void (*answer)(void *ctx, moe_work *work);
@@ -28,6 +29,7 @@ typedef struct moe_batcher_lane {
     bool busy; /* the running batch, or a pass of it, is with the backend */
     moe_job job;
     int32_t experts, rows; /* of the job */
+    int64_t began_ns;      /* the job, where there is a timeline */
     bool done;           /* guarded by the batcher's mutex */
     pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
     int64_t compute_ns;  /* of the running batch, in all its passes */

@@ -3,6 +3,7 @@
  * computation, in pieces, the most urgent expert first. The loop's thread only; copies and packing end on other threads and wake
  * the transport. No memory is allocated for a wish, a copy or an eviction; images get theirs where they are packed. */
 #pragma once
+#include "common/timeline.h"
 #include "expert-worker/cold.h"
 #include "common/model/expert_budget.h"
 #include "expert-worker/loader.h"
@@ -49,6 +50,7 @@ typedef struct moe_residency_config {
     moe_transport *transport; /* woken when a copy or a packing has ended */
     _Atomic uint64_t *ended;  /* counts ended copies, for whoever polls the backend; may be NULL */
     moe_tier_options tiers;   /* that are wanted */
+    moe_timeline *timeline;   /* copies are told it; NULL: there is none */
 } moe_residency_config;
 
 /* All since the start. An expert of a call counts once, however many rows it has. */

@@ -17,6 +17,11 @@ void residency_set_wish(moe_residency *r, residency_entry *e, residency_wish wis
 
 /* ---- slots ---- */
 
+static void note_copy(const moe_residency *r, const residency_slot *s, int32_t entry, moe_timeline_kind kind) {
+    int32_t num_experts = r->config.model->config.num_experts;
+    moe_timeline_add(r->config.timeline, kind, entry / num_experts, entry % num_experts, s->began_ns);
+}
+
 static void set_empty(moe_residency *r, residency_slot *s) {
     s->state = SLOT_EMPTY;
     s->entry = -1;
@@ -36,6 +41,7 @@ void residency_give_up(moe_residency *r, residency_entry *e) {
     if (e->slot < 0 || r->slot[e->slot].state != SLOT_FILLING) return;
     residency_slot *s = &r->slot[e->slot];
     r->counts.wasted_bytes += (uint64_t)s->submitted_bytes;
+    note_copy(r, s, s->entry, MOE_TIMELINE_GIVEN_UP);
     e->slot = s->entry = -1;
     if (s->pieces == 0) set_empty(r, s);
 }
@@ -216,6 +222,7 @@ static void end_piece(moe_residency *r, residency_piece *p) {
     } else if (s->submitted_bytes == r->size.image_bytes) {
         s->state = SLOT_READY;
         r->num_ready++;
+        note_copy(r, s, s->entry, s->ahead ? MOE_TIMELINE_AHEAD : MOE_TIMELINE_DEMAND);
         moe_eviction_loaded(r->eviction, s->entry, r->batches);
     }
 }
@@ -241,6 +248,8 @@ static bool advance(moe_residency *r, residency_entry *e, residency_piece *p, bo
         residency_slot *s = &r->slot[slot];
         if (s->state == SLOT_EMPTY) r->num_empty--;
         *s = (residency_slot){.expert = s->expert, .state = SLOT_FILLING, .entry = residency_number(r, e)};
+        s->ahead = e->wish == WISH_HINTED;
+        s->began_ns = moe_timeline_now(r->config.timeline);
         e->slot = slot;
     }
     submit_piece(r, e, p);

@@ -38,6 +38,8 @@ typedef struct residency_slot {
     int32_t pieces;             /* on their way */
     int64_t submitted_bytes;
     bool used; /* since it was filled */
+    bool ahead;       /* it was announced alone when its copy began */
+    int64_t began_ns; /* its copy; where there is a timeline */
 } residency_slot;
 
 typedef struct residency_piece {

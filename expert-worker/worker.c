@@ -57,7 +57,8 @@ static moe_status make_residency(moe_worker *w, moe_error *err) {
                                             .host = c->host,
                                             .transport = c->transport,
                                             .ended = &w->batcher.jobs_ended,
-                                            .tiers = c->tiers};
+                                            .tiers = c->tiers,
+                                            .timeline = c->timeline};
     const moe_model_config *model = &c->model->config;
     moe_status budget = moe_expert_budget_given(c->tiers.budget) ? moe_expert_budget_check(c->tiers.budget, model, err) : MOE_OK;
     if (budget != MOE_OK) return budget;
@@ -84,6 +85,7 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
                                         .max_batch_rows = c->max_batch_rows,
                                         .reference = c->reference,
                                         .threaded = c->load_threads > 0,
+                                        .timeline = c->timeline,
                                         .answer = moe_worker_answer_forward,
                                         .ctx = w};
     moe_status status = moe_shard_init(&w->shard, c->model, c->backend, err);

@@ -24,6 +24,7 @@ typedef struct moe_worker_config {
     int64_t copy_bytes_per_s; /* of what it copies from other workers; 0: no limit */
     int32_t max_experts;      /* held at once; 0: no limit */
     moe_tier_options tiers;   /* where the experts' weights live */
+    moe_timeline *timeline;   /* borrowed, of the thread that steps the worker; NULL: none is kept */
     uint64_t known_epoch, known_fence; /* the highest of an earlier life, which its hellos tell; 0: none */
 } moe_worker_config;
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "common/backend.h"
 #include "common/model/expert_budget.h"
+#include "common/timeline.h"
 #include "proto/rpc.h"
 #include "router/engine/dummy_routing.h"
 #include "router/engine/request.h"
@@ -60,6 +61,7 @@ typedef struct moe_engine_config {
      * the calls of a forward step stand together. */
     void (*on_layer)(void *ctx, const moe_layer_view *view);
     void *on_layer_ctx;
+    moe_timeline *timeline; /* borrowed; NULL: none is kept */
     void (*on_not_held)(void *ctx); /* a worker lacks an expert that the map names: a newer map is wanted; NULL: nobody is told */
     void *on_not_held_ctx;
 } moe_engine_config;

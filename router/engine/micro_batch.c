@@ -266,6 +266,7 @@ static void local_finished(micro_batch *b) {
 static void segment_finished(micro_batch *b) {
     moe_engine *e = b->engine;
     observe_segment(b);
+    moe_timeline_add(e->config.timeline, MOE_TIMELINE_SEGMENT, b->segment.index, b->num_rows, b->stage_began_ns);
     end_if_failed(b);
     if (all_ended(b)) {
         finish(b, false);
