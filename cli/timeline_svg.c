@@ -19,7 +19,8 @@
 
 enum { LANE_ROUTER, LANE_EXPERTS, LANE_HOST, LANE_AHEAD, LANE_DEMAND, NUM_LANES };
 
-static const char *const lane_names[NUM_LANES] = {"router segments", "expert compute", "experts on the host", "copies ahead", "copies on demand"};
+static const char *const lane_names[NUM_LANES] = {"router segments", "expert compute", "experts on the host", "copies ahead",
+                                                  "copies on demand"};
 
 static const struct {
     const char *class, *colour, *about;
@@ -97,7 +98,8 @@ static void head(const canvas *c) {
             ".c{text-anchor:middle}.b{text-anchor:middle;fill:#fff;font-size:10px;pointer-events:none}.f{font-size:13px;fill:#111}",
             WIDTH, c->bottom + 78, WIDTH, c->bottom + 78);
     for (int k = 0; k < NUM_KINDS; k++) fprintf(out, ".%s{fill:%s}", kinds[k].class, kinds[k].colour);
-    fprintf(out, ".stall{fill-opacity:.45}</style>\n<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n<text class=\"h\" x=\"16\" y=\"28\">");
+    fprintf(out, ".stall{fill-opacity:.45}</style>\n<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n"
+                 "<text class=\"h\" x=\"16\" y=\"28\">");
     put_text(out, c->p->title);
     fprintf(out, "</text>\n");
 }
@@ -106,7 +108,8 @@ static void legend(const canvas *c) {
     double x = 16;
     for (int k = 0; k < NUM_KINDS; k++) {
         if (c->rows[kinds[k].lane] == 0) continue;
-        fprintf(c->out, "<rect class=\"%s\" x=\"%.0f\" y=\"45\" width=\"14\" height=\"14\" rx=\"2\"/><text x=\"%.0f\" y=\"56.5\">%s</text>\n",
+        fprintf(c->out,
+                "<rect class=\"%s\" x=\"%.0f\" y=\"45\" width=\"14\" height=\"14\" rx=\"2\"/><text x=\"%.0f\" y=\"56.5\">%s</text>\n",
                 kinds[k].class, x, x + 20, kinds[k].about);
         x += 44 + 6.6 * (double)strlen(kinds[k].about);
     }
@@ -138,7 +141,9 @@ static void layer_bands(const canvas *c) {
                 e->layer % 2 ? "#eef1f5" : "#f8f9fb");
         if (e->layer == 0)
             fprintf(c->out, "<path d=\"M%.2f %.1fV%.1f\" stroke=\"#777\" stroke-dasharray=\"4 3\"/>\n", x, TOP - 30, c->bottom);
-        if (e->layer == 0) fprintf(c->out, "<text class=\"s\" x=\"%.2f\" y=\"%.1f\">a step of %d tokens</text>\n", x + 5, TOP - 21, e->count);
+        if (e->layer == 0)
+            fprintf(c->out, "<text class=\"s\" x=\"%.2f\" y=\"%.1f\">a step of %d token%s</text>\n", x + 5, TOP - 21, e->count,
+                    e->count == 1 ? "" : "s");
         if (width >= LABEL_MIN_WIDTH) layer_label(c, e->layer, x + width / 2, width);
     }
 }
@@ -147,7 +152,8 @@ static void lanes(const canvas *c) {
     for (int lane = 0; lane < NUM_LANES; lane++) {
         if (c->rows[lane] == 0) continue;
         double height = ROW * c->rows[lane];
-        fprintf(c->out, "<text class=\"l\" x=\"%.0f\" y=\"%.1f\">%s</text>\n", LEFT - 10, c->lane_y[lane] + height / 2 + 4, lane_names[lane]);
+        fprintf(c->out, "<text class=\"l\" x=\"%.0f\" y=\"%.1f\">%s</text>\n", LEFT - 10, c->lane_y[lane] + height / 2 + 4,
+                lane_names[lane]);
         fprintf(c->out, "<path d=\"M%.0f %.1fH%.0f\" stroke=\"#d5d9df\"/>\n", LEFT, c->lane_y[lane] + height + GAP / 2, WIDTH - RIGHT);
     }
 }
@@ -173,8 +179,8 @@ static void bars(canvas *c) {
         if (!shown(c, e)) continue;
         int32_t row = row_of(c, e, until);
         double x = x_of(c, e->begin_ns), width = x_of(c, e->end_ns) - x, y = c->lane_y[kinds[e->kind].lane] + ROW * row;
-        fprintf(c->out, "<rect class=\"%s\" x=\"%.2f\" y=\"%.1f\" width=\"%.2f\" height=\"%.0f\" rx=\"2\"><title>", kinds[e->kind].class, x, y + 1,
-                width < 0.8 ? 0.8 : width, ROW - 4);
+        fprintf(c->out, "<rect class=\"%s\" x=\"%.2f\" y=\"%.1f\" width=\"%.2f\" height=\"%.0f\" rx=\"2\"><title>",
+                kinds[e->kind].class, x, y + 1, width < 0.8 ? 0.8 : width, ROW - 4);
         describe(c->out, c, e);
         fprintf(c->out, "</title></rect>\n");
         if (is_copy(e) && width >= LABEL_MIN_WIDTH)
@@ -215,7 +221,7 @@ static void overlap(const canvas *c, int64_t *copying_ns, int64_t *beside_ns, in
             if (change > now && change < next) next = change;
             copies = copies || (runs && is_copy(e));
             stalls = stalls || (runs && e->kind == MOE_TIMELINE_STALL);
-            computes = computes || (runs && (e->kind == MOE_TIMELINE_PASS || e->kind == MOE_TIMELINE_HOST || e->kind == MOE_TIMELINE_SEGMENT));
+            computes = computes || (runs && e->kind < MOE_TIMELINE_STALL);
         }
         if (copies) *copying_ns += next - now;
         if (copies && computes) *beside_ns += next - now;
@@ -227,7 +233,8 @@ static void overlap(const canvas *c, int64_t *copying_ns, int64_t *beside_ns, in
 static void foot(const canvas *c) {
     int64_t copying_ns, beside_ns, stalled_ns;
     overlap(c, &copying_ns, &beside_ns, &stalled_ns);
-    fprintf(c->out, "<text class=\"f\" x=\"16\" y=\"%.1f\">Copies run for %.3f ms of the %.3f ms shown, %.0f %% of that beside computation; "
+    fprintf(c->out,
+            "<text class=\"f\" x=\"16\" y=\"%.1f\">Copies run for %.3f ms of the %.3f ms shown, %.0f %% of that beside computation; "
             "experts are waited for %.3f ms. A copy's label is layer.expert.</text>\n</svg>\n",
             c->bottom + 52, ms(copying_ns), ms(c->end_ns - c->begin_ns), copying_ns ? 100.0 * (double)beside_ns / (double)copying_ns : 0.0,
             ms(stalled_ns));

@@ -27,16 +27,19 @@ void moe_timeline_free(moe_timeline **timeline) {
 
 int64_t moe_timeline_now(const moe_timeline *t) { return t ? moe_now_ns(t->clock) : 0; }
 
+void moe_timeline_span(moe_timeline *t, moe_timeline_kind kind, int32_t layer, int32_t count, int64_t begin_ns, int64_t end_ns) {
+    if (t) t->events[t->added++ % t->capacity] = (moe_timeline_event){begin_ns, end_ns, kind, layer, count};
+}
+
 void moe_timeline_add(moe_timeline *t, moe_timeline_kind kind, int32_t layer, int32_t count, int64_t begin_ns) {
-    if (!t) return;
-    t->events[t->added++ % t->capacity] = (moe_timeline_event){begin_ns, moe_now_ns(t->clock), kind, layer, count};
+    if (t) moe_timeline_span(t, kind, layer, count, begin_ns, moe_now_ns(t->clock));
 }
 
 int32_t moe_timeline_count(const moe_timeline *t) { return t->added < t->capacity ? (int32_t)t->added : t->capacity; }
 
 const moe_timeline_event *moe_timeline_at(const moe_timeline *t, int32_t index) {
     MOE_ASSERT(index >= 0 && index < moe_timeline_count(t));
-    int64_t first = t->added < t->capacity ? 0 : t->added;
+    int64_t first = moe_timeline_whole(t) ? 0 : t->added;
     return &t->events[(first + index) % t->capacity];
 }
 

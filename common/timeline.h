@@ -28,6 +28,7 @@ moe_status moe_timeline_new(const moe_clock *clock, int32_t capacity, moe_timeli
 void moe_timeline_free(moe_timeline **timeline); /* NULLs; idempotent */
 
 int64_t moe_timeline_now(const moe_timeline *timeline); /* 0 for NULL */
+void moe_timeline_span(moe_timeline *timeline, moe_timeline_kind kind, int32_t layer, int32_t count, int64_t begin_ns, int64_t end_ns);
 /* What began at begin_ns has ended now. */
 void moe_timeline_add(moe_timeline *timeline, moe_timeline_kind kind, int32_t layer, int32_t count, int64_t begin_ns);
 

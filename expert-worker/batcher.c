@@ -239,16 +239,16 @@ static void start_passes(moe_batcher *b) {
     }
 }
 
-/* The time in which nothing of the batch is computed counts as stalled. */
-static void watch_stall(moe_batcher *b) {
-    int64_t now_ns = moe_now_ns(b->config.clock);
+/* The time in which nothing of the batch is computed counts as stalled; now_ns: before what is ready was submitted, which may have
+ * been computed inside its submission. */
+static void watch_stall(moe_batcher *b, int64_t now_ns) {
     if (!busy(b)) {
         if (!b->stalled_since_ns) b->stalled_since_ns = now_ns;
         return;
     }
     if (b->stalled_since_ns) {
         b->batch_stall_ns += now_ns - b->stalled_since_ns;
-        moe_timeline_add(b->config.timeline, MOE_TIMELINE_STALL, running_layer(b), 0, b->stalled_since_ns);
+        moe_timeline_span(b->config.timeline, MOE_TIMELINE_STALL, running_layer(b), 0, b->stalled_since_ns, now_ns);
     }
     b->stalled_since_ns = 0;
 }
@@ -341,8 +341,9 @@ static bool start(moe_batcher *b) {
     if (!b->under_way) begin_next(b);
     if (!b->under_way) return false;
     if (b->passes.batch) {
+        int64_t now_ns = moe_now_ns(b->config.clock);
         start_passes(b);
-        watch_stall(b);
+        watch_stall(b, now_ns);
     }
     return end_jobs(b) && b->under_way;
 }

@@ -1,8 +1,11 @@
-"""`moesaic trace` on the demo model, and what `moesaic trace replay` says of the trace; `--dummy-routing`, as traces show it."""
+"""`moesaic trace` on the demo model, and what `moesaic trace replay` says of the trace; `--dummy-routing`, as traces show it;
+timelines."""
 import os
+import re
 import struct
 import subprocess
 import tempfile
+import xml.etree.ElementTree
 
 from harness import BIN, DEMO, ROOT, check, main
 
@@ -89,4 +92,54 @@ def dummy_routing():
         check(run.returncode == 1 and says in run.stderr and "--dummy-routing" in run.stderr, f"{args}: {run.returncode}, {run.stderr}")
 
 
-main([record_and_replay, dummy_routing])
+EVENT = re.compile(r"(segment|pass|host|stall|ahead|demand|given-up) (?:logits|layer (\d+)(?: experts? (\d+))?): (-?[\d.]+) to ([\d.]+) ms")
+
+
+def read_events(path):
+    """(kind, layer or None for logits, expert or number, begin, end) of every bar, by their titles."""
+    tree = xml.etree.ElementTree.parse(path)
+    titles = [title.text for title in tree.iter("{http://www.w3.org/2000/svg}title")]
+    found = [EVENT.fullmatch(title) for title in titles]
+    check(titles and all(found), f"titles: {titles}")
+    return [(m[1], m[2] and int(m[2]), m[3] and int(m[3]), float(m[4]), float(m[5])) for m in found]
+
+
+def timeline():
+    """Two steps of the demo model at 25 %, as a picture: what runs when, and that it is what the metrics count."""
+    with tempfile.TemporaryDirectory(prefix="moesaic-e2e-") as folder:
+        def drawn(*args):
+            out = os.path.join(folder, "t.svg")
+            run = moesaic("trace", DEMO, "--timeline", out, "--device-memory", "25%", "--requests", "4", *args)
+            check(run.returncode == 0, f"trace --timeline {args} ended with {run.returncode}: {run.stderr}")
+            check(os.path.getsize(out) < 100_000, f"{os.path.getsize(out)} bytes")
+            told = re.match(r"copies ahead (\d+), on demand (\d+), given up (\d+); waiting ([\d.]+) ms; by the metrics: (\d+) bytes copied, "
+                            r"waiting ([\d.]+) ms", run.stdout)
+            check(told, f"sums: {run.stdout}")
+            return read_events(out), [float(x) for x in told.groups()]
+
+        events, (ahead, demand, given_up, waited, copied, stalled) = drawn("--gating", "pre-gate")
+        segments = [e for e in events if e[0] == "segment"]
+        check([e[1] for e in segments] == [0, 1, 2, 3, 4, 5, None] * 2, f"segments: {segments}")
+        for kinds in (("segment",), ("pass", "stall")):
+            lane = sorted(e[3:] for e in events if e[0] in kinds)
+            check(all(a[1] <= b[0] + 1e-4 for a, b in zip(lane, lane[1:])), f"{kinds} overlap: {lane}")
+        for kind, layer, _, begin, end in events:
+            check(begin <= end, f"{kind} ends before it begins")
+            before = [e[1] for e in segments if e[3] <= begin]
+            if kind in ("pass", "stall"):
+                check(before[-1] == layer, f"{kind} of layer {layer} after segment {before}")
+            if kind == "ahead" and before:  # announced with the dispatch of the layer before
+                check(layer > 0 and before[-1] in (layer - 1, layer), f"ahead for layer {layer} after segment {before}")
+            if kind == "demand" and before:
+                check(layer == 0, f"layer {layer} was announced, and its expert came on demand")
+        check(ahead > 100 and demand > 0 and given_up == 0, f"copies: {ahead} ahead, {demand} on demand, {given_up} given up")
+        check(0 <= (ahead + demand) * 294912 - copied < 50 * 294912, f"{ahead} + {demand} copies, {copied} bytes")  # late ones are not told
+        check(waited == stalled, f"waiting: {waited} ms drawn, {stalled} ms counted")
+        events, (ahead, demand, *_) = drawn("--gating", "gate", "--cold-experts", "host")
+        check(ahead == 0 and any(e[0] == "host" for e in events), f"by gates, experts on the host: {events}")
+    for args in (("--data", "x", "-o", "y", "--gating", "gate"), ("--timeline",)):
+        run = moesaic("trace", DEMO, *args)
+        check(run.returncode == 2 and "--timeline" in run.stderr, f"{args}: {run.returncode}, {run.stderr}")
+
+
+main([record_and_replay, dummy_routing, timeline])
