@@ -150,6 +150,8 @@ static moe_status open_node(const bench *b, target *t, moe_error *err) {
     config.gating = b->settings[0].node.gating;
     config.dummy_routing = b->settings[0].node.dummy_routing;
     config.tiers.device = b->settings[0].node.device;
+    for (int32_t s = 0; s < b->num_settings; s++) /* what any of them takes is opened, and measured for AUTO */
+        if (b->settings[s].node.cold > config.tiers.cold) config.tiers.cold = b->settings[s].node.cold;
     if (status == MOE_OK) status = moe_router_device_option(b->options, &config.backend.device, err);
     if (status != MOE_OK) return status;
     config.skip_tokenizer = config.skip_tokenizer || config.source.dummy;
@@ -252,8 +254,8 @@ static void print_tables(const bench *b) {
     for (int32_t s = 0; s < b->num_settings; s++) {
         const moe_bench_setting *setting = &b->settings[s];
         if (b->num_settings > 1)
-            printf("%s%s, %s of the experts on the device, %s\n", s ? "\n" : "", setting->gating,
-                   setting->device_memory[0] ? setting->device_memory : "all", setting->dummy_routing);
+            printf("%s%s, %s of the experts on the device, cold experts: %s, %s\n", s ? "\n" : "", setting->gating,
+                   setting->device_memory[0] ? setting->device_memory : "all", setting->cold_experts, setting->dummy_routing);
         moe_bench_tables(stdout, b->series + s * each, each);
     }
 }

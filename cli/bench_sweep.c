@@ -7,30 +7,50 @@
 
 #define BLANKS " \t"
 
-static moe_status take_gating(const char *text, moe_bench_setting *s, moe_error *err) {
-    static const char *const names[] = {"gate", "hint", "pre-gate"}; /* in the order of moe_gating */
-    for (int i = 0; i < 3; i++) {
-        if (strcmp(text, names[i]) != 0) continue;
-        s->node.gating = (moe_gating)i;
-        snprintf(s->gating, sizeof s->gating, "%s", text);
+/* Which of three names, in the order of their enumeration, a word's value is. */
+static moe_status take_choice(const char *name, const char *value, const char *const names[3], int *choice, char text[16],
+                              moe_error *err) {
+    for (*choice = 0; *choice < 3; ++*choice) {
+        if (strcmp(value, names[*choice]) != 0) continue;
+        snprintf(text, 16, "%s", value);
         return MOE_OK;
     }
-    return moe_fail(err, MOE_INVALID_ARGUMENT, "gating=%s: gate, hint and pre-gate there are", text);
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "%s=%s: %s, %s and %s there are", name, value, names[0], names[1], names[2]);
 }
+
+static moe_status take_gating(const char *value, moe_bench_setting *s, moe_error *err) {
+    static const char *const names[] = {"gate", "hint", "pre-gate"};
+    int choice;
+    moe_status status = take_choice("gating", value, names, &choice, s->gating, err);
+    if (status == MOE_OK) s->node.gating = (moe_gating)choice;
+    return status;
+}
+
+static moe_status take_cold(const char *value, moe_bench_setting *s, moe_error *err) {
+    static const char *const names[] = {"fetch", "host", "auto"};
+    int choice;
+    moe_status status = take_choice("cold-experts", value, names, &choice, s->cold_experts, err);
+    if (status == MOE_OK) s->node.cold = (moe_cold_experts)choice;
+    return status;
+}
+
+static bool is(const char *word, size_t length, const char *name) { return length == strlen(name) && strncmp(word, name, length) == 0; }
 
 static moe_status take_word(const moe_options *o, const char *word, moe_bench_setting *s, moe_error *err) {
     const char *value = strchr(word, '=');
     size_t name = value ? (size_t)(value++ - word) : 0;
-    if (name == strlen("gating") && strncmp(word, "gating", name) == 0) return take_gating(value, s, err);
-    if (name == strlen("device-memory") && strncmp(word, "device-memory", name) == 0) {
+    if (is(word, name, "gating")) return take_gating(value, s, err);
+    if (is(word, name, "cold-experts")) return take_cold(value, s, err);
+    if (is(word, name, "device-memory")) {
         snprintf(s->device_memory, sizeof s->device_memory, "%s", value);
         return moe_memory_limit_parse("device-memory", value, &s->node.device, err);
     }
-    if (name == strlen("dummy-routing") && strncmp(word, "dummy-routing", name) == 0) {
+    if (is(word, name, "dummy-routing")) {
         snprintf(s->dummy_routing, sizeof s->dummy_routing, "%s", value);
         return moe_dummy_routing_text(o, value, &s->node.dummy_routing, err);
     }
-    return moe_fail(err, MOE_INVALID_ARGUMENT, "'%s' is none of gating=HOW, device-memory=SIZE, dummy-routing=HOW", word);
+    return moe_fail(err, MOE_INVALID_ARGUMENT, "'%s' is none of gating=HOW, device-memory=SIZE, cold-experts=HOW, dummy-routing=HOW",
+                    word);
 }
 
 static moe_status from_options(const moe_options *o, moe_bench_setting *s, moe_error *err) {
@@ -38,10 +58,12 @@ static moe_status from_options(const moe_options *o, moe_bench_setting *s, moe_e
     moe_tier_options tiers;
     *s = (moe_bench_setting){.node = {.gating = moe_gating_option(o)}};
     snprintf(s->gating, sizeof s->gating, "%s", moe_option_text(o, "gating"));
+    snprintf(s->cold_experts, sizeof s->cold_experts, "%s", moe_option_text(o, "cold-experts"));
     snprintf(s->device_memory, sizeof s->device_memory, "%s", device ? device : "");
     snprintf(s->dummy_routing, sizeof s->dummy_routing, "%s", dummy ? dummy : "");
     moe_status status = moe_tier_option(o, &tiers, err);
     s->node.device = tiers.device;
+    s->node.cold = tiers.cold;
     return status == MOE_OK ? moe_dummy_routing_option(o, &s->node.dummy_routing, err) : status;
 }
 

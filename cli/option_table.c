@@ -287,7 +287,7 @@ static const moe_option_row rows[] = {
     {"measured-rate", FLOAT, BENCH, "Benchmark", NULL, 0, 1e6, NULL, "TFLOP/S", "of this machine's largest matrix products"},
     {"sweep", TEXT, BENCH, "Benchmark", NULL, 0, 0, NULL, "LIST",
      "with --experts inproc: settings measured one after another with the model loaded once, such as \"gating=gate device-memory=100%; "
-     "gating=pre-gate device-memory=25% dummy-routing=zipf:1.0\"; the options say what a setting does not name"},
+     "gating=pre-gate device-memory=25% cold-experts=auto dummy-routing=zipf:1.0\"; the options say what a setting does not name"},
     {"runs", INT, BENCH, "Benchmark", "5", 1, 101, NULL, "N", "rounds over all measurements, after one that warms up"},
     {"tune", BOOL, BENCH, "Benchmark", "false", 0, 0, NULL, NULL,
      "only measure which kernels suit this model's experts on the first of --devices, and put it into --tune-file"},

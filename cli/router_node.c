@@ -393,7 +393,7 @@ moe_status moe_router_node_set(moe_router_node *n, const moe_router_node_setting
     double rate = 0;
     moe_engine_stop(n->engine); /* it steps the worker, too */
     moe_status status = moe_engine_reroute(n->engine, s->gating, &s->dummy_routing, err);
-    if (status == MOE_OK && moe_memory_limited(s->device)) status = moe_worker_node_resize(n->worker, s->device, &rate, err);
+    if (status == MOE_OK && moe_memory_limited(s->device)) status = moe_worker_node_resize(n->worker, s->device, s->cold, &rate, err);
     if (copy_bytes_per_s) *copy_bytes_per_s = rate;
     return status == MOE_OK ? moe_engine_start(n->engine, err) : status;
 }

@@ -62,6 +62,7 @@ typedef struct moe_router_node_setting {
     moe_gating gating;
     moe_dummy_routing_spec dummy_routing;
     moe_memory_limit device; /* of an embedded worker with tiers, as in `tiers`; no limit: it stays as it is */
+    moe_cold_experts cold;   /* with a limit; FETCH where the node was opened with FETCH */
 } moe_router_node_setting;
 /* Blocks; *copy_bytes_per_s (may be NULL) as of moe_residency_resize, 0 where the slots stay. After a failure the node is to be
  * closed. */

@@ -177,8 +177,9 @@ bool moe_worker_node_step(moe_worker_node *n) {
 
 moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *n) { return moe_worker_lend_experts(n->worker); }
 
-moe_status moe_worker_node_resize(moe_worker_node *n, moe_memory_limit device, double *copy_bytes_per_s, moe_error *err) {
-    return moe_worker_resize(n->worker, device, copy_bytes_per_s, err);
+moe_status moe_worker_node_resize(moe_worker_node *n, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
+                                  moe_error *err) {
+    return moe_worker_resize(n->worker, device, cold, copy_bytes_per_s, err);
 }
 
 void moe_worker_node_leave(moe_worker_node *n) { moe_worker_leave(n->worker); }

@@ -38,7 +38,8 @@ bool moe_worker_node_step(moe_worker_node *node);
 /* Of a `stepped` worker: as moe_worker_lend_experts. */
 moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *node);
 /* Of a `stepped` worker with tiers, between two steps without a call: as moe_residency_resize. */
-moe_status moe_worker_node_resize(moe_worker_node *node, moe_memory_limit device, double *copy_bytes_per_s, moe_error *err);
+moe_status moe_worker_node_resize(moe_worker_node *node, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
+                                  moe_error *err);
 /* The experts are to go elsewhere, since the worker is about to stop. */
 void moe_worker_node_leave(moe_worker_node *node);
 /* Nothing is left to do for it: it holds no expert and no call, or no router is connected. */

@@ -275,8 +275,9 @@ static void begin_next(moe_batcher *b) {
 
 static void observe_costs(moe_batcher *b, const moe_batcher_lane *lane) {
     moe_cold_costs *costs = moe_residency_costs(b->config.shard->residency);
-    bool host = lane == &b->lanes[MOE_PASS_HOST];
-    moe_cold_observe_compute(host ? &costs->host : &costs->device, lane->experts, lane->rows, lane->job.compute_ns);
+    moe_cold_compute *cost = lane == &b->lanes[MOE_PASS_HOST] ? &costs->host : &costs->device;
+    moe_cold_observe_compute(cost, lane->experts, lane->rows, lane->job.compute_ns);
+    if (b->config.host == b->config.backend) costs->host = costs->device = *cost; /* what is copied is computed no faster */
 }
 
 static void end_job(moe_batcher *b, moe_batcher_lane *lane) {

@@ -81,10 +81,12 @@ int64_t moe_residency_image_bytes(const moe_residency *residency);
 moe_residency_counts moe_residency_counted(const moe_residency *residency);
 
 /* Other slots, as many as `device` allows, filled with the first of the held experts that have images; what was used before is
- * forgotten, so that a measurement under one limit says nothing of the one before. No call has begun. Blocks; *copy_bytes_per_s
+ * forgotten, so that a measurement under one limit says nothing of the one before. `cold` may change where it was not FETCH at the
+ * start. No call has begun. Blocks; *copy_bytes_per_s
  * (may be NULL) receives the pace of the copies, each a whole expert. INVALID_ARGUMENT as above, and nothing has changed;
  * RESOURCE_EXHAUSTED, or what a copy failed with: then the residency is of no more use. */
-moe_status moe_residency_resize(moe_residency *residency, moe_memory_limit device, double *copy_bytes_per_s, moe_error *err);
+moe_status moe_residency_resize(moe_residency *residency, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
+                                moe_error *err);
 
 /* ---- what the shard holds ---- */
 

@@ -93,7 +93,9 @@ static void settle(moe_residency *r) {
     for (int32_t i = 0; i < r->num_entries; i++) r->entries[i].slot = -1;
 }
 
-moe_status moe_residency_resize(moe_residency *r, moe_memory_limit device, double *copy_bytes_per_s, moe_error *err) {
+moe_status moe_residency_resize(moe_residency *r, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
+                                moe_error *err) {
+    MOE_ASSERT(cold == MOE_COLD_FETCH || r->config.host);
     moe_memory_limit before = r->config.tiers.device;
     int32_t num_slots = r->num_slots, num_images = r->num_images;
     r->config.tiers.device = device;
@@ -106,6 +108,7 @@ moe_status moe_residency_resize(moe_residency *r, moe_memory_limit device, doubl
         return status;
     }
     settle(r);
+    r->config.tiers.cold = cold;
     residency_close_slots(r);
     r->num_slots = wanted;
     status = residency_open_slots(r, err);

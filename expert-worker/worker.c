@@ -193,9 +193,10 @@ void moe_worker_get_view(moe_worker *w, moe_worker_view *out) {
     pthread_mutex_unlock(&w->view_mutex);
 }
 
-moe_status moe_worker_resize(moe_worker *w, moe_memory_limit device, double *copy_bytes_per_s, moe_error *err) {
+moe_status moe_worker_resize(moe_worker *w, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
+                             moe_error *err) {
     MOE_ASSERT(w->residency && !w->has_thread);
-    return moe_residency_resize(w->residency, device, copy_bytes_per_s, err);
+    return moe_residency_resize(w->residency, device, cold, copy_bytes_per_s, err);
 }
 
 moe_expert *const *moe_worker_lend_experts(moe_worker *w) { return moe_shard_lend(&w->shard); }

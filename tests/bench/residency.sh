@@ -4,7 +4,7 @@
 # SHAPE: demo (trained weights, its own pre-gates, its own routing), or a folder of models/shapes (generated weights, the next layer's
 # gate as pre-gate, routing by --dummy-routing). OPTIONs go to `moesaic bench`, such as --backend cuda. search: one short run of each
 # setting, and T_copy / T_compute alone, to choose settings from. From the environment: BUILD (build/release), OUT (a folder for logs and
-# CSV, build/residency), LAYERS, FRACTIONS in percent, SKEWS of Zipf, LOCALITY, GATINGS, CONCURRENCY, PREFILL, OUTPUT, RUNS, LIMIT in s.
+# CSV, build/residency), LAYERS, FRACTIONS in percent, SKEWS of Zipf, LOCALITY, GATINGS, COLD (of fetch, host, auto), CONCURRENCY, PREFILL, OUTPUT, RUNS, LIMIT in s.
 set -euo pipefail
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 cd "$(dirname "$0")/../.."
@@ -13,7 +13,7 @@ if [ "${1:-}" = search ]; then mode=search; shift; fi
 [ $# -ge 1 ] || usage
 shape=$1; shift
 build=${BUILD:-build/release} out=${OUT:-build/residency}
-layers=${LAYERS:-4} fractions=${FRACTIONS:-10 25 50 75} gatings=${GATINGS:-gate pre-gate} locality=${LOCALITY:-0.3}
+layers=${LAYERS:-4} fractions=${FRACTIONS:-10 25 50 75} gatings=${GATINGS:-gate pre-gate} colds=${COLD:-fetch} locality=${LOCALITY:-0.3}
 concurrency=${CONCURRENCY:-1,4,16} prefill=${PREFILL:-128} output=${OUTPUT:-48} runs=${RUNS:-3} limit=${LIMIT:-240}
 if [ "$mode" = search ]; then runs=1 output=12; fi
 if [ "$shape" = demo ]; then
@@ -30,7 +30,9 @@ sweep=""
 for routing in "${routings[@]}"; do
   for gating in $gatings; do sweep+="gating=$gating device-memory=100% $routing;"; done
   for fraction in $fractions; do
-    for gating in $gatings; do sweep+="gating=$gating device-memory=$fraction% $routing;"; done
+    for gating in $gatings; do
+      for cold in $colds; do sweep+="gating=$gating device-memory=$fraction% cold-experts=$cold $routing;"; done
+    done
   done
 done
 longest=$(tr , '\n' <<<"$prefill" | sort -n | tail -1)

@@ -7,6 +7,7 @@ T_comp   that with all experts on the device, same routing
 T_copy   bytes copied for a step / pace of large copies from host memory to the device, measured in the same process
 T_dem    T of the same experts copied on demand (gating gate)
 overlap  (T_dem - T) / min(T_comp, T_copy): 1 where all that can be hidden is hidden
+gating   +host, +auto: cold experts are not all copied; beside a table of `auto` as a part of the better of `fetch` and `host`
 first    of T: waiting at the first MoE layer, whose experts nothing foretells"""
 import csv
 import statistics
@@ -17,13 +18,14 @@ WHOLE = "100%"
 
 
 def read(paths):
-    """{(case, routing, device memory, gating): {column: median}}, in the order of the files."""
+    """{(case, routing, device memory, gating[+cold experts]): {column: median}}, in the order of the files."""
     groups = {}
     for path in paths:
         with open(path, encoding="utf-8", newline="") as f:
             for row in csv.DictReader(f):
                 size = f"x{row['requests']}" if row["phase"] == "decode" else row["prompt_tokens"]
-                key = (f"{row['phase']} {size}", row["dummy_routing"], row["device_memory"], row["gating"])
+                gating = row["gating"] + ("" if row["cold_experts"] == "fetch" else "+" + row["cold_experts"])
+                key = (f"{row['phase']} {size}", row["dummy_routing"], row["device_memory"], gating)
                 groups.setdefault(key, []).append(row)
     return {key: measure(rows) for key, rows in groups.items()}
 
@@ -49,7 +51,7 @@ def compare(groups):
     """Each measurement with those that it is held against; `ratio` is None where nothing was measured with all experts there."""
     pace = max((m["pace"] for m in groups.values()), default=0)  # a short copy is slower than the link
     for (case, routing, memory, gating), m in groups.items():
-        whole = groups.get((case, routing, WHOLE, gating)) or groups.get((case, routing, WHOLE, "gate"))
+        whole = groups.get((case, routing, WHOLE, gating.split("+")[0])) or groups.get((case, routing, WHOLE, "gate"))
         demand = groups.get((case, routing, memory, "gate"))
         m["compute"] = whole["t"] if whole else None
         m["copy"] = m["mb"] / pace if pace else None  # MB / (GB/s) = ms
@@ -57,7 +59,7 @@ def compare(groups):
         m["demand"] = demand["t"] if demand else None
         m["of"] = m["speed"] / whole["speed"] if whole else None
         least = min(m["compute"], m["copy"]) if m["ratio"] is not None else 0
-        m["overlap"] = (m["demand"] - m["t"]) / least if demand and gating != "gate" and least > 0 else None
+        m["overlap"] = (m["demand"] - m["t"]) / least if demand and gating != "gate" and "+" not in gating and least > 0 else None
     return pace
 
 
@@ -102,6 +104,20 @@ def nearest(groups):
         table(lines)
 
 
+def cold_choices(groups):
+    """How near `auto` is to the better of copying and computing on the host."""
+    lines = [("case", "routing", "device", "gating", "fetch", "host", "auto", "auto / better")]
+    for (case, routing, memory, gating), m in groups.items():
+        host, auto = (groups.get((case, routing, memory, f"{gating}+{cold}")) for cold in ("host", "auto"))
+        if not host or not auto:
+            continue
+        speeds = [of["speed"] for of in (m, host, auto)]
+        lines.append((case, routing or "gates", memory, gating, *(f"{s:.0f}" for s in speeds), percent(speeds[2] / max(speeds[:2]))))
+    if len(lines) > 1:
+        print("\nCold experts, tokens/s")
+        table(lines)
+
+
 def main():
     ratios_alone = sys.argv[1] == "--ratios"
     groups = read(sys.argv[2:] if ratios_alone else sys.argv[1:])
@@ -114,6 +130,7 @@ def main():
         return
     table([HEADING] + [line(key, m) for key, m in groups.items()])
     nearest(groups)
+    cold_choices(groups)
 
 
 main()
