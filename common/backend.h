@@ -70,7 +70,7 @@ typedef struct moe_route {
  *   moe(t) = fma over j = 0..counts[t]-1 of weights[t, j] · outputs[t, j, :], starting from 0, in that order.
  * exact: slot j is the token's j-th expert in ascending order. partial: slot j is a worker's weighted sum, weight 1. */
 typedef struct moe_combine {
-    const void *outputs;   /* [rows, top_k, H] of dtype, host */
+    const void *outputs;   /* [rows, top_k, H] of dtype, host; NULL: what layer_ffn_submit left with the rows, float32 */
     moe_dtype dtype;       /* moe_expert_output_dtype */
     const float *weights;  /* [rows, top_k] */
     const int32_t *counts; /* [rows], each ≤ top_k */
@@ -89,7 +89,7 @@ typedef struct moe_segment {
     moe_combine combine; /* read by segments 1 … M */
 
     /* outputs of segments 0 … M-1 */
-    void *activations;          /* [rows, H]: the expert input (post-attention norm), host */
+    void *activations;          /* [rows, H]: the expert input (post-attention norm), host; NULL: it stays with the rows alone */
     bool want_gate;             /* fill `route` from this layer's gate */
     moe_route route;            /* */
     moe_route_source want_next; /* NONE, PRE_GATE or NEXT_GATE: fill `next`; ignored at the last MoE layer */
@@ -147,6 +147,19 @@ typedef struct moe_ffn_batch {
     int32_t block_lo, block_hi; /* 0, MOE_FFN_BLOCKS for whole experts; else an aligned power-of-two range */
     void *out;                  /* exact [num_assignments, H], partial [num_rows, H], host, of moe_expert_output_dtype */
 } moe_ffn_batch;
+
+/* Routed experts on a micro-batch where it is: between the segment of a MoE layer and the next one. What experts are given and what
+ * comes out stays with the rows, so that only the routing crosses to the host. A layer may take several such jobs, each with the
+ * experts that have come meanwhile; together they fill every slot, and no slot twice. Slot row · top_k + j is of the row's j-th expert. */
+typedef struct moe_layer_ffn {
+    moe_rows *rows;
+    int32_t num_rows;              /* as in the segment */
+    const int32_t *experts;        /* [num_rows, top_k]: whom the layer routes to, ascending in each row */
+    moe_expert *const *handles;    /* [num_experts]: whole experts of this job; NULL: not of this one */
+    const int32_t *given_slots;    /* [num_given]: slots whose outputs somebody else has computed, */
+    const float *given;            /* [num_given, H]: which are these */
+    int32_t num_given;
+} moe_layer_ffn;
 
 /* What one expert takes. Its image is the expert in the backend's own layout, in host memory. */
 typedef struct moe_expert_size {
@@ -224,7 +237,7 @@ typedef struct moe_backend_ops {
     int64_t (*kv_block_bytes)(const moe_backend *b, const moe_model_config *config); /* of all layers together */
     moe_status (*rows_create)(moe_backend *b, moe_base *base, int32_t max_rows, moe_rows **out, moe_error *err);
     void (*rows_free)(moe_backend *b, moe_rows *rows);
-    /* `segment` and all it points to stay in place until done. Bad rows (non-finite values) are results, not errors. */
+    /* `segment` and all it points to stay in place until done; layer_ffn_submit says in which order they run. Bad rows (non-finite values) are results, not errors. */
     void (*segment_submit)(moe_backend *b, moe_base *base, const moe_segment *segment, moe_job *job);
 
     /* Packs one expert; [block_lo, block_hi) as in moe_ffn_batch (0, MOE_FFN_BLOCKS: whole). load and bytes may be called from
@@ -235,6 +248,9 @@ typedef struct moe_backend_ops {
     int64_t (*expert_bytes)(const moe_expert *expert);
     /* `batch` and all it points to stay in place until done. */
     void (*ffn_submit)(moe_backend *b, const moe_ffn_batch *batch, moe_job *job);
+    /* `ffn` and all it points to but `rows` stay in place until done. Segments and these jobs of the same rows take effect in the order
+     * of their submission: each may be submitted while those before it run. */
+    void (*layer_ffn_submit)(moe_backend *b, moe_base *base, const moe_layer_ffn *ffn, moe_job *job);
 
     /* Slots, for shards larger than the device's memory. An expert is packed once into an image in host memory and copied into a
      * slot whenever it is wanted; then the slot is that expert, with the bits of expert_load's. All weights that share slots have

@@ -2,6 +2,7 @@
  * (`step`), driven by a thread in production and by the virtual clock in the simulation. */
 #pragma once
 #include "common/backend.h"
+#include "common/layer_experts.h"
 #include "common/model/expert_budget.h"
 #include "common/timeline.h"
 #include "proto/rpc.h"
@@ -57,6 +58,9 @@ typedef struct moe_engine_config {
      * worker one by one. */
     moe_expert *const *(*local_experts)(void *ctx);
     void *local_worker;
+    /* That worker's experts, layer by layer, on micro-batches where they are: where whole local steps are not possible. ops NULL: layers
+     * are always sent to the worker as messages. */
+    moe_layer_experts layer_experts;
     /* NULL, or called on the engine's thread after the routing of every layer; then there are no local steps. With one micro-batch
      * the calls of a forward step stand together. */
     void (*on_layer)(void *ctx, const moe_layer_view *view);
