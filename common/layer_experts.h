@@ -6,6 +6,7 @@
 /* One MoE layer of a micro-batch. The caller's; in place until `ended`. */
 typedef struct moe_layer_call {
     /* set by the caller before `begin` */
+    moe_base *base; /* the model's base layers, as layer_ffn_submit wants them */
     uint64_t step; /* tells forward steps apart */
     int32_t layer; /* MoE layer */
     int32_t num_rows;
@@ -14,6 +15,7 @@ typedef struct moe_layer_call {
     /* What the layer's experts are given, [num_rows, H] of the backend's dtype, host: where `wants_activations`, as soon as the
      * layer's segment has ended; it may be set after begin. NULL until then. */
     const void *activations;
+    int64_t given_ns; /* when that segment was seen to have ended: waits count as stalls from then on; 0: it has not yet */
 
     /* set by the other side */
     bool submitted; /* everything is with the backend: the next segment may be submitted */
