@@ -237,7 +237,8 @@ typedef struct moe_backend_ops {
     int64_t (*kv_block_bytes)(const moe_backend *b, const moe_model_config *config); /* of all layers together */
     moe_status (*rows_create)(moe_backend *b, moe_base *base, int32_t max_rows, moe_rows **out, moe_error *err);
     void (*rows_free)(moe_backend *b, moe_rows *rows);
-    /* `segment` and all it points to stay in place until done; layer_ffn_submit says in which order they run. Bad rows (non-finite values) are results, not errors. */
+    /* `segment` and all it points to stay in place until done; layer_ffn_submit says in which order they run. Bad rows (non-finite
+     * values) are results, not errors. */
     void (*segment_submit)(moe_backend *b, moe_base *base, const moe_segment *segment, moe_job *job);
 
     /* Packs one expert; [block_lo, block_hi) as in moe_ffn_batch (0, MOE_FFN_BLOCKS: whole). load and bytes may be called from

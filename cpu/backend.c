@@ -9,6 +9,7 @@
 #include "cpu/cpu.h"
 #include "cpu/host_experts.h"
 #include "cpu/isa.h"
+#include "cpu/layer_ffn.h"
 #include "cpu/local.h"
 #include "cpu/single.h"
 #include "cpu/slots.h"
@@ -147,6 +148,16 @@ static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job)
     moe_cpu_runner_submit(cpu_of(b)->runner, ffn_work, b, NULL, batch, brief, job);
 }
 
+static moe_status layer_ffn_work(const moe_cpu_run *run, void *backend, const void *base, const void *request, moe_error *err) {
+    cpu_backend *cpu = backend;
+    return moe_cpu_layer_ffn(cpu->kernels, &cpu->scratch, run, &((const moe_base *)base)->model->config, request, err);
+}
+
+static void layer_ffn_submit(moe_backend *b, moe_base *base, const moe_layer_ffn *ffn, moe_job *job) {
+    bool brief = !cpu_of(b)->background && moe_cpu_layer_ffn_multiply_adds(&base->model->config, ffn) <= BRIEF_WORK;
+    moe_cpu_runner_submit(cpu_of(b)->runner, layer_ffn_work, b, base, ffn, brief, job);
+}
+
 static moe_expert_size expert_size(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi) {
     moe_cpu_ffn ffn = moe_cpu_ffn_shape(((const cpu_backend *)b)->kernels, weights, block_lo, block_hi);
     return (moe_expert_size){moe_cpu_ffn_bytes(&ffn), moe_cpu_ffn_bytes(&ffn)};
@@ -224,6 +235,7 @@ static const moe_backend_ops common_ops = {
     .expert_free = expert_free,
     .expert_bytes = expert_bytes,
     .ffn_submit = ffn_submit,
+    .layer_ffn_submit = layer_ffn_submit,
     .expert_size = expert_size,
     .expert_pack = expert_pack,
     .slots_create = slots_create,

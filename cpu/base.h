@@ -31,11 +31,11 @@ typedef struct moe_cpu_row_span {
     int32_t first, count;
 } moe_cpu_row_span;
 
-/* All buffers are [max_rows, …] and belong to the segment that runs, but for `hidden` and `normed`, which the next reads. */
+/* All buffers are [max_rows, …] and belong to the segment that runs, but for `hidden`, `normed` and `outputs`, which the next reads. */
 struct moe_rows {
     int32_t max_rows;
     float *hidden;            /* [H]: the residual stream */
-    float *normed;            /* [H]: input of a layer's attention or experts */
+    float *normed;            /* [H]: input of a layer's attention or experts; of these, values that fit the backend's dtype */
     float *qkv;               /* [(heads + 2 kv) · d] */
     float *attention;         /* [heads · d] */
     float *delta;             /* [H]: output of an attention or FFN before it is added */
@@ -48,6 +48,7 @@ struct moe_rows {
     size_t attention_floats;
     float *logits; /* owned; [logit rows, V] where the caller wants the highest alone; grows */
     size_t logits_floats;
+    float *outputs; /* owned; [top_k, H] of routed experts; NULL until a job on these rows fills them */
 };
 
 moe_status moe_cpu_base_load(const moe_cpu_kernels *kernels, const moe_model *model, void (*progress)(void *ctx, double fraction),
@@ -66,6 +67,8 @@ void moe_cpu_kv_store(const moe_cpu_kv_layer *kv, const int32_t *blocks, int32_t
                       const float *values);
 
 moe_status moe_cpu_rows_create(const moe_model_config *config, int32_t max_rows, moe_rows **out, moe_error *err);
+/* Makes `outputs`, where there are none. RESOURCE_EXHAUSTED. */
+moe_status moe_cpu_rows_reserve_outputs(moe_rows *rows, const moe_model_config *config, moe_error *err);
 void moe_cpu_rows_free(moe_rows *rows); /* NULL is allowed */
 
 /* The rows from `first` on as a micro-batch of its own, on the same memory; attention_scratch is the whole's. */

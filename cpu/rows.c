@@ -66,11 +66,19 @@ moe_status moe_cpu_rows_create(const moe_model_config *c, int32_t max_rows, moe_
     return MOE_OK;
 }
 
+moe_status moe_cpu_rows_reserve_outputs(moe_rows *rows, const moe_model_config *c, moe_error *err) {
+    if (rows->outputs) return MOE_OK;
+    rows->outputs = moe_alloc_aligned((size_t)rows->max_rows * (size_t)c->top_k, (size_t)c->hidden * sizeof(float));
+    if (rows->outputs) return MOE_OK;
+    return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the expert outputs of a micro-batch of %d rows", rows->max_rows);
+}
+
 void moe_cpu_rows_free(moe_rows *rows) {
     if (!rows) return;
     moe_free(rows->memory);
     moe_free(rows->spans);
     moe_free(rows->attention_scratch);
     moe_free(rows->logits);
+    moe_free(rows->outputs);
     moe_free(rows);
 }

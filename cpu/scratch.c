@@ -36,6 +36,12 @@ moe_cpu_scratch *moe_cpu_scratch_take(moe_cpu_scratch_list *list, size_t bytes) 
     return NULL;
 }
 
+void *moe_cpu_scratch_part(void *block, size_t *at, size_t count, size_t size) {
+    void *here = block ? (uint8_t *)block + *at : NULL;
+    *at += (count * size + MOE_ALIGNMENT_BYTES - 1) / MOE_ALIGNMENT_BYTES * MOE_ALIGNMENT_BYTES;
+    return here;
+}
+
 void moe_cpu_scratch_give_back(moe_cpu_scratch_list *list, moe_cpu_scratch *scratch) {
     if (!scratch) return;
     pthread_mutex_lock(&list->mutex);

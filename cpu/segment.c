@@ -121,7 +121,8 @@ static void expert_input_row(const stage *s, int32_t row) {
     float *normed = row_of(s->rows->normed, row, s->config->hidden);
     post_norm_row(s, row);
     moe_elements_round(normed, s->dtype, hidden);
-    moe_elements_narrow(normed, s->dtype, hidden, moe_row_at(s->segment->activations, s->dtype, s->config->hidden, row));
+    if (s->segment->activations)
+        moe_elements_narrow(normed, s->dtype, hidden, moe_row_at(s->segment->activations, s->dtype, s->config->hidden, row));
 }
 
 static void add_delta_row(const stage *s, int32_t row) {
@@ -450,6 +451,13 @@ moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, 
         .kernels = kernels, .dtype = dtype, .run = run, .base = base, .config = c, .segment = segment, .rows = segment->rows};
     MOE_ASSERT(segment->index >= 0 && segment->index <= c->num_moe_layers);
     MOE_ASSERT(segment->num_rows > 0 && segment->num_rows <= segment->rows->max_rows);
+    moe_segment from_rows = *segment;
+    if (segment->index > 0 && !segment->combine.outputs) {
+        from_rows.combine.outputs = segment->rows->outputs;
+        from_rows.combine.dtype = MOE_F32;
+        s.segment = &from_rows;
+        if (!segment->rows->outputs) return moe_fail(err, MOE_FAILED_PRECONDITION, "no job has left expert outputs with these rows");
+    }
     moe_status status = reserve_scores(&s, err);
     if (status != MOE_OK) return status;
     part_loop loop = {.whole = &s};

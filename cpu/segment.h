@@ -3,7 +3,7 @@
 #include "cpu/base.h"
 
 /* Runs a segment as backend.h defines it, on a backend of that dtype. RESOURCE_EXHAUSTED: out of memory for attention scores or
- * logits. */
+ * logits. FAILED_PRECONDITION: it is to combine what the rows hold, and they hold nothing. */
 moe_status moe_cpu_segment_run(const moe_cpu_kernels *kernels, moe_dtype dtype, const moe_cpu_run *run, const moe_base *base,
                                const moe_segment *segment, moe_error *err);
 

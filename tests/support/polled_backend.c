@@ -61,6 +61,11 @@ static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job)
     add(b, (moe_polled_job){.job = job, .batch = batch});
 }
 
+static void layer_ffn_submit(moe_backend *b, moe_base *base, const moe_layer_ffn *ffn, moe_job *job) {
+    polled_of(b)->num_layers++;
+    add(b, (moe_polled_job){.job = job, .base = base, .layer = ffn});
+}
+
 static void local_submit(moe_backend *b, moe_base *base, moe_local *local, const moe_local_step *step, moe_job *job) {
     polled_of(b)->num_local++;
     add(b, (moe_polled_job){.job = job, .base = base, .local = local, .step = step});
@@ -97,6 +102,8 @@ static void run(moe_polled_backend *p, const moe_polled_job *j) {
         real->ops->segment_submit(real, j->base, j->segment, j->job);
     else if (j->batch)
         real->ops->ffn_submit(real, j->batch, j->job);
+    else if (j->layer)
+        real->ops->layer_ffn_submit(real, j->base, j->layer, j->job);
     else
         run_local(p, j);
 }
@@ -130,6 +137,7 @@ void moe_polled_init(moe_polled_backend *p, moe_backend *real, int polls_a_job) 
     p->ops.expert_load = expert_load;
     p->ops.expert_free = expert_free;
     p->ops.ffn_submit = ffn_submit;
+    p->ops.layer_ffn_submit = layer_ffn_submit;
     p->ops.local_create = local_create;
     p->ops.local_free = local_free;
     p->ops.local_submit = local_submit;

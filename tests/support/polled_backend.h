@@ -9,8 +9,9 @@ typedef struct moe_polled_job {
     moe_job *job;
     moe_base *base;
     moe_local *local;           /* with `step` */
-    const moe_segment *segment; /* one of these three */
+    const moe_segment *segment; /* one of these four */
     const moe_ffn_batch *batch; /* */
+    const moe_layer_ffn *layer; /* */
     const moe_local_step *step; /* */
 } moe_polled_job;
 
@@ -21,7 +22,7 @@ typedef struct moe_polled_backend {
     moe_polled_job jobs[MOE_POLLED_MAX_JOBS];
     int num_jobs;
     int polls_a_job, polls_left; /* until the first of `jobs` ends */
-    int64_t num_polls, num_ended, num_local;
+    int64_t num_polls, num_ended, num_local, num_layers;
     int64_t spoil_local; /* the n-th local step with logits (1: the next): its first row is not finite; 0: none */
 } moe_polled_backend;
 
