@@ -6,6 +6,7 @@
 #include "common/alloc.h"
 #include "cuda/cuda.h"
 #include "cuda/fill.h"
+#include "cuda/layer_ffn.h"
 #include "cuda/local.h"
 
 static void close_backend(moe_backend *backend) {
@@ -106,6 +107,11 @@ static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job)
     moe_cuda_ffn_submit(moe_cuda_of(b), batch, job);
 }
 
+static void layer_ffn_submit(moe_backend *b, moe_base *base, const moe_layer_ffn *ffn, moe_job *job) {
+    moe_cuda_device_use(&moe_cuda_of(b)->device);
+    moe_cuda_layer_ffn_submit(moe_cuda_of(b), base, ffn, job);
+}
+
 static moe_expert_size expert_size(const moe_backend *b, const moe_ffn_weights *weights, int32_t block_lo, int32_t block_hi) {
     return moe_cuda_expert_size(weights, block_lo, block_hi, b->dtype);
 }
@@ -170,6 +176,7 @@ static const moe_backend_ops common_ops = {
     .expert_free = expert_free,
     .expert_bytes = expert_bytes,
     .ffn_submit = ffn_submit,
+    .layer_ffn_submit = layer_ffn_submit,
     .expert_size = expert_size,
     .expert_pack = expert_pack,
     .expert_layout = expert_layout,

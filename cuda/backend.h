@@ -5,9 +5,9 @@
 #include "cuda/groups.h"
 #include "cuda/jobs.h"
 
-#define MOE_CUDA_MAX_LANES 32 /* expert batches in flight */
+#define MOE_CUDA_MAX_LANES 32 /* expert batches in flight, of the host's rows or of micro-batches */
 
-/* What one expert batch in flight has to itself. */
+/* What one expert batch in flight has to itself. One on a micro-batch uses `in` alone: it runs where the micro-batch does. */
 typedef struct moe_cuda_lane {
     cudaStream_t stream;
     moe_cuda_buffer device, in, out; /* in, out: pinned */
@@ -31,9 +31,12 @@ typedef struct moe_cuda {
 
 static inline moe_cuda *moe_cuda_of(moe_backend *backend) { return (moe_cuda *)backend; }
 
+/* A lane for a job that is being submitted, until it has ended; the jobs' lock is held. RESOURCE_EXHAUSTED. */
+moe_status moe_cuda_lane_take(moe_cuda *cuda, moe_cuda_job *job, moe_cuda_lane **out, moe_error *err);
+void moe_cuda_lanes_close(moe_cuda *cuda);
+
 /* As ffn_submit of backend.h. */
 void moe_cuda_ffn_submit(moe_cuda *cuda, const moe_ffn_batch *batch, moe_job *job);
-void moe_cuda_lanes_close(moe_cuda *cuda);
 
 /* As rows_create, rows_free and segment_submit of backend.h. */
 moe_status moe_cuda_rows_create(moe_cuda *cuda, const moe_base *base, int32_t max_rows, moe_rows **out, moe_error *err);

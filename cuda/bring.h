@@ -3,6 +3,7 @@
  * read the host's memory directly instead. */
 #pragma once
 #include <cuda_runtime_api.h>
+#include <stdint.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -15,6 +16,8 @@ extern "C" {
 cudaError_t moe_cuda_bring(void *to, const void *from, size_t bytes, cudaStream_t stream);
 /* The first `bytes` of `rows` rows, `pitch` bytes apart on both sides. */
 cudaError_t moe_cuda_bring_rows(void *to, const void *from, size_t pitch, size_t bytes, size_t rows, cudaStream_t stream);
+/* to[places[i], :] = from[i, :] for `rows` rows of `width` float32; places: device, may have been brought just before. */
+cudaError_t moe_cuda_bring_to_places(float *to, const float *from, const int32_t *places, size_t rows, size_t width, cudaStream_t stream);
 
 #ifdef __cplusplus
 }

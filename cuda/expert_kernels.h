@@ -72,6 +72,7 @@ typedef struct moe_cuda_ffn {
     const void *x;                            /* bf16 [rows, H] */
     void *inner;                              /* bf16 [A, width], scratch */
     float *y;                                 /* [A, H]; or more rows, where slot_of says so */
+    bool brought;                             /* the launch before this one wrote the tables of [G]: nothing is read ahead of its end */
 } moe_cuda_ffn;
 
 /* y as above. Results of a row depend neither on the other rows nor on tile_tokens: every element is summed over K in one order

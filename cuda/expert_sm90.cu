@@ -276,7 +276,9 @@ cudaError_t make_map(const void *matrix, int64_t rows, int64_t columns, int box_
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t launch(const variant &v, kernel k, const product &p, const CUtensorMap &map, const moe_cuda_ffn &f, cudaStream_t stream) {
+// early: the kernel may start, and read the table of maps, before the one before it has ended.
+cudaError_t launch(const variant &v, kernel k, const product &p, const CUtensorMap &map, const moe_cuda_ffn &f, bool early,
+                   cudaStream_t stream) {
     int64_t token_tiles = f.num_assignments / v.tokens + (f.num_assignments < f.num_groups ? f.num_assignments : f.num_groups);
     int64_t tiles = token_tiles * ((p.features + v.features - 1) / v.features);
     cudaLaunchAttribute dependent = {};
@@ -288,7 +290,7 @@ cudaError_t launch(const variant &v, kernel k, const product &p, const CUtensorM
     config.dynamicSmemBytes = (size_t)(v.bytes + list_bytes(p.num_groups));
     config.stream = stream;
     config.attrs = &dependent;
-    config.numAttrs = 1;
+    config.numAttrs = early ? 1 : 0;
     return cudaLaunchKernelEx(&config, k, p, map);
 }
 
@@ -310,8 +312,10 @@ cudaError_t moe_cuda_expert_ffn_sm90(const moe_cuda_ffn *args, cudaStream_t stre
         if (v.tile != args->tile_tokens) continue;
         alignas(64) CUtensorMap map = {};
         cudaError_t error = !v.bulk ? cudaSuccess : make_map(args->inner, args->num_assignments, args->width, v.tokens, &map);
-        if (error == cudaSuccess) error = launch(v, args->gated ? v.gate_up : v.up, first_product(*args), map, *args, stream);
-        return error != cudaSuccess ? error : launch(v, v.down, second_product(*args), map, *args, stream);
+        kernel first = args->gated ? v.gate_up : v.up;
+        if (error == cudaSuccess) error = launch(v, first, first_product(*args), map, *args, !args->brought, stream);
+        if (error == cudaSuccess) error = launch(v, v.down, second_product(*args), map, *args, true, stream);
+        return error;
     }
     return cudaErrorInvalidValue;
 }

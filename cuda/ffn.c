@@ -1,55 +1,7 @@
 /* Expert batches from the host: routing and rows in, expert outputs or their sums out. */
-#include "common/alloc.h"
 #include "cuda/backend.h"
 
 #define ADVICE "send fewer rows at once (--max-num-batched-tokens), or hold fewer experts here"
-
-/* ---- lanes ---- */
-
-static moe_status new_lane(moe_cuda *cuda, moe_cuda_lane **out, moe_error *err) {
-    if (cuda->num_lanes >= MOE_CUDA_MAX_LANES)
-        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "%d expert batches are in flight on this GPU, the most that may be",
-                        cuda->num_lanes);
-    moe_cuda_lane *lane = moe_calloc(1, sizeof *lane);
-    if (!lane) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for an expert batch");
-    moe_status status = moe_cuda_check(cudaStreamCreateWithFlags(&lane->stream, cudaStreamNonBlocking), "creating a stream", err);
-    lane->in.pinned = lane->out.pinned = true;
-    if (status == MOE_OK) {
-        cuda->num_lanes++;
-        *out = lane;
-    } else {
-        moe_free(lane);
-    }
-    return status;
-}
-
-static moe_status take_lane(moe_cuda *cuda, moe_cuda_lane **out, moe_error *err) {
-    if (!cuda->idle_lanes) return new_lane(cuda, out, err);
-    *out = cuda->idle_lanes;
-    cuda->idle_lanes = (*out)->next;
-    return MOE_OK;
-}
-
-static void give_lane_back(void *owner, void *resource) {
-    moe_cuda *cuda = owner;
-    moe_cuda_lane *lane = resource;
-    lane->next = cuda->idle_lanes;
-    cuda->idle_lanes = lane;
-}
-
-void moe_cuda_lanes_close(moe_cuda *cuda) {
-    while (cuda->idle_lanes) {
-        moe_cuda_lane *lane = cuda->idle_lanes;
-        cuda->idle_lanes = lane->next;
-        moe_cuda_buffer_free(&lane->device);
-        moe_cuda_buffer_free(&lane->in);
-        moe_cuda_buffer_free(&lane->out);
-        cudaStreamDestroy(lane->stream);
-        moe_free(lane);
-    }
-}
-
-/* ---- one batch ---- */
 
 typedef struct ffn_run {
     moe_cuda *cuda;
@@ -232,13 +184,8 @@ void moe_cuda_ffn_submit(moe_cuda *cuda, const moe_ffn_batch *batch, moe_job *jo
     pthread_mutex_lock(&cuda->jobs.lock);
     moe_status status = moe_cuda_job_begin(&cuda->jobs, job, &r.slot, &err);
     if (status == MOE_OK) {
-        r.status = take_lane(cuda, &r.lane, &err);
-        if (r.status == MOE_OK) {
-            r.slot->release = give_lane_back;
-            r.slot->owner = cuda;
-            r.slot->resource = r.lane;
-            enqueue(&r);
-        }
+        r.status = moe_cuda_lane_take(cuda, r.slot, &r.lane, &err);
+        if (r.status == MOE_OK) enqueue(&r);
         status = r.status;
         if (status == MOE_OK)
             moe_cuda_job_submit(&cuda->jobs, r.slot);

@@ -52,7 +52,8 @@ cudaError_t moe_cuda_groups_run(const moe_cuda_groups *g, cudaStream_t stream) {
                          .down = g->down,
                          .x = g->x,
                          .inner = g->inner,
-                         .y = g->y};
+                         .y = g->y,
+                         .brought = g->brought};
     args.tile_tokens = moe_cuda_tune_tile(g->tune, s->hidden, width, g->num_assignments, g->num_groups);
     return moe_cuda_expert_ffn(&args, stream);
 }

@@ -20,6 +20,7 @@ typedef struct moe_cuda_groups {
     const void *x;
     void *inner; /* [num_assignments, padded] */
     float *y;
+    bool brought; /* as moe_cuda_ffn has it */
 } moe_cuda_groups;
 
 /* In the bfloat16 profile the tensor cores compute what they have kernels for; the simple kernels the rest. By shape alone, never

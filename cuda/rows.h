@@ -39,7 +39,7 @@ struct moe_rows {
     moe_cuda_buffer segment_in, segment_device; /* what each segment brings */
     moe_cuda_buffer outputs_in, out;            /* pinned: expert outputs from pageable memory; results */
     moe_cuda_buffer partial;                    /* of attention over long contexts */
-    moe_cuda_buffer experts;                    /* of local steps: routing and inner products, see local.c */
+    moe_cuda_buffer experts;                    /* routing and inner products of local steps and of jobs of layer_ffn.c, one at a time */
 };
 
 static inline moe_cuda_queue moe_cuda_rows_queue(const moe_cuda *cuda, const moe_rows *rows) {

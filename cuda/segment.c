@@ -43,8 +43,8 @@ static void reserve_all(stage *s, moe_cuda_parcel *brought) {
     s->pass.direct = direct && moe_cuda_is_pinned(direct);
     if (g->index > 0) {
         brought->capacity = moe_cuda_parcel_bytes(route_bytes(s)) + moe_cuda_parcel_bytes(rows * sizeof(int32_t));
-        s->direct_outputs = moe_cuda_is_pinned(g->combine.outputs);
-        if (!s->direct_outputs)
+        s->direct_outputs = g->combine.outputs && moe_cuda_is_pinned(g->combine.outputs);
+        if (g->combine.outputs && !s->direct_outputs)
             reserve(s, &r->outputs_in,
                     rows * (size_t)(s->pass.config->top_k * s->pass.config->hidden) * moe_dtype_bytes(g->combine.dtype));
     }
@@ -55,7 +55,7 @@ static void reserve_all(stage *s, moe_cuda_parcel *brought) {
             has_logits(s)
                 ? moe_cuda_pass_logits_bytes(&s->pass)
                 : 4 * moe_cuda_parcel_bytes(route_bytes(s)) + 2 * moe_cuda_parcel_bytes(router_bytes(s)) +
-                      (s->pass.direct ? 0 : moe_cuda_parcel_bytes(activations)));
+                      (!g->activations || s->pass.direct ? 0 : moe_cuda_parcel_bytes(activations)));
     brought->pinned = r->segment_in.memory;
     brought->device = r->segment_device.memory;
 }
@@ -103,10 +103,10 @@ static void combine(stage *s) {
         MOE_ASSERT(in->counts[row] >= 0 && in->counts[row] <= p->config->top_k);
         slots = in->counts[row] > slots ? in->counts[row] : slots;
     }
-    bring_outputs(s, slots);
+    if (in->outputs) bring_outputs(s, slots); /* else they are there */
     moe_cuda_pass_mark(p, MOE_CUDA_BEGIN);
     p->pending.outputs = p->rows->outputs;
-    p->pending.outputs_dtype = in->dtype;
+    p->pending.outputs_dtype = in->outputs ? in->dtype : MOE_F32;
     p->pending.top_k = p->config->top_k;
     moe_cuda_pass_shared(p, &p->base->layers[first_layer(s) - 1]);
 }
@@ -153,7 +153,7 @@ static void give_to_experts(stage *s) {
     size_t bytes = (size_t)g->num_rows * (size_t)p->config->hidden * moe_dtype_bytes(p->cuda->public.dtype);
     moe_cuda_pass_mark(p, MOE_CUDA_END);
     if (g->want_gate) give_route(s, 0, &g->route, g->gate_logits);
-    moe_cuda_pass_give(p, g->activations, p->rows->normed, bytes, p->direct);
+    if (g->activations) moe_cuda_pass_give(p, g->activations, p->rows->normed, bytes, p->direct);
     if (has_next(s)) give_route(s, 1, &g->next, g->next_logits);
 }
 
