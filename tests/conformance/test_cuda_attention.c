@@ -33,6 +33,7 @@ static void *device_memory(size_t bytes) {
 static void *to_device(const void *from, size_t bytes) {
     void *p = device_memory(bytes);
     ok(cudaMemcpy(p, from, bytes, cudaMemcpyHostToDevice));
+    ok(cudaStreamSynchronize(0)); /* from pageable memory it returns once it is staged, and the queue's stream does not wait for it */
     return p;
 }
 
@@ -201,6 +202,7 @@ static void free_layout(layout *l) {
 static void run_attention(layout *l, const moe_cuda_piece *pieces, const moe_cuda_tile *tiles, int32_t count) {
     size_t bytes = (size_t)l->num_rows * (size_t)l->shape.num_heads * (size_t)l->shape.head_dim * 2;
     ok(cudaMemset(l->args.y, 0xff, bytes));
+    ok(cudaStreamSynchronize(0));
     if (pieces) {
         l->args.pieces = to_device(pieces, (size_t)count * sizeof *pieces);
         l->args.num_pieces = to_device(&count, 4);
@@ -606,6 +608,7 @@ static void check_linear(int32_t n, int32_t k, moe_cuda_out out) {
             ok(cudaMemcpy(a.y, before, (size_t)(MOST * n) * 4, cudaMemcpyHostToDevice));
         else
             ok(cudaMemset(a.y, 0xff, (size_t)(MOST * n) * 4));
+        ok(cudaStreamSynchronize(0));
         a.rows = counts[c];
         ok(moe_cuda_linear_few(&queue, &a));
         from_device(got, a.y, bytes);
