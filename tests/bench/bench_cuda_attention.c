@@ -42,6 +42,7 @@ static void *device_memory(int64_t bytes) {
 static void *to_device(const void *from, int64_t bytes) {
     void *p = device_memory(bytes);
     ok(cudaMemcpy(p, from, (size_t)bytes, cudaMemcpyHostToDevice), "copy");
+    ok(cudaStreamSynchronize(0), "copy"); /* the queue's stream does not wait for this one */
     return p;
 }
 
@@ -62,6 +63,7 @@ static void *random_bf16(int64_t count) {
 static void *zeros(int64_t bytes) {
     void *p = device_memory(bytes);
     ok(cudaMemset(p, 0, (size_t)bytes), "cudaMemset");
+    ok(cudaStreamSynchronize(0), "cudaMemset");
     return p;
 }
 
