@@ -26,7 +26,7 @@ run() {
   rm -f "$log"
 }
 
-tests=(test_backend_ops test_cuda_backend test_cuda_bfloat16 test_demo_logits test_fixture_logits test_local_steps)
+tests=(test_backend_ops test_cuda_backend test_cuda_bfloat16 test_demo_logits test_fixture_logits test_layer_ffn test_local_steps)
 for extra in "$build"/tests/test_cuda_*; do
   name=$(basename "$extra")
   [[ " ${tests[*]} " == *" $name "* ]] || tests+=("$name")

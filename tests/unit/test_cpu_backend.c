@@ -7,6 +7,8 @@
 #include "tests/support/reference_driver.h"
 #include "tests/support/test.h"
 
+#define MAX_EXPERTS 64
+
 static void isa_names(void **state) {
     moe_backend *backend;
     moe_error err;
@@ -147,6 +149,43 @@ static void jobs_without_memory(void **state) {
     moe_model_close(&model);
 }
 
+/* Expert outputs that stay with the rows: made by the first job that needs them, or its failure; a segment finds them or fails. */
+static void layer_jobs_without_memory(void **state) {
+    moe_model *model = open_model();
+    loaded l = {0};
+    moe_expert *handles[MAX_EXPERTS];
+    int32_t experts[MOE_MAX_TOP_K], zero = 0, counts[] = {model->config.top_k}, failures = 0;
+    float weights[MOE_MAX_TOP_K] = {0};
+    (void)state;
+    assert_in_range(model->config.num_experts, model->config.top_k, MAX_EXPERTS);
+    assert_int_equal(load(model, &l), MOE_OK);
+    for (int32_t e = 0; e < model->config.num_experts; e++) handles[e] = l.expert;
+    for (int32_t j = 0; j < model->config.top_k; j++) experts[j] = j;
+    const moe_layer_ffn ffn = {.rows = l.rows, .num_rows = 1, .experts = experts, .handles = handles};
+    moe_kv_view view = {.blocks = &zero, .num_blocks = 1};
+    moe_segment segment = {.index = 1, .num_rows = 1, .rows = l.rows, .kv = l.kv, .token_ids = &zero, .positions = &zero};
+    segment.sequences = &zero;
+    segment.views = &view;
+    segment.num_views = 1;
+    segment.combine = (moe_combine){NULL, MOE_F32, weights, counts};
+    moe_job job = {.done = keep_status}, segment_job = {.done = keep_status};
+    l.backend->ops->segment_submit(l.backend, l.base, &segment, &segment_job);
+    assert_int_equal(segment_job.status, MOE_FAILED_PRECONDITION);
+    do {
+        moe_alloc_fail_after(failures + 1);
+        l.backend->ops->layer_ffn_submit(l.backend, l.base, &ffn, &job);
+        moe_alloc_fail_after(0);
+        if (job.status != MOE_OK) assert_int_equal(job.status, MOE_RESOURCE_EXHAUSTED);
+        failures += job.status != MOE_OK;
+        assert_true(failures < 100);
+    } while (job.status != MOE_OK);
+    assert_true(failures >= 2); /* the outputs, and working memory */
+    l.backend->ops->segment_submit(l.backend, l.base, &segment, &segment_job);
+    assert_int_equal(segment_job.status, MOE_OK);
+    unload(&l);
+    moe_model_close(&model);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(isa_names),
@@ -154,6 +193,7 @@ int main(void) {
         cmocka_unit_test(sizes),
         cmocka_unit_test(loading_without_memory),
         cmocka_unit_test(jobs_without_memory),
+        cmocka_unit_test(layer_jobs_without_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
