@@ -177,6 +177,8 @@ bool moe_worker_node_step(moe_worker_node *n) {
 
 moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *n) { return moe_worker_lend_experts(n->worker); }
 
+moe_layer_experts moe_worker_node_layer_experts(moe_worker_node *n) { return moe_worker_layer_experts(n->worker); }
+
 moe_status moe_worker_node_resize(moe_worker_node *n, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
                                   moe_error *err) {
     return moe_worker_resize(n->worker, device, cold, copy_bytes_per_s, err);

@@ -3,6 +3,7 @@
 #pragma once
 #include "common/backend.h"
 #include "common/clock.h"
+#include "common/layer_experts.h"
 #include "common/store.h"
 #include "common/transport.h"
 #include "expert-worker/residency.h"
@@ -37,6 +38,8 @@ moe_status moe_worker_node_open(const moe_worker_node_config *config, moe_worker
 bool moe_worker_node_step(moe_worker_node *node);
 /* Of a `stepped` worker: as moe_worker_lend_experts. */
 moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *node);
+/* Of a `stepped` worker: as moe_worker_layer_experts. */
+moe_layer_experts moe_worker_node_layer_experts(moe_worker_node *node);
 /* Of a `stepped` worker with tiers, between two steps without a call: as moe_residency_resize. */
 moe_status moe_worker_node_resize(moe_worker_node *node, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
                                   moe_error *err);

@@ -17,12 +17,13 @@ typedef struct moe_layer_call {
     const void *activations;
     int64_t given_ns; /* when that segment was seen to have ended: waits count as stalls from then on; 0: it has not yet */
 
-    /* set by the other side */
+    /* set by the other side, perhaps inside `begin` */
     bool submitted; /* everything is with the backend: the next segment may be submitted */
     bool ended;     /* and has been computed, or failed; nothing refers to the call any more */
     moe_status status; /* not OK: the layer's outputs are of no use. May be set long before `ended`; then `submitted` never is */
     int64_t expert_ns, stall_ns, host_ns; /* once ended: computation of the device, waits for experts, computation of the host */
     char message[256];
+    struct moe_layer_call *next; /* while it waits for its turn; the other side's */
 } moe_layer_call;
 
 typedef struct moe_layer_experts_ops {

@@ -4,9 +4,7 @@
  * loop's thread only. */
 #pragma once
 #include "expert-worker/batch.h"
-#include "expert-worker/residency.h"
-
-typedef enum moe_pass_place { MOE_PASS_DEVICE, MOE_PASS_HOST, MOE_PASS_PLACES } moe_pass_place;
+#include "expert-worker/groups.h"
 
 typedef struct moe_pass {
     bool out;          /* it is with the backend */
@@ -17,9 +15,8 @@ typedef struct moe_pass {
 typedef struct moe_passes {
     moe_batch *batch; /* NULL: none is under way */
     moe_shard *shard;
-    bool split;            /* its first pass was not all of it */
-    int32_t num_left;      /* groups that no pass has taken */
-    int32_t num_undecided; /* of those, groups of which it is open where they are computed: their images are awaited */
+    bool split;        /* its first pass was not all of it */
+    moe_groups groups; /* of the batch */
     moe_pass pass[MOE_PASS_PLACES]; /* the newest of each */
 } moe_passes;
 

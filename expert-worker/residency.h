@@ -102,14 +102,12 @@ void moe_residency_drop(moe_residency *residency, int32_t layer, int32_t expert)
 
 /* `step`, a number that tells forward steps apart, will probably want the expert; layers are wanted in the order of the hints. */
 void moe_residency_hint(moe_residency *residency, uint64_t step, int32_t layer, int32_t expert);
-/* `step` has come to `layer`: what was announced of this layer and those before, and nobody wants any more, stays where it is; a
- * copy of it that is under way is given up. So moe_residency_expect comes first. */
 /* Nobody is going to want the expert soon: it is the first to make room. */
 void moe_residency_retire(moe_residency *residency, int32_t layer, int32_t expert);
 /* Whether the expert is in a slot, whole. */
 bool moe_residency_has(const moe_residency *residency, int32_t layer, int32_t expert);
-/* `step` has come to `layer`: what was announced of this layer and those before, and nobody wants any more, stays where it is.
- * Before moe_residency_expect. */
+/* `step` has come to `layer`: what was announced of this layer and those before, and nobody wants any more, stays where it is; a
+ * copy of it that is under way is given up. So moe_residency_expect comes first. */
 void moe_residency_reached(moe_residency *residency, uint64_t step, int32_t layer);
 /* A call that wants the expert was accepted: counts it as hit, late hit or miss. Until the call has ended the expert makes room
  * only for what a batch needs. */

@@ -10,7 +10,7 @@
 
 uint64_t moe_worker_progress(void *ctx) {
     const moe_worker *w = ctx;
-    return moe_batcher_progress(&w->batcher) + w->control.loaded;
+    return moe_batcher_progress(&w->batcher) + moe_layer_runs_progress(&w->runs) + w->control.loaded;
 }
 
 moe_status moe_worker_on_peer_up(void *ctx, const moe_rpc_peer *peer, moe_error *err) {
@@ -42,8 +42,9 @@ void moe_worker_on_peer_down(void *ctx, const moe_rpc_peer *peer) {
 
 /* ---- ExpertService ---- */
 
-/* Each answer tells what happened since the one before, whomever that went to: over all routers nothing is lost or counted twice. */
-static moe_forward_residency report_residency(moe_worker *w, const moe_work *work) {
+/* Each answer tells what happened since the one before, whomever that went to: over all routers, and the engine of this process, nothing
+ * is lost or counted twice. */
+static moe_forward_residency report_residency(moe_worker *w, int64_t stall_ns, int64_t host_ns) {
     if (!w->residency) return (moe_forward_residency){.present = false};
     moe_residency_counts now = moe_residency_counted(w->residency), told = w->told;
     w->told = now;
@@ -53,10 +54,10 @@ static moe_forward_residency report_residency(moe_worker *w, const moe_work *wor
                                    .misses = now.misses - told.misses,
                                    .copied_bytes = now.copied_bytes - told.copied_bytes,
                                    .wasted_bytes = now.wasted_bytes - told.wasted_bytes,
-                                   .stall_ns = (uint64_t)work->stall_ns,
+                                   .stall_ns = (uint64_t)stall_ns,
                                    .host_experts = now.host_experts - told.host_experts,
                                    .host_rows = now.host_rows - told.host_rows,
-                                   .host_ns = (uint64_t)work->host_ns};
+                                   .host_ns = (uint64_t)host_ns};
 }
 
 void moe_worker_answer_forward(void *ctx, moe_work *work) {
@@ -79,9 +80,14 @@ void moe_worker_answer_forward(void *ctx, moe_work *work) {
         .queue_ns = (uint64_t)(work->started_ns - work->arrived_ns),
         .dtype = moe_work_out_dtype(work, &w->shard),
         .out = work->out,
-        .residency = report_residency(w, work),
+        .residency = report_residency(w, work->stall_ns, work->host_ns),
     };
     moe_forward_respond(work->call, &result, moe_work_out_rows(work), w->config.model->config.hidden);
+}
+
+void moe_worker_layer_told(void *ctx, const moe_layer_call *call) {
+    const moe_forward_residency told = report_residency(ctx, call->stall_ns, call->host_ns);
+    if (told.present) moe_forward_residency_count(&told, call->layer);
 }
 
 /* Refuses a call that needs experts which are not here, and names them. */
@@ -295,9 +301,9 @@ static void fill_stats(const moe_worker *w, Moesaic__V1__StatsResponse *s) {
     s->incarnation = w->config.incarnation;
     s->progress = moe_worker_progress((void *)w);
     s->queued_calls = (uint32_t)w->batcher.num_queued;
-    s->calls = w->batcher.calls;
-    s->rows = w->batcher.rows;
-    s->compute_ns = w->batcher.compute_ns;
+    s->calls = w->batcher.calls + w->runs.calls;
+    s->rows = w->batcher.rows + w->runs.rows;
+    s->compute_ns = w->batcher.compute_ns + w->runs.compute_ns;
     s->expired = w->batcher.expired;
     s->weight_bytes = (uint64_t)w->shard.bytes;
     s->holdings = w->shard.holdings;

@@ -74,6 +74,34 @@ static moe_status make_residency(moe_worker *w, moe_error *err) {
     return status;
 }
 
+static moe_status make_runs(moe_worker *w, moe_error *err) {
+    const moe_worker_config *c = &w->config;
+    const moe_layer_runs_config runs = {.shard = &w->shard,
+                                        .backend = c->backend,
+                                        .host = w->batcher.config.host,
+                                        .transport = c->transport,
+                                        .clock = c->clock,
+                                        .timeline = c->timeline,
+                                        .ended = &w->batcher.jobs_ended,
+                                        .defect = moe_batcher_defect(&w->batcher),
+                                        .told = moe_worker_layer_told,
+                                        .ctx = w};
+    return moe_layer_runs_init(&w->runs, &runs, err);
+}
+
+/* What computes and serves, on shard and residency. */
+static moe_status make_service(moe_worker *w, moe_error *err) {
+    moe_status status = make_runs(w, err);
+    if (status != MOE_OK) return status;
+    status = make_control(w, err);
+    if (status == MOE_OK) {
+        status = make_rpc(w, err);
+        if (status != MOE_OK) moe_control_close(&w->control);
+    }
+    if (status != MOE_OK) moe_layer_runs_close(&w->runs);
+    return status;
+}
+
 static moe_status make_parts(moe_worker *w, moe_error *err) {
     const moe_worker_config *c = &w->config;
     const moe_batcher_config batcher = {.shard = &w->shard,
@@ -97,11 +125,7 @@ static moe_status make_parts(moe_worker *w, moe_error *err) {
     }
     status = moe_batcher_init(&w->batcher, &batcher, err);
     if (status == MOE_OK) {
-        status = make_control(w, err);
-        if (status == MOE_OK) {
-            status = make_rpc(w, err);
-            if (status != MOE_OK) moe_control_close(&w->control);
-        }
+        status = make_service(w, err);
         if (status != MOE_OK) moe_batcher_close(&w->batcher);
     }
     if (status != MOE_OK) {
@@ -126,7 +150,7 @@ static void publish_view(moe_worker *w) {
                                 .routers = w->num_routers,
                                 .weight_bytes = w->shard.bytes,
                                 .device_bytes = w->residency ? moe_residency_device_bytes(w->residency) : w->shard.bytes,
-                                .rows = w->batcher.rows,
+                                .rows = w->batcher.rows + w->runs.rows,
                                 .queued_calls = w->batcher.num_queued,
                                 .epoch = w->control.epoch,
                                 .fence = w->control.fence};
@@ -158,6 +182,7 @@ void moe_worker_free(moe_worker **worker) {
     moe_worker *w = *worker;
     if (!w) return;
     moe_worker_stop(w);
+    moe_layer_runs_close(&w->runs);
     moe_batcher_close(&w->batcher);
     moe_control_close(&w->control);
     moe_rpc_free(&w->rpc);
@@ -170,17 +195,22 @@ void moe_worker_free(moe_worker **worker) {
     *worker = NULL;
 }
 
-moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
+static bool turn(moe_worker *w) {
     bool more = moe_batcher_turn(&w->batcher);
-    w->control.serving = w->batcher.rows > 0;
+    return (moe_layer_runs_active(&w->runs) && moe_layer_runs_turn(&w->runs)) || more;
+}
+
+moe_status moe_worker_step(moe_worker *w, int64_t deadline_ns, moe_error *err) {
+    bool more = turn(w);
+    w->control.serving = w->batcher.rows + w->runs.rows > 0;
     more |= moe_control_turn(&w->control);
     if (w->control.defect[0]) moe_recheck_condemn(&w->batcher.recheck, w->control.defect);
     moe_rpc_set_known(w->rpc, w->control.epoch, w->control.fence);
-    w->config.transport->computing = w->batcher.under_way;
+    w->config.transport->computing = w->batcher.under_way || moe_layer_runs_active(&w->runs);
     int64_t due_ns = moe_control_due_ns(&w->control);
     if (due_ns < deadline_ns) deadline_ns = due_ns;
     moe_status status = moe_rpc_step(w->rpc, more ? 0 : deadline_ns, err);
-    moe_batcher_turn(&w->batcher);
+    turn(w);
     publish_view(w);
     return status;
 }
@@ -201,8 +231,14 @@ moe_status moe_worker_resize(moe_worker *w, moe_memory_limit device, moe_cold_ex
 
 moe_expert *const *moe_worker_lend_experts(moe_worker *w) { return moe_shard_lend(&w->shard); }
 
+moe_layer_experts moe_worker_layer_experts(moe_worker *w) {
+    MOE_ASSERT(!w->has_thread);
+    return moe_layer_runs_experts(&w->runs);
+}
+
 bool moe_worker_has_work(moe_worker *w) {
-    return moe_control_has_work(&w->control) || moe_batcher_polls(&w->batcher) || moe_batcher_can_start(&w->batcher);
+    return moe_control_has_work(&w->control) || moe_layer_runs_has_work(&w->runs) || moe_batcher_polls(&w->batcher) ||
+           moe_batcher_can_start(&w->batcher);
 }
 
 static void *run(void *ctx) {

@@ -1,6 +1,7 @@
 /* An expert worker: holds experts, computes Forward calls. A single-threaded loop (`step`) over its own transport; compute runs
  * in the backend and completes through the transport's wake. */
 #pragma once
+#include "common/layer_experts.h"
 #include "expert-worker/residency.h"
 #include "proto/rpc.h"
 
@@ -30,7 +31,7 @@ typedef struct moe_worker_config {
 
 /* A worker that holds no experts yet. INVALID_ARGUMENT (limits below 1, or below what works), RESOURCE_EXHAUSTED. */
 moe_status moe_worker_new(const moe_worker_config *config, moe_worker **out, moe_error *err);
-/* Stops, waits for the running batch and answers it, answers what is queued with UNAVAILABLE; NULLs; idempotent. */
+/* Stops, waits for the running batch and answers it, answers what is queued with UNAVAILABLE, ends calls of layers; NULLs; idempotent. */
 void moe_worker_free(moe_worker **worker);
 
 /* Handles what arrived, starts and finishes batches, loads some of the experts asked for; waits at most until deadline_ns when
@@ -44,6 +45,9 @@ moe_status moe_worker_resize(moe_worker *worker, moe_memory_limit device, moe_co
 /* Of the thread that calls step: the table [num_moe_layers, num_experts] of the experts, for local steps; NULL where not all are
  * held. Once it was lent, no expert is freed before the worker is, dropped or not, and the borrower must be gone by then. */
 moe_expert *const *moe_worker_lend_experts(moe_worker *worker);
+/* Of a worker that no thread steps: for an engine on the thread that calls step, whose backend is the worker's own. Until the worker is
+ * freed; that waits for jobs of calls that have not ended, so their rows must still be there. */
+moe_layer_experts moe_worker_layer_experts(moe_worker *worker);
 moe_status moe_worker_start(moe_worker *worker, moe_error *err); /* step in a thread of its own; RESOURCE_EXHAUSTED */
 void moe_worker_stop(moe_worker *worker);                        /* joins that thread; idempotent */
 

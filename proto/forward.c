@@ -1,6 +1,8 @@
 /* The Forward call's sending side: calls and answers. */
 #include "proto/forward.h"
 
+#include "common/metrics.h"
+
 static Moesaic__V1__CombineMode wire_mode(moe_combine_mode mode) {
     return mode == MOE_COMBINE_PARTIAL ? MOESAIC__V1__COMBINE_MODE__PARTIAL : MOESAIC__V1__COMBINE_MODE__EXACT;
 }
@@ -84,4 +86,15 @@ moe_status moe_prefetch_start(moe_rpc *rpc, moe_peer peer, const moe_prefetch_ca
     request.retired = (uint32_t *)(uintptr_t)call->retired;
     return moe_rpc_call_start(rpc, peer, MOE_PREFETCH_METHOD, (const ProtobufCMessage *)&request, NULL, 0, deadline_ns,
                               on_reply ? on_reply : ignore_reply, ctx, NULL, err);
+}
+
+void moe_forward_residency_count(const moe_forward_residency *told, int32_t layer) {
+    moe_metric_add(MOE_METRIC_EXPERT_HITS, (int64_t)told->hits);
+    moe_metric_add(MOE_METRIC_EXPERT_LATE_HITS, (int64_t)told->late_hits);
+    moe_metric_add(MOE_METRIC_EXPERT_MISSES, (int64_t)told->misses);
+    if (layer == 0) moe_metric_add(MOE_METRIC_EXPERT_FIRST_MISSES, (int64_t)told->misses);
+    moe_metric_add(MOE_METRIC_EXPERT_COPIED_BYTES, (int64_t)told->copied_bytes);
+    moe_metric_add(MOE_METRIC_EXPERT_WASTED_BYTES, (int64_t)told->wasted_bytes);
+    moe_metric_add(MOE_METRIC_EXPERT_HOST, (int64_t)told->host_experts);
+    moe_metric_add(MOE_METRIC_EXPERT_HOST_ROWS, (int64_t)told->host_rows);
 }

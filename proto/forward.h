@@ -47,6 +47,9 @@ typedef struct moe_forward_residency {
     uint64_t host_experts, host_rows, host_ns;
 } moe_forward_residency;
 
+/* Adds the experts and bytes that it tells of, of a call of MoE layer `layer`, to this process's metrics. */
+void moe_forward_residency_count(const moe_forward_residency *told, int32_t layer);
+
 typedef struct moe_forward_result {
     uint64_t incarnation, epoch, shard_digest, compute_ns, copy_ns, queue_ns;
     moe_dtype dtype; /* of out: moe_expert_output_dtype */

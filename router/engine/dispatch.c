@@ -116,14 +116,7 @@ static void note_residency(micro_batch *b, engine_worker *w, const moe_forward_r
     b->has_tiers = true;
     if ((int64_t)r->stall_ns > b->stall_ns) b->stall_ns = (int64_t)r->stall_ns;
     if ((int64_t)r->host_ns > b->host_ns) b->host_ns = (int64_t)r->host_ns;
-    moe_metric_add(MOE_METRIC_EXPERT_HITS, (int64_t)r->hits);
-    moe_metric_add(MOE_METRIC_EXPERT_LATE_HITS, (int64_t)r->late_hits);
-    moe_metric_add(MOE_METRIC_EXPERT_MISSES, (int64_t)r->misses);
-    if (b->segment.index == 0) moe_metric_add(MOE_METRIC_EXPERT_FIRST_MISSES, (int64_t)r->misses);
-    moe_metric_add(MOE_METRIC_EXPERT_COPIED_BYTES, (int64_t)r->copied_bytes);
-    moe_metric_add(MOE_METRIC_EXPERT_WASTED_BYTES, (int64_t)r->wasted_bytes);
-    moe_metric_add(MOE_METRIC_EXPERT_HOST, (int64_t)r->host_experts);
-    moe_metric_add(MOE_METRIC_EXPERT_HOST_ROWS, (int64_t)r->host_rows);
+    moe_forward_residency_count(r, b->segment.index);
 }
 
 /* A worker lacks what the map says it has: the map is old. */

@@ -71,6 +71,34 @@ static void local_submit(moe_backend *b, moe_base *base, moe_local *local, const
     add(b, (moe_polled_job){.job = job, .base = base, .local = local, .step = step});
 }
 
+static moe_expert_size expert_size(const moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi) {
+    const moe_backend *real = ((const moe_polled_backend *)b)->real;
+    return real->ops->expert_size(real, weights, lo, hi);
+}
+
+static void expert_pack(const moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi, void *image) {
+    const moe_backend *real = ((const moe_polled_backend *)b)->real;
+    real->ops->expert_pack(real, weights, lo, hi, image);
+}
+
+static moe_status slots_create(moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi, int32_t count, moe_slots **out,
+                               moe_error *err) {
+    return real_of(b)->ops->slots_create(real_of(b), weights, lo, hi, count, out, err);
+}
+
+static void slots_free(moe_backend *b, moe_slots *slots) { real_of(b)->ops->slots_free(real_of(b), slots); }
+
+static void slot_fill_submit(moe_backend *b, const moe_slot_fill *fill, moe_job *job) {
+    add(b, (moe_polled_job){.job = job, .fill = fill});
+}
+
+static moe_status host_experts_create(moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi,
+                                      const moe_image_layout *layout, int32_t count, moe_host_experts **out, moe_error *err) {
+    return real_of(b)->ops->host_experts_create(real_of(b), weights, lo, hi, layout, count, out, err);
+}
+
+static void host_experts_free(moe_backend *b, moe_host_experts *experts) { real_of(b)->ops->host_experts_free(real_of(b), experts); }
+
 typedef struct inner_job {
     moe_job job;
     bool ended;
@@ -102,6 +130,8 @@ static void run(moe_polled_backend *p, const moe_polled_job *j) {
         real->ops->segment_submit(real, j->base, j->segment, j->job);
     else if (j->batch)
         real->ops->ffn_submit(real, j->batch, j->job);
+    else if (j->fill)
+        real->ops->slot_fill_submit(real, j->fill, j->job);
     else if (j->layer)
         real->ops->layer_ffn_submit(real, j->base, j->layer, j->job);
     else
@@ -138,6 +168,13 @@ void moe_polled_init(moe_polled_backend *p, moe_backend *real, int polls_a_job) 
     p->ops.expert_free = expert_free;
     p->ops.ffn_submit = ffn_submit;
     p->ops.layer_ffn_submit = layer_ffn_submit;
+    p->ops.expert_size = expert_size;
+    p->ops.expert_pack = expert_pack;
+    p->ops.slots_create = slots_create;
+    p->ops.slots_free = slots_free;
+    p->ops.slot_fill_submit = slot_fill_submit;
+    p->ops.host_experts_create = host_experts_create;
+    p->ops.host_experts_free = host_experts_free;
     p->ops.local_create = local_create;
     p->ops.local_free = local_free;
     p->ops.local_submit = local_submit;

@@ -3,16 +3,17 @@
 #pragma once
 #include "common/backend.h"
 
-#define MOE_POLLED_MAX_JOBS 16
+#define MOE_POLLED_MAX_JOBS 32
 
 typedef struct moe_polled_job {
     moe_job *job;
     moe_base *base;
     moe_local *local;           /* with `step` */
-    const moe_segment *segment; /* one of these four */
+    const moe_segment *segment; /* one of these five */
     const moe_ffn_batch *batch; /* */
     const moe_layer_ffn *layer; /* */
     const moe_local_step *step; /* */
+    const moe_slot_fill *fill;  /* */
 } moe_polled_job;
 
 typedef struct moe_polled_backend {

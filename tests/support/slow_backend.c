@@ -13,23 +13,42 @@ static moe_status expert_load(moe_backend *b, const moe_ffn_weights *weights, in
 }
 static void expert_free(moe_backend *b, moe_expert *expert) { real_of(b)->ops->expert_free(slow_of(b)->real, expert); }
 
-static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job) {
-    moe_slow_backend *s = slow_of(b);
-    if (!s->slow_batches) {
+static void run(moe_slow_backend *s, const moe_ffn_batch *batch, moe_base *base, const moe_layer_ffn *layer, moe_job *job) {
+    if (batch)
         s->real->ops->ffn_submit(s->real, batch, job);
+    else
+        s->real->ops->layer_ffn_submit(s->real, base, layer, job);
+}
+
+static void run_or_keep(moe_slow_backend *s, const moe_ffn_batch *batch, moe_base *base, const moe_layer_ffn *layer, moe_job *job) {
+    if (!s->slow_batches) {
+        run(s, batch, base, layer, job);
         return;
     }
     MOE_ASSERT(s->num_batches < MOE_SLOW_MAX_BATCHES);
     s->batches[s->num_batches] = batch;
+    s->layers[s->num_batches] = layer;
+    s->bases[s->num_batches] = base;
     s->batch_jobs[s->num_batches++] = job;
+}
+
+static void ffn_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job) { run_or_keep(slow_of(b), batch, NULL, NULL, job); }
+
+static void layer_ffn_submit(moe_backend *b, moe_base *base, const moe_layer_ffn *layer, moe_job *job) {
+    slow_of(b)->layers_submitted++;
+    run_or_keep(slow_of(b), NULL, base, layer, job);
 }
 
 void moe_slow_end_batch(moe_slow_backend *s) {
     MOE_ASSERT(s->num_batches > 0);
     const moe_ffn_batch *batch = s->batches[0];
+    const moe_layer_ffn *layer = s->layers[0];
+    moe_base *base = s->bases[0];
     moe_job *job = s->batch_jobs[0];
     s->num_batches--;
     memmove(s->batches, s->batches + 1, (size_t)s->num_batches * sizeof *s->batches);
+    memmove(s->layers, s->layers + 1, (size_t)s->num_batches * sizeof *s->layers);
+    memmove(s->bases, s->bases + 1, (size_t)s->num_batches * sizeof *s->bases);
     memmove(s->batch_jobs, s->batch_jobs + 1, (size_t)s->num_batches * sizeof *s->batch_jobs);
     if (s->fail_next_batch) {
         s->fail_next_batch = false;
@@ -38,7 +57,7 @@ void moe_slow_end_batch(moe_slow_backend *s) {
         job->done(job);
         return;
     }
-    s->real->ops->ffn_submit(s->real, batch, job);
+    run(s, batch, base, layer, job);
 }
 
 void moe_slow_hurry(moe_slow_backend *s) {
@@ -99,6 +118,7 @@ void moe_slow_init(moe_slow_backend *s, moe_backend *real) {
     s->ops.expert_load = expert_load;
     s->ops.expert_free = expert_free;
     s->ops.ffn_submit = ffn_submit;
+    s->ops.layer_ffn_submit = layer_ffn_submit;
     s->ops.expert_size = expert_size;
     s->ops.expert_pack = expert_pack;
     s->ops.slots_create = slots_create;

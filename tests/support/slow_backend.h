@@ -1,5 +1,5 @@
 /* A backend in front of another whose copies into slots end only when the test says so, in its order, and are counted; so do expert
- * batches, where it asks for that. Neither reads or writes before it ends. One thread. */
+ * batches and layers' jobs, where it asks for that. Neither reads or writes before it ends. One thread. */
 #pragma once
 #include "common/backend.h"
 
@@ -14,9 +14,12 @@ typedef struct moe_slow_backend {
     moe_job *jobs[MOE_SLOW_MAX_FILLS];
     int num_fills;
     int64_t fills_ended, packed;
-    const moe_ffn_batch *batches[MOE_SLOW_MAX_BATCHES];
+    const moe_ffn_batch *batches[MOE_SLOW_MAX_BATCHES]; /* NULL: it is a layer's job */
+    const moe_layer_ffn *layers[MOE_SLOW_MAX_BATCHES];
+    moe_base *bases[MOE_SLOW_MAX_BATCHES]; /* of a layer's job */
     moe_job *batch_jobs[MOE_SLOW_MAX_BATCHES];
     int num_batches;
+    int64_t layers_submitted;
     bool slow_batches; /* else they end inside the submission */
     bool at_once;   /* copies end inside the submission */
     bool fail_next; /* the next copy ends with INTERNAL */

@@ -1,0 +1,471 @@
+/* Layers of micro-batches computed where their rows are, under slots for a part of the experts: streams of forward steps whose logits are
+ * bit for bit those of the plain driver, which has every expert; what is submitted when; what is counted; failures. */
+#include "expert-worker/layer_runs.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "common/alloc.h"
+#include "common/random.h"
+#include "tests/support/cpu_backends.h"
+#include "tests/support/polled_backend.h"
+#include "tests/support/reference_driver.h"
+#include "tests/support/residency_check.h"
+#include "tests/support/slow_backend.h"
+#include "tests/support/stub_transport.h"
+#include "tests/support/test.h"
+
+/* The fixture: hidden 64, 3 MoE layers of 16 experts, 4 a token. */
+enum { H = 64, LAYERS = 3, EXPERTS = 16, TOP_K = 4, ALL = LAYERS * EXPERTS };
+enum { STREAMS = MOE_LAYER_RUNS + 2, STEPS = 3, MAX_ROWS = 7, MAX_TOKENS = 2 * MOE_KV_BLOCK_TOKENS };
+#define START_NS (1000 * MOE_NS_PER_S)
+#define MAX_TURNS 200000
+#define TURN_NS (50 * MOE_NS_PER_US) /* of waiting for threads; MAX_TURNS of them are 10 s */
+
+/* ---- what is to be computed, and what must come out ---- */
+
+typedef struct story_step {
+    int32_t rows, ids[MAX_ROWS], positions[MAX_ROWS];
+    int32_t experts[LAYERS][MAX_ROWS * TOP_K];
+    float weights[LAYERS][MAX_ROWS * TOP_K];
+    float *logits; /* [rows, V] */
+} story_step;
+
+typedef struct story {
+    story_step steps[STEPS];
+} story;
+
+typedef enum front { DIRECT, SLOW, POLLED } front;
+
+typedef struct setup {
+    int backend; /* of moe_test_cpu_open */
+    int32_t threads;
+    front front;
+    int32_t slots, images; /* 0: no tiers; 0: as many as experts */
+    moe_cold_experts cold;
+    int num_streams; /* 0: one */
+} setup;
+
+typedef struct rig {
+    moe_model *model;
+    int32_t vocab;
+    moe_backend *real, *backend; /* the worker's is `backend`: real, or a front of it */
+    moe_slow_backend slow;
+    moe_polled_backend polled;
+    stub_transport transport;
+    moe_clock clock;
+    moe_shard shard;
+    moe_residency *residency;
+    _Atomic uint64_t ended;
+    char defect[8];
+    moe_layer_runs runs;
+    moe_layer_experts experts;
+    moe_base *base;
+    int num_told;
+    moe_status told; /* of the last */
+    story stories[STREAMS];
+} rig;
+
+static void all_counts(int32_t counts[MAX_ROWS]) {
+    for (int i = 0; i < MAX_ROWS; i++) counts[i] = TOP_K;
+}
+
+/* The part of a segment that does not change within a step. */
+static moe_segment describe(const story_step *step, moe_rows *rows, moe_kv *kv, const moe_kv_view *view, float *logits) {
+    static const int32_t zeros[MAX_ROWS], numbers[MAX_ROWS] = {0, 1, 2, 3, 4, 5, 6};
+    return (moe_segment){.num_rows = step->rows,
+                         .rows = rows,
+                         .kv = kv,
+                         .token_ids = step->ids,
+                         .positions = step->positions,
+                         .sequences = zeros,
+                         .views = view,
+                         .num_views = 1,
+                         .logit_rows = numbers,
+                         .num_logit_rows = step->rows,
+                         .logits = logits};
+}
+
+typedef struct plain_job {
+    moe_job job;
+    _Atomic bool done;
+} plain_job;
+
+static void plain_done(moe_job *job) { atomic_store(&((plain_job *)job)->done, true); }
+
+static void pause_for_threads(void) { nanosleep(&(struct timespec){.tv_nsec = TURN_NS}, NULL); }
+
+static void await(const plain_job *j) {
+    for (int i = 0; i < MAX_TURNS && !atomic_load(&j->done); i++) pause_for_threads();
+    assert_true(atomic_load(&j->done));
+    assert_int_equal(j->job.status, MOE_OK);
+}
+
+/* One step with every expert in a job a layer, which tells the routing. */
+static void record_step(rig *r, story_step *step, moe_expert *const *handles, moe_rows *rows, moe_kv *kv, const moe_kv_view *view) {
+    int32_t counts[MAX_ROWS];
+    float *logits = calloc((size_t)(step->rows * r->vocab), sizeof *logits);
+    moe_segment s = describe(step, rows, kv, view, logits);
+    all_counts(counts);
+    for (s.index = 0; s.index <= LAYERS; s.index++) {
+        if (s.index > 0) s.combine = (moe_combine){NULL, MOE_F32, step->weights[s.index - 1], counts};
+        if (s.index < LAYERS) s.route = (moe_route){step->experts[s.index], step->weights[s.index]};
+        s.want_gate = s.index < LAYERS;
+        moe_driver_run_segment(r->real, r->base, &s);
+        if (s.index == LAYERS) break;
+        const moe_layer_ffn ffn = {.rows = rows,
+                                   .num_rows = step->rows,
+                                   .experts = step->experts[s.index],
+                                   .handles = handles + (ptrdiff_t)s.index * EXPERTS};
+        plain_job j = {.job = {.done = plain_done}};
+        r->real->ops->layer_ffn_submit(r->real, r->base, &ffn, &j.job);
+        await(&j);
+    }
+    assert_memory_equal(logits, step->logits, (size_t)(step->rows * r->vocab) * sizeof *logits);
+    free(logits);
+}
+
+static const int32_t block_numbers[] = {1, 0};
+static const moe_kv_view view = {.blocks = block_numbers, .num_blocks = 2};
+
+static void record_story(rig *r, story *st, moe_driver *driver, moe_expert *const *handles, uint64_t seed) {
+    static const int32_t zeros[MAX_ROWS];
+    moe_random random = {seed};
+    moe_rows *rows;
+    moe_kv *kv;
+    int32_t position = 0;
+    assert_int_equal(r->real->ops->rows_create(r->real, r->base, MAX_ROWS, &rows, NULL), MOE_OK);
+    assert_int_equal(r->real->ops->kv_create(r->real, r->base, 2, &kv, NULL), MOE_OK);
+    moe_driver_truncate(driver, 0, 0);
+    for (int n = 0; n < STEPS; n++) {
+        story_step *step = &st->steps[n];
+        step->rows = n == 1 ? 1 : 1 + (int32_t)moe_random_below(&random, MAX_ROWS);
+        step->logits = calloc((size_t)(step->rows * r->vocab), sizeof *step->logits);
+        for (int32_t i = 0; i < step->rows; i++) {
+            step->ids[i] = (int32_t)moe_random_below(&random, (uint64_t)r->vocab);
+            step->positions[i] = position++;
+        }
+        moe_driver_step(driver, step->ids, zeros, step->rows, step->logits);
+        record_step(r, step, handles, rows, kv, &view);
+    }
+    r->real->ops->kv_free(r->real, kv);
+    r->real->ops->rows_free(r->real, rows);
+}
+
+static void record(rig *r, int num_streams) {
+    const moe_driver_options options = {.combine = MOE_COMBINE_EXACT, .num_sequences = 1, .max_tokens = MAX_TOKENS, .max_rows = MAX_ROWS};
+    moe_driver *driver = moe_driver_open(r->real, r->model, &options);
+    moe_expert *handles[ALL];
+    for (int i = 0; i < ALL; i++)
+        assert_int_equal(r->real->ops->expert_load(r->real, &r->model->experts[i], 0, MOE_FFN_BLOCKS, &handles[i], NULL), MOE_OK);
+    for (int i = 0; i < num_streams; i++) record_story(r, &r->stories[i], driver, handles, 100 + (uint64_t)i);
+    for (int i = 0; i < ALL; i++) r->real->ops->expert_free(r->real, handles[i]);
+    moe_driver_close(driver);
+}
+
+/* ---- the worker's side ---- */
+
+static void told(void *ctx, const moe_layer_call *call) {
+    rig *r = ctx;
+    assert_false(call->ended);
+    r->num_told++;
+    r->told = call->status;
+}
+
+/* As control does it with a loaded expert. */
+static void hold(rig *r, int32_t layer, int32_t expert) {
+    const moe_ffn_weights *weights = moe_model_expert(r->model, layer, expert);
+    moe_held_expert loaded = {.digest = 1, .bytes = 1};
+    if (!r->residency) {
+        assert_int_equal(r->real->ops->expert_load(r->real, weights, 0, MOE_FFN_BLOCKS, &loaded.handle, NULL), MOE_OK);
+        moe_shard_adopt(&r->shard, layer, expert, &loaded);
+        return;
+    }
+    moe_image *image = moe_residency_take_image(r->residency);
+    if (image) {
+        if (!image->memory) image->memory = moe_image_pool_take(image->pool);
+        r->real->ops->expert_pack(r->real, weights, 0, MOE_FFN_BLOCKS, image->memory);
+    }
+    moe_shard_adopt(&r->shard, layer, expert, &loaded);
+    moe_residency_hold(r->residency, layer, expert, image);
+}
+
+static void make_residency(rig *r, const setup *s) {
+    moe_error err;
+    const moe_residency_config config = {
+        .model = r->model,
+        .backend = r->backend,
+        .host = r->backend,
+        .transport = &r->transport.base,
+        .ended = &r->ended,
+        .tiers = {.device = {.part = (double)s->slots / ALL},
+                  .host = {.part = (double)s->images / ALL},
+                  .eviction = "hint-aware",
+                  .cold = s->cold,
+                  .costs = {.copy_byte_ns = 1, .device = {100, 10}, .host = {1000, 100}}, /* both are chosen at times */
+                  .threaded = s->threads > 0}};
+    if (moe_residency_new(&config, &r->residency, &err) != MOE_OK) fail_msg("%s", err.message);
+    r->shard.residency = r->residency;
+}
+
+static void turns_until_filled(rig *r, int32_t slots) {
+    r->slow.at_once = true;
+    for (int i = 0; i < MAX_TURNS && moe_residency_resident(r->residency) < slots; i++) {
+        if (r->backend->ops->poll) r->backend->ops->poll(r->backend);
+        moe_residency_turn(r->residency);
+        if (r->backend == r->real) pause_for_threads();
+    }
+    assert_int_equal(moe_residency_resident(r->residency), slots);
+    r->slow.at_once = false;
+}
+
+/* False where this machine lacks the backend. Slots are filled with the first experts, copies then end as the front has it. */
+static bool rig_open(rig *r, const setup *s) {
+    memset(r, 0, sizeof *r);
+    r->real = moe_test_cpu_open(s->backend, s->threads);
+    if (!r->real) return false;
+    assert_int_equal(moe_model_open(SOURCE_DIR "/tests/data/checkpoints/qwen3_moe", &r->model, NULL), MOE_OK);
+    r->vocab = r->model->config.vocab;
+    moe_slow_init(&r->slow, r->real);
+    moe_polled_init(&r->polled, r->real, 2);
+    r->backend = s->front == SLOW ? &r->slow.base : s->front == POLLED ? &r->polled.base : r->real;
+    stub_init(&r->transport);
+    r->clock = moe_clock_fake(START_NS);
+    assert_int_equal(r->real->ops->base_load(r->real, r->model, NULL, NULL, &r->base, NULL), MOE_OK);
+    record(r, s->num_streams ? s->num_streams : 1);
+    assert_int_equal(moe_shard_init(&r->shard, r->model, r->backend, NULL), MOE_OK);
+    if (s->slots) make_residency(r, s);
+    const moe_layer_runs_config config = {.shard = &r->shard,
+                                          .backend = r->backend,
+                                          .host = s->cold == MOE_COLD_FETCH ? NULL : r->backend,
+                                          .transport = &r->transport.base,
+                                          .clock = &r->clock,
+                                          .ended = &r->ended,
+                                          .defect = r->defect,
+                                          .told = told,
+                                          .ctx = r};
+    assert_int_equal(moe_layer_runs_init(&r->runs, &config, NULL), MOE_OK);
+    r->experts = moe_layer_runs_experts(&r->runs);
+    assert_false(r->experts.ops->ready(r->experts.ctx));
+    for (int i = 0; i < ALL; i++) hold(r, i / EXPERTS, i % EXPERTS);
+    assert_true(r->experts.ops->ready(r->experts.ctx));
+    assert_int_equal(r->experts.ops->wants_activations(r->experts.ctx), s->cold != MOE_COLD_FETCH);
+    if (s->slots) turns_until_filled(r, s->slots);
+    return true;
+}
+
+static void rig_close(rig *r) {
+    moe_slow_hurry(&r->slow);
+    moe_layer_runs_close(&r->runs);
+    assert_false(moe_layer_runs_active(&r->runs));
+    moe_shard_free(&r->shard); /* asserts that nothing is in use, also of the residency */
+    moe_residency_free(&r->residency);
+    for (int i = 0; i < STREAMS; i++)
+        for (int n = 0; n < STEPS; n++) free(r->stories[i].steps[n].logits);
+    r->real->ops->base_free(r->real, r->base);
+    r->real->ops->close(r->real);
+    stub_close(&r->transport);
+    moe_model_close(&r->model);
+}
+
+static bool turn(rig *r) { return r->experts.ops->turn(r->experts.ctx); }
+
+/* ---- the engine's side: a micro-batch that goes through a story ---- */
+
+typedef struct stream {
+    rig *rig;
+    const story *story;
+    uint64_t number;
+    bool ahead;        /* routes are known: layers begin before their segments have ended, segments follow what was submitted */
+    bool foretells;    /* of each layer the one behind, as the layer begins */
+    moe_rows *rows;
+    moe_kv *kv;
+    int step;          /* STEPS: it has come to its end */
+    int segment;       /* submitted last; -1: none of this step */
+    bool begun;        /* the call of that segment's layer */
+    bool late;         /* activations are not given before this is false */
+    int32_t counts[MAX_ROWS];
+    moe_segment segments[LAYERS + 1];
+    plain_job jobs[LAYERS + 1];
+    moe_layer_call calls[LAYERS];
+    float *activations[LAYERS]; /* [MAX_ROWS, H] */
+    float *logits;
+} stream;
+
+static moe_backend *segments_of(rig *r) { return r->backend == &r->polled.base ? r->backend : r->real; }
+
+static void stream_open(stream *s, rig *r, int number, bool ahead) {
+    *s = (stream){.rig = r, .story = &r->stories[number], .number = (uint64_t)number, .ahead = ahead, .segment = -1};
+    all_counts(s->counts);
+    assert_int_equal(r->real->ops->rows_create(r->real, r->base, MAX_ROWS, &s->rows, NULL), MOE_OK);
+    assert_int_equal(r->real->ops->kv_create(r->real, r->base, 2, &s->kv, NULL), MOE_OK);
+    for (int i = 0; i < LAYERS; i++) s->activations[i] = moe_alloc_aligned(MAX_ROWS * H, sizeof(float));
+    s->logits = calloc((size_t)(MAX_ROWS * r->vocab), sizeof *s->logits);
+}
+
+static void stream_close(stream *s) {
+    s->rig->real->ops->rows_free(s->rig->real, s->rows);
+    s->rig->real->ops->kv_free(s->rig->real, s->kv);
+    for (int i = 0; i < LAYERS; i++) moe_free(s->activations[i]);
+    free(s->logits);
+}
+
+static const story_step *step_of(const stream *s) { return &s->story->steps[s->step]; }
+static uint64_t step_number(const stream *s) { return s->number * STEPS + (uint64_t)s->step; }
+
+static void submit_segment(stream *s, int index) {
+    const story_step *step = step_of(s);
+    moe_segment *segment = &s->segments[index];
+    *segment = describe(step, s->rows, s->kv, &view, s->logits);
+    segment->index = index;
+    if (index > 0) segment->combine = (moe_combine){NULL, MOE_F32, step->weights[index - 1], s->counts};
+    if (index < LAYERS) segment->activations = s->activations[index];
+    s->segment = index;
+    s->begun = false;
+    s->jobs[index] = (plain_job){.job = {.done = plain_done}};
+    moe_backend *backend = segments_of(s->rig);
+    backend->ops->segment_submit(backend, s->rig->base, segment, &s->jobs[index].job);
+}
+
+static void foretell(stream *s, int layer) {
+    uint32_t experts[MAX_ROWS * TOP_K];
+    int32_t count = step_of(s)->rows * TOP_K;
+    for (int32_t i = 0; i < count; i++) experts[i] = (uint32_t)step_of(s)->experts[layer][i];
+    s->rig->experts.ops->foretell(s->rig->experts.ctx, step_number(s), layer, experts, count);
+}
+
+static void begin_layer(stream *s) {
+    moe_layer_call *call = &s->calls[s->segment];
+    memset(call, 0x5a, sizeof *call); /* what the caller leaves is nobody's business */
+    call->base = s->rig->base;
+    call->step = step_number(s);
+    call->layer = s->segment;
+    call->num_rows = step_of(s)->rows;
+    call->rows = s->rows;
+    call->experts = step_of(s)->experts[s->segment];
+    call->activations = NULL;
+    call->given_ns = 0;
+    s->begun = true;
+    s->rig->experts.ops->begin(s->rig->experts.ctx, call);
+    if (s->foretells && s->segment + 1 < LAYERS) foretell(s, s->segment + 1);
+}
+
+static bool segment_ended(const stream *s) { return atomic_load(&s->jobs[s->segment].done); }
+
+/* As soon as its segment has ended. */
+static bool give(stream *s) {
+    moe_layer_call *call = &s->calls[s->segment];
+    if (s->segment == LAYERS || !s->begun || call->ended || call->given_ns || !segment_ended(s) || s->late) return false;
+    call->activations = s->activations[s->segment];
+    call->given_ns = moe_now_ns(&s->rig->clock);
+    return true;
+}
+
+static bool all_ended(const stream *s) {
+    for (int i = 0; i < LAYERS; i++)
+        if (!s->calls[i].ended) return false;
+    return true;
+}
+
+static bool end_step(stream *s) {
+    const story_step *step = step_of(s);
+    if (!segment_ended(s) || !all_ended(s)) return false;
+    for (int i = 0; i <= LAYERS; i++) assert_int_equal(s->jobs[i].job.status, MOE_OK);
+    for (int i = 0; i < LAYERS; i++) assert_int_equal(s->calls[i].status, MOE_OK);
+    assert_memory_equal(s->logits, step->logits, (size_t)(step->rows * s->rig->vocab) * sizeof *s->logits);
+    s->segment = -1;
+    s->step++;
+    return true;
+}
+
+/* What a micro-batch does next, where it can. */
+static bool advance(stream *s) {
+    if (s->step == STEPS) return false;
+    if (s->segment < 0) {
+        submit_segment(s, 0);
+        return true;
+    }
+    if (s->segment == LAYERS) return end_step(s);
+    bool moved = give(s);
+    if (!s->begun) {
+        if (!s->ahead && !segment_ended(s)) return moved;
+        begin_layer(s);
+        return true;
+    }
+    const moe_layer_call *call = &s->calls[s->segment];
+    if (call->status != MOE_OK) return moved;
+    if (call->ended) assert_true(call->submitted);
+    if (!(s->ahead ? call->submitted : call->ended)) return moved;
+    submit_segment(s, s->segment + 1);
+    return true;
+}
+
+static bool all_over(const stream *streams, int count) {
+    for (int i = 0; i < count; i++)
+        if (streams[i].step < STEPS) return false;
+    return true;
+}
+
+/* Until all streams have come to their ends. */
+static void run_streams(rig *r, stream *streams, int count) {
+    int i = 0;
+    for (; i < MAX_TURNS && !all_over(streams, count); i++) {
+        bool moved = false;
+        for (int k = 0; k < count; k++) moved |= advance(&streams[k]);
+        moved |= turn(r);
+        if (r->backend->ops->poll) r->backend->ops->poll(r->backend);
+        if (!moved && r->backend == r->real) pause_for_threads();
+    }
+    assert_true(all_over(streams, count));
+    assert_int_equal(r->num_told, count * STEPS * LAYERS);
+    assert_false(moe_layer_runs_active(&r->runs));
+    if (r->residency && r->backend != r->real) residency_check(r->residency);
+}
+
+static void run_all(const setup *given, bool ahead, bool foretells) {
+    rig r;
+    stream streams[STREAMS];
+    setup s = *given;
+    if (!s.num_streams) s.num_streams = STREAMS;
+    if (!rig_open(&r, &s)) return;
+    r.slow.at_once = true;
+    for (int i = 0; i < s.num_streams; i++) {
+        stream_open(&streams[i], &r, i, ahead);
+        streams[i].foretells = foretells;
+    }
+    run_streams(&r, streams, s.num_streams);
+    if (r.residency) {
+        moe_residency_counts c = moe_residency_counted(r.residency);
+        assert_true(c.hits + c.late_hits + c.misses > 0);
+        assert_true(s.cold == MOE_COLD_FETCH ? c.host_experts == 0 : true);
+        if (s.cold == MOE_COLD_HOST && s.front != DIRECT) assert_true(c.host_experts > 0 && c.host_rows >= c.host_experts);
+    }
+    for (int i = 0; i < s.num_streams; i++) stream_close(&streams[i]);
+    rig_close(&r);
+}
+
+/* ---- tests ---- */
+
+static void every_expert_resident(void **state) {
+    (void)state;
+    for (int backend = 0; backend < MOE_TEST_CPU_BACKENDS; backend++)
+        for (front f = DIRECT; f <= POLLED; f++) run_all(&(setup){.backend = backend, .front = f}, f != SLOW, false);
+}
+
+static void tiers(void **state) {
+    (void)state;
+    for (int backend = 0; backend < MOE_TEST_CPU_BACKENDS; backend++)
+        for (moe_cold_experts cold = MOE_COLD_FETCH; cold <= MOE_COLD_AUTO; cold++)
+            for (front f = DIRECT; f <= POLLED; f++)
+                run_all(&(setup){.backend = backend, .front = f, .slots = TOP_K + 1 + backend, .images = 12 * backend, .cold = cold},
+                        f != SLOW, backend & 1);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_expert_resident),
+        cmocka_unit_test(tiers),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
