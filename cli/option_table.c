@@ -144,8 +144,8 @@ static const moe_option_row rows[] = {
      "what workers return: a row per token and expert, or one weighted sum per token. auto: rows, but sums on GPUs without "
      "--deterministic"},
     {"local-steps", CHOICE, ENGINES, "Experts", "on", 0, 0, "on|off", NULL,
-     "where the experts are in the router's process: compute a whole forward step at once (not with --gating hint), always "
-     "combining as exact; off: layer by layer, over messages, as with other processes"},
+     "where the experts are in the router's process: compute a whole forward step at once, or, where routing must be seen or experts come "
+     "and go, layer by layer in place, always combining as exact; off: over messages, as with other processes"},
     {"max-queued-calls", INT, SERVE | WORKER | BENCH, "Experts", "1024", 1, 65536, NULL, "N",
      "calls that a worker queues before it refuses"},
     {"max-batch-rows", INT, SERVE | WORKER | BENCH, "Experts", "16384", 1, 1 << 20, NULL, "N",

@@ -233,6 +233,8 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
     if (longest > n->model->config.max_positions)
         return moe_fail(err, MOE_INVALID_ARGUMENT, "--max-model-len %d: this model has positions for %d tokens", longest,
                         n->model->config.max_positions);
+    moe_layer_experts layer_experts = {.ops = NULL};
+    if (n->worker && c->local_steps) layer_experts = moe_worker_node_layer_experts(n->worker);
     moe_engine_config config = {.model = n->model,
                                 .backend = n->backend,
                                 .transports = &n->engine_transport,
@@ -258,6 +260,7 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .step_local_worker = n->worker ? step_local_worker : NULL,
                                 .local_experts = n->worker && c->local_steps ? local_experts : NULL,
                                 .local_worker = n->worker,
+                                .layer_experts = layer_experts,
                                 .timeline = c->timeline,
                                 .on_layer = c->on_layer,
                                 .on_layer_ctx = c->on_layer_ctx,

@@ -250,7 +250,7 @@ typedef struct moe_backend_ops {
     /* `batch` and all it points to stay in place until done. */
     void (*ffn_submit)(moe_backend *b, const moe_ffn_batch *batch, moe_job *job);
     /* `ffn` and all it points to but `rows` stay in place until done. Segments and these jobs of the same rows take effect in the order
-     * of their submission: each may be submitted while those before it run. */
+     * of their submission: each may be submitted while those before it run, but a segment not before the last one is done. */
     void (*layer_ffn_submit)(moe_backend *b, moe_base *base, const moe_layer_ffn *ffn, moe_job *job);
 
     /* Slots, for shards larger than the device's memory. An expert is packed once into an image in host memory and copied into a

@@ -85,8 +85,7 @@ static moe_status enqueue(const moe_slot_fill *f, moe_cuda_job *job, moe_error *
     cudaError_t code = moe_cuda_job_mark(job, MOE_CUDA_START, stream);
     if (code == cudaSuccess)
         code = cudaMemcpyAsync(to, (const uint8_t *)f->image + f->offset, (size_t)f->bytes, cudaMemcpyHostToDevice, stream);
-    if (code == cudaSuccess) code = moe_cuda_job_mark(job, MOE_CUDA_BEGIN, stream);
-    if (code == cudaSuccess) code = moe_cuda_job_mark(job, MOE_CUDA_DONE, stream);
+    if (code == cudaSuccess) code = moe_cuda_job_mark(job, MOE_CUDA_DONE, stream); /* no more marks: each holds up the next copy */
     return moe_cuda_check(code, "copying an expert to the GPU", err);
 }
 

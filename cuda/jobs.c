@@ -130,7 +130,9 @@ static void finish(const moe_cuda_job *slot, const moe_error *failure) {
     for (int32_t i = 0; i < slot->num_deliveries; i++)
         memcpy(slot->deliveries[i].to, slot->deliveries[i].from, slot->deliveries[i].bytes);
     job->compute_ns = elapsed_ns(slot, MOE_CUDA_BEGIN, MOE_CUDA_END);
-    job->copy_ns = elapsed_ns(slot, MOE_CUDA_START, MOE_CUDA_BEGIN) + elapsed_ns(slot, MOE_CUDA_END, MOE_CUDA_DONE);
+    job->copy_ns = slot->passed & 1u << MOE_CUDA_BEGIN
+                       ? elapsed_ns(slot, MOE_CUDA_START, MOE_CUDA_BEGIN) + elapsed_ns(slot, MOE_CUDA_END, MOE_CUDA_DONE)
+                       : elapsed_ns(slot, MOE_CUDA_START, MOE_CUDA_DONE);
     job->combine_ns = elapsed_ns(slot, MOE_CUDA_BEGIN, MOE_CUDA_COMBINED);
     job->logits_ns = elapsed_ns(slot, MOE_CUDA_LAYERS, MOE_CUDA_END);
     job->expert_ns = 0;

@@ -38,8 +38,8 @@ static void lay_out(moe_rows *r, const moe_model_config *c, size_t element, moe_
     r->identity = moe_cuda_arena_take(arena, rows * sizeof(int32_t));
     r->all_slots = moe_cuda_arena_take(arena, rows * sizeof(int32_t));
     r->outputs = moe_cuda_arena_take(arena, routed * hidden * sizeof(float));
-    for (int i = 0; i < 2; i++) {
-        r->router[i] = moe_cuda_arena_take(arena, rows * (size_t)c->num_experts * sizeof(float));
+    for (int i = 0; i < 2; i++) r->router[i] = moe_cuda_arena_take(arena, rows * (size_t)c->num_experts * sizeof(float));
+    for (int i = 0; i < 2; i++) { /* one behind another: all that is wanted comes to the host in one copy */
         r->routes[i].experts = moe_cuda_arena_take(arena, routed * sizeof(int32_t));
         r->routes[i].weights = moe_cuda_arena_take(arena, routed * sizeof(float));
     }

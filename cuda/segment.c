@@ -139,12 +139,23 @@ static moe_status record_layers(void *ctx, moe_error *err) {
     return p->status;
 }
 
-/* logits: the caller's memory for the router logits, or NULL. */
-static void give_route(stage *s, int which, const moe_route *to, float *logits) {
+/* What was routed, from `first` on, `count` routes: each comes as two rows of the copy. */
+static void give_routes(stage *s, int first, int count) {
+    const moe_segment *g = segment_of(s);
     const moe_rows *r = s->pass.rows;
-    moe_cuda_pass_give(&s->pass, to->experts, r->routes[which].experts, route_bytes(s), false);
-    moe_cuda_pass_give(&s->pass, to->weights, r->routes[which].weights, route_bytes(s), false);
-    if (logits) moe_cuda_pass_give(&s->pass, logits, r->router[which], router_bytes(s), false);
+    const moe_route *to[2] = {&g->route, &g->next};
+    size_t pitch = (size_t)((uint8_t *)r->routes[0].weights - (uint8_t *)r->routes[0].experts), kept = moe_cuda_parcel_bytes(route_bytes(s));
+    uint8_t *at = (uint8_t *)r->out.memory + s->pass.out_used;
+    if (count == 0) return;
+    moe_cuda_pass_did(&s->pass,
+                      cudaMemcpy2DAsync(at, kept, r->routes[first].experts, pitch, route_bytes(s), 2 * (size_t)count, cudaMemcpyDeviceToHost,
+                                        s->pass.queue.stream),
+                      "copying routes from the GPU");
+    s->pass.out_used += 2 * (size_t)count * kept;
+    for (int i = first; i < first + count; i++, at += 2 * kept) {
+        moe_cuda_job_deliver(s->pass.slot, to[i]->experts, at, route_bytes(s));
+        moe_cuda_job_deliver(s->pass.slot, to[i]->weights, at + kept, route_bytes(s));
+    }
 }
 
 static void give_to_experts(stage *s) {
@@ -152,9 +163,10 @@ static void give_to_experts(stage *s) {
     moe_cuda_pass *p = &s->pass;
     size_t bytes = (size_t)g->num_rows * (size_t)p->config->hidden * moe_dtype_bytes(p->cuda->public.dtype);
     moe_cuda_pass_mark(p, MOE_CUDA_END);
-    if (g->want_gate) give_route(s, 0, &g->route, g->gate_logits);
+    give_routes(s, g->want_gate ? 0 : 1, (g->want_gate ? 1 : 0) + (has_next(s) ? 1 : 0));
+    if (g->want_gate && g->gate_logits) moe_cuda_pass_give(p, g->gate_logits, p->rows->router[0], router_bytes(s), false);
     if (g->activations) moe_cuda_pass_give(p, g->activations, p->rows->normed, bytes, p->direct);
-    if (has_next(s)) give_route(s, 1, &g->next, g->next_logits);
+    if (has_next(s) && g->next_logits) moe_cuda_pass_give(p, g->next_logits, p->rows->router[1], router_bytes(s), false);
 }
 
 /* ---- the segment ---- */

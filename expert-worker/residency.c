@@ -103,6 +103,12 @@ void residency_close_slots(moe_residency *r) {
     r->num_slots = r->num_empty = r->num_ready = 0;
 }
 
+static int64_t piece_bytes(int64_t image_bytes) {
+    int64_t bytes = (image_bytes + MOE_RESIDENCY_EXPERT_PIECES - 1) / MOE_RESIDENCY_EXPERT_PIECES;
+    bytes = (bytes + MOE_RESIDENCY_MIN_PIECE_BYTES - 1) / MOE_RESIDENCY_MIN_PIECE_BYTES * MOE_RESIDENCY_MIN_PIECE_BYTES;
+    return bytes < MOE_RESIDENCY_MAX_PIECE_BYTES ? bytes : MOE_RESIDENCY_MAX_PIECE_BYTES;
+}
+
 static moe_status open_parts(moe_residency *r, moe_error *err) {
     const moe_residency_config *c = &r->config;
     r->entries = moe_calloc((size_t)r->num_entries, sizeof *r->entries);
@@ -129,11 +135,11 @@ moe_status moe_residency_new(const moe_residency_config *config, moe_residency *
     moe_residency *r = moe_calloc(1, sizeof *r);
     if (!r) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the experts' tiers");
     r->config = *config;
-    if (r->config.tiers.piece_bytes == 0) r->config.tiers.piece_bytes = MOE_RESIDENCY_PIECE_BYTES;
     pthread_mutex_init(&r->mutex, NULL);
     r->num_entries = model->num_moe_layers * model->num_experts;
     for (int level = 0; level < WISH_NONE; level++) TAILQ_INIT(&r->wishes[level]);
     r->size = config->backend->ops->expert_size(config->backend, moe_model_expert(config->model, 0, 0), 0, MOE_FFN_BLOCKS);
+    if (r->config.tiers.piece_bytes == 0) r->config.tiers.piece_bytes = piece_bytes(r->size.image_bytes);
     moe_status status = check_alike(r, err);
     if (status == MOE_OK) status = residency_count_places(r, err);
     if (status == MOE_OK) status = open_parts(r, err);

@@ -8,10 +8,13 @@
 #include "common/model/expert_budget.h"
 #include "expert-worker/loader.h"
 
-/* Pieces on their way to the device at once, and their size: enough to keep a link busy between two looks of the loop; a more
- * urgent expert, and the inputs of a batch, which share the link, wait for so much at most. */
+/* Pieces on their way to the device at once: enough to keep a link busy between two looks of the loop; a more urgent expert, and the
+ * inputs of a batch, which share the link, wait for so much at most. An expert is copied in so many pieces, within bounds: each has a
+ * cost of its own, of some microseconds. */
 #define MOE_RESIDENCY_PIECES 3
-#define MOE_RESIDENCY_PIECE_BYTES ((int64_t)1 << 20)
+#define MOE_RESIDENCY_EXPERT_PIECES 4
+#define MOE_RESIDENCY_MIN_PIECE_BYTES ((int64_t)1 << 20)
+#define MOE_RESIDENCY_MAX_PIECE_BYTES ((int64_t)8 << 20)
 #define MOE_RESIDENCY_SPARE_SLOTS 1 /* above top-k: copies need a slot that no batch uses */
 #define MOE_RESIDENCY_MIN_IMAGES 2  /* one is packed while another is copied */
 
@@ -34,7 +37,7 @@ typedef struct moe_tier_options {
     moe_cold_experts cold; /* anything but FETCH needs a host backend */
     moe_cold_costs costs;  /* for AUTO: as calibrated; what is 0 is learnt */
     bool threaded;        /* what is wanted from the checkpoint is packed in a thread of its own; the simulation has none */
-    int64_t piece_bytes;  /* 0: MOE_RESIDENCY_PIECE_BYTES; the simulation's experts are small */
+    int64_t piece_bytes;  /* 0: by the expert's size; the simulation's experts are small */
 } moe_tier_options;
 
 /* Whether there are tiers, for a model. */

@@ -179,7 +179,8 @@ static bool job_outstanding(const micro_batch *b) {
 static bool poll_jobs(moe_engine *e) {
     bool outstanding = false;
     for (int32_t i = 0; i < e->config.micro_batches; i++) outstanding = outstanding || job_outstanding(&e->batches[i]);
-    return outstanding && moe_backend_poll(e->config.backend, &e->jobs_ended);
+    if (!outstanding || !e->local_work) return outstanding && moe_backend_poll(e->config.backend, &e->jobs_ended);
+    return e->config.backend->ops->poll && e->config.backend->ops->poll(e->config.backend); /* the local worker's may end first */
 }
 
 /* Jobs that are under way must end before their memory goes. With every call cancelled only the router's own are left. */
@@ -189,6 +190,7 @@ static void await_jobs(moe_engine *e) {
         while (job_outstanding(b))
             if (!poll_jobs(e) && moe_rpc_step(e->channels[0].rpc, engine_now(e) + MOE_ENGINE_IDLE_NS, NULL) != MOE_OK) break;
         if (b->state == BATCH_EXPERTS) dispatch_cancel(b);
+        in_place_await(b);
         placed_map_unref(e, &b->map);
         b->state = BATCH_IDLE;
     }
@@ -258,7 +260,7 @@ static int64_t sleep_until(const moe_engine *e, int64_t deadline_ns) {
 
 static bool computing(const moe_engine *e) {
     for (int32_t i = 0; i < e->config.micro_batches; i++)
-        if (e->batches[i].state == BATCH_SEGMENT || e->batches[i].state == BATCH_LOCAL) return true;
+        if (e->batches[i].state != BATCH_IDLE && e->batches[i].state != BATCH_EXPERTS) return true;
     return false;
 }
 
@@ -275,8 +277,10 @@ moe_status moe_engine_step(moe_engine *e, int64_t deadline_ns, moe_error *err) {
         inbox_take(e);
         moved = advance_all(e);
         view_refresh(e, engine_now(e));
+        if (moved || !e->config.step_local_worker) continue;
+        e->local_work = e->config.step_local_worker(e->config.local_worker);
+        for (int32_t i = 0; i < e->config.micro_batches; i++) moved = moved || in_place_can_go_on(&e->batches[i]);
     } while (moved);
-    if (e->config.step_local_worker) e->local_work = e->config.step_local_worker(e->config.local_worker);
     return status;
 }
 

@@ -1,6 +1,7 @@
 /* The engine's own structures. A token's way through these files:
  *   inbox.c → scheduler.c → micro_batch.c (segments) → dispatch.c (plan, calls, retry) → micro_batch.c → sequence.c (sampling)
- * or, with every expert in this process, scheduler.c → micro_batch.c (one local step, local_step.c) → sequence.c. */
+ * or, with every expert in this process, scheduler.c → micro_batch.c (one local step, local_step.c) → sequence.c, or, where not all are on
+ * the device, or routing is looked at, micro_batch.c (segments) → in_place.c → micro_batch.c → sequence.c. */
 #pragma once
 #include <pthread.h>
 #include <stdatomic.h>
@@ -127,7 +128,14 @@ typedef struct expert_call {
 
 /* ---- micro-batches ---- */
 
-typedef enum micro_batch_state { BATCH_IDLE, BATCH_SEGMENT, BATCH_EXPERTS, BATCH_LOCAL } micro_batch_state;
+typedef enum micro_batch_state {
+    BATCH_IDLE,
+    BATCH_SEGMENT,
+    BATCH_EXPERTS,  /* dispatched */
+    BATCH_LOCAL,    /* a whole step */
+    BATCH_IN_PLACE, /* experts of this process */
+    BATCH_LEAVING,  /* failed or cancelled; calls in place have not ended */
+} micro_batch_state;
 
 typedef struct batch_sequence {
     sequence *seq;
@@ -153,6 +161,8 @@ struct micro_batch {
     moe_segment segment;
     moe_local_step local; /* of a step that is one job */
     int32_t *expert_rows; /* [num_moe_layers, num_experts] of that step; NULL where there are no local experts */
+    bool in_place;                  /* layers of this step are computed where they are */
+    moe_layer_call layer_calls[2];  /* of even and of odd MoE layers */
     moe_job job;
     _Atomic bool job_done;
     pthread_t submitter;                      /* of the job: needs no wake for what is done inside the submission */
@@ -306,6 +316,24 @@ void dummy_routing_apply(const micro_batch *b);
 /* local_step.c */
 bool local_step_ready(moe_engine *e);    /* the next step can be one job */
 void local_step_observe(micro_batch *b); /* after that job: metrics and loads */
+/* Experts of this process alone computed a layer: rows [num_experts] is their load. */
+void local_step_count_rows(micro_batch *b, int32_t layer, const int32_t *rows);
+
+/* in_place.c */
+bool in_place_ready(const moe_engine *e); /* the layers of the next step can be computed where they are */
+void in_place_describe(micro_batch *b);   /* what is special to the segments of such a step */
+void in_place_segment_submitted(micro_batch *b);
+/* Whether the experts before the segment that has ended are over too, so that it can be taken in. Where they failed, so have the
+ * sequences. */
+bool in_place_settled(micro_batch *b);
+void in_place_segment_ended(micro_batch *b);   /* its route is known: the layer's experts begin */
+bool in_place_submitted(const micro_batch *b); /* the next segment may be submitted behind the layer's experts, or never will be */
+void in_place_fail(micro_batch *b);            /* where the layer's experts have failed, so have the sequences */
+int64_t in_place_before_ns(const micro_batch *b); /* computation of the experts that the segment was submitted behind */
+bool in_place_ended(const micro_batch *b);     /* no call is under way */
+bool in_place_can_go_on(const micro_batch *b); /* what the worker has done since lets it advance */
+void in_place_await(micro_batch *b);           /* until none is */
+void in_place_leave(micro_batch *b);           /* what is under way comes to its end though nobody wants it */
 
 /* dispatch.c */
 void dispatch_begin(micro_batch *b);             /* plans and sends this layer's calls */

@@ -19,9 +19,8 @@ bool local_step_ready(moe_engine *e) {
 }
 
 /* The map's only worker computes all experts. */
-static void count_rows(micro_batch *b, int32_t layer) {
+void local_step_count_rows(micro_batch *b, int32_t layer, const int32_t *rows) {
     moe_engine *e = b->engine;
-    const int32_t *rows = b->expert_rows + (int64_t)layer * e->model->num_experts;
     int32_t *chosen = e->scratch.chosen, distinct = 0;
     for (int32_t x = 0; x < e->model->num_experts; x++) {
         chosen[x] = MOE_PLAN_NO_WORKER;
@@ -43,7 +42,8 @@ void local_step_observe(micro_batch *b) {
     moe_metric_observe_ns(MOE_METRIC_STAGE_HANDOFF, engine_now(e) - b->stage_began_ns - job->compute_ns);
     if (job->status != MOE_OK) return;
     moe_metric_add(MOE_METRIC_WORKER_ROWS, b->num_rows * layers * e->model->top_k);
-    for (int32_t layer = 0; layer < layers; layer++) count_rows(b, layer);
+    for (int32_t layer = 0; layer < layers; layer++)
+        local_step_count_rows(b, layer, b->expert_rows + (int64_t)layer * e->model->num_experts);
     if (job->expert_ns == 0) return;
     int64_t attention_ns = job->compute_ns - job->expert_ns - job->combine_ns - job->logits_ns;
     moe_metric_observe_ns(MOE_METRIC_STAGE_ATTENTION, attention_ns / layers);

@@ -138,8 +138,10 @@ static void submit_segment(micro_batch *b, int32_t index) {
     s->next = b->spare_route;
     s->gate_logits = b->gate_logits;
     s->next_logits = b->next_logits;
+    if (b->in_place && index > 0) s->combine.weights = b->route.weights;
     begin_job(b, BATCH_SEGMENT);
     e->config.backend->ops->segment_submit(e->config.backend, e->base, s, &b->job);
+    if (b->in_place) in_place_segment_submitted(b);
 }
 
 static void submit_local(micro_batch *b) {
@@ -157,10 +159,14 @@ void micro_batch_begin(micro_batch *b) {
     if (e->map) b->map = placed_map_ref(e->map);
     moe_metric_observe_count(MOE_METRIC_STEP_TOKENS, b->num_rows);
     describe_step(b);
-    if (local_step_ready(e))
+    b->in_place = false;
+    if (local_step_ready(e)) {
         submit_local(b);
-    else
-        submit_segment(b, 0);
+        return;
+    }
+    b->in_place = in_place_ready(e);
+    if (b->in_place) in_place_describe(b);
+    submit_segment(b, 0);
 }
 
 /* How many of the experts that the gate chose had been predicted one layer ahead. */
@@ -244,7 +250,8 @@ static bool all_ended(const micro_batch *b) {
 static void observe_segment(const micro_batch *b) {
     const moe_job *job = &b->job;
     int64_t attention_ns = job->compute_ns - job->combine_ns - job->logits_ns;
-    moe_metric_observe_ns(MOE_METRIC_STAGE_HANDOFF, engine_now(b->engine) - b->stage_began_ns - job->compute_ns);
+    int64_t beside_ns = engine_now(b->engine) - b->stage_began_ns - job->compute_ns - (b->in_place ? in_place_before_ns(b) : 0);
+    moe_metric_observe_ns(MOE_METRIC_STAGE_HANDOFF, beside_ns > 0 ? beside_ns : 0);
     if (b->segment.index > 0) moe_metric_observe_ns(MOE_METRIC_STAGE_COMBINE, job->combine_ns);
     if (b->segment.index < b->engine->model->num_moe_layers)
         moe_metric_observe_ns(MOE_METRIC_STAGE_ATTENTION, attention_ns);
@@ -263,21 +270,56 @@ static void local_finished(micro_batch *b) {
     finish(b, !all_ended(b));
 }
 
+/* Nobody wants its results any more, or there will be none. */
+static void leave(micro_batch *b) {
+    if (b->in_place && !in_place_ended(b)) {
+        in_place_leave(b);
+        b->state = BATCH_LEAVING;
+    } else {
+        finish(b, false);
+    }
+}
+
 static void segment_finished(micro_batch *b) {
     moe_engine *e = b->engine;
     observe_segment(b);
     moe_timeline_add(e->config.timeline, MOE_TIMELINE_SEGMENT, b->segment.index, b->num_rows, b->stage_began_ns);
     end_if_failed(b);
     if (all_ended(b)) {
-        finish(b, false);
+        leave(b);
     } else if (b->segment.index == e->model->num_moe_layers) {
         finish(b, true);
     } else {
         settle_routes(b);
         show_layer(b);
+        if (b->in_place) {
+            in_place_segment_ended(b);
+            return;
+        }
         b->state = BATCH_EXPERTS;
         dispatch_begin(b);
     }
+}
+
+/* The experts of the layer are with the backend: the next segment goes behind them. */
+static void go_on_in_place(micro_batch *b) {
+    moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, engine_now(b->engine) - b->stage_began_ns);
+    in_place_fail(b);
+    if (all_ended(b))
+        leave(b);
+    else
+        submit_segment(b, b->segment.index + 1);
+}
+
+static void dispatched(micro_batch *b) {
+    moe_engine *e = b->engine;
+    moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, engine_now(e) - b->stage_began_ns);
+    moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, b->expert_ns);
+    moe_metric_observe_ns(MOE_METRIC_STAGE_COPY, b->copy_ns);
+    if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, b->stall_ns);
+    if (b->has_tiers && b->segment.index == 0) moe_metric_observe_ns(MOE_METRIC_FIRST_STALL, b->stall_ns);
+    if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_HOST, b->host_ns);
+    if (!all_ended(b)) submit_segment(b, b->segment.index + 1); /* else the next turn ends it */
 }
 
 bool micro_batch_advance(micro_batch *b) {
@@ -288,8 +330,16 @@ bool micro_batch_advance(micro_batch *b) {
             micro_batch_begin(b);
             return true;
         case BATCH_SEGMENT:
-            if (!atomic_load(&b->job_done)) return false;
+            if (!atomic_load(&b->job_done) || (b->in_place && !in_place_settled(b))) return false;
             segment_finished(b);
+            return true;
+        case BATCH_IN_PLACE:
+            if (!in_place_submitted(b)) return false;
+            go_on_in_place(b);
+            return true;
+        case BATCH_LEAVING:
+            if (!in_place_ended(b)) return false;
+            finish(b, false);
             return true;
         case BATCH_LOCAL:
             if (!atomic_load(&b->job_done)) return false;
@@ -303,14 +353,7 @@ bool micro_batch_advance(micro_batch *b) {
             }
             dispatch_tick(b, engine_now(e));
             if (!dispatch_done(b)) return false;
-            moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, engine_now(e) - b->stage_began_ns);
-            moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, b->expert_ns);
-            moe_metric_observe_ns(MOE_METRIC_STAGE_COPY, b->copy_ns);
-            if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, b->stall_ns);
-            if (b->has_tiers && b->segment.index == 0) moe_metric_observe_ns(MOE_METRIC_FIRST_STALL, b->stall_ns);
-            if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_HOST, b->host_ns);
-            if (all_ended(b)) return true; /* the next turn ends it */
-            submit_segment(b, b->segment.index + 1);
+            dispatched(b);
             return true;
     }
     return false;

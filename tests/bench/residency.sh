@@ -39,8 +39,8 @@ longest=$(tr , '\n' <<<"$prefill" | sort -n | tail -1)
 mkdir -p "$out"
 name=$out/$shape-$mode
 rm -f "$name.csv"
-timeout "$limit" "$build/bin/moesaic" bench "${model[@]}" --experts inproc --local-steps off --max-model-len $((longest > 512 ? longest + 128 : 512)) \
-  --concurrency "$concurrency" --prompt-tokens 16 --output-tokens "$output" --prefill-tokens "$prefill" --runs "$runs" \
+timeout "$limit" "$build/bin/moesaic" bench "${model[@]}" --experts inproc --max-model-len $((longest > 512 ? longest + 128 : 512)) \
+  --max-num-batched-tokens $((longest > 512 ? longest : 512)) --concurrency "$concurrency" --prompt-tokens 16 --output-tokens "$output" --prefill-tokens "$prefill" --runs "$runs" \
   --sweep "${sweep%;}" --csv "$name.csv" "$@" >"$name.txt" 2>&1 || {
   echo "FAIL residency $shape (exit $?): $(tail -c 600 "$name.txt")"
   failed=1 # what was measured until then is shown all the same

@@ -6,7 +6,8 @@ T        time of a step (of a prompt, for prefill), median of the runs
 T_comp   that with all experts on the device, same routing
 T_copy   bytes copied for a step / pace of large copies from host memory to the device, measured in the same process
 T_dem    T of the same experts copied on demand (gating gate)
-overlap  (T_dem - T) / min(T_comp, T_copy): 1 where all that can be hidden is hidden
+overlap  (T_dem - T) / min(T_comp, T_copy). On demand, what is there is computed while the rest comes: T_dem hides a part already
+hidden   (T_comp + T_copy - T) / min(T_comp, T_copy): beside copying first and computing then; 1 where all that can be hidden is hidden
 gating   +host, +auto: cold experts are not all copied; beside a table of `auto` as a part of the better of `fetch` and `host`
 first    of T: waiting at the first MoE layer, whose experts nothing foretells"""
 import csv
@@ -59,6 +60,7 @@ def compare(groups):
         m["demand"] = demand["t"] if demand else None
         m["of"] = m["speed"] / whole["speed"] if whole else None
         least = min(m["compute"], m["copy"]) if m["ratio"] is not None else 0
+        m["hidden"] = (m["compute"] + m["copy"] - m["t"]) / least if least > 0 else None
         m["overlap"] = (m["demand"] - m["t"]) / least if demand and gating != "gate" and "+" not in gating and least > 0 else None
     return pace
 
@@ -71,14 +73,14 @@ def percent(value):
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
-HEADING = ("case", "routing", "device", "gating", "tokens/s (low - high)", "T ms", "T_comp", "T_copy", "copy/comp", "T_dem", "overlap",
+HEADING = ("case", "routing", "device", "gating", "tokens/s (low - high)", "T ms", "T_comp", "T_copy", "copy/comp", "T_dem", "overlap", "hidden",
            "of all", "first ms", "stall ms", "MB/step", "wasted", "hits", "late", "misses", "GPU GiB")
 
 
 def line(key, m):
     case, routing, memory, gating = key
     return (case, routing or "gates", memory, gating, f"{m['speed']:.0f} ({m['low']:.0f} - {m['high']:.0f})", number(m["t"], 3), number(m["compute"], 3),
-            number(m["copy"], 3), number(m["ratio"]), number(m["demand"], 3), number(m["overlap"]), percent(m["of"]), number(m["first"], 3), number(m["stall"], 3),
+            number(m["copy"], 3), number(m["ratio"]), number(m["demand"], 3), number(m["overlap"]), number(m["hidden"]), percent(m["of"]), number(m["first"], 3), number(m["stall"], 3),
             number(m["mb"], 1), number(m["wasted"], 1), percent(m["hits"] / m["experts"]), percent(m["late_hits"] / m["experts"]),
             percent(m["misses"] / m["experts"]), number(m["device"] / 2**30, 1) if m["device"] else "-")
 
@@ -93,7 +95,7 @@ def table(lines):
 
 def nearest(groups):
     """For each of RATIOS the copying setting that comes nearest to it, on demand and ahead."""
-    ahead = [(key, m) for key, m in groups.items() if m["overlap"] is not None and m["ratio"]]
+    ahead = [(key, m) for key, m in groups.items() if m["hidden"] is not None and key[3] != "gate" and "+" not in key[3]]
     lines = [("T_copy / T_comp near", *HEADING)]
     for ratio in RATIOS:
         best = min(ahead, key=lambda one: max(one[1]["ratio"] / ratio, ratio / one[1]["ratio"]), default=None)

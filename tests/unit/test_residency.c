@@ -37,7 +37,7 @@ static moe_status open_tiers(rig *r, moe_tier_options tiers, moe_error *err) {
     moe_expert_size size = r->real->ops->expert_size(r->real, r->model->experts, 0, MOE_FFN_BLOCKS);
     r->slot_bytes = size.slot_bytes;
     r->image_bytes = size.image_bytes;
-    assert_true(r->image_bytes < MOE_RESIDENCY_PIECE_BYTES); /* one piece an expert */
+    assert_true(r->image_bytes < MOE_RESIDENCY_MIN_PIECE_BYTES); /* one piece an expert */
     assert_int_equal(moe_shard_init(&r->shard, r->model, &r->slow.base, NULL), MOE_OK);
     if (!tiers.eviction) tiers.eviction = "hint-aware";
     const moe_residency_config config = {.model = r->model,
