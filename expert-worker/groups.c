@@ -18,12 +18,16 @@ static moe_cold_queues queues(const moe_groups *g, const moe_cold_costs *costs) 
     return q;
 }
 
-static void decide_for(moe_groups *g, int32_t i, bool host) {
-    g->states[i] = host ? GROUP_HOST : GROUP_DEVICE;
-    g->num_undecided--;
-    if (host) return;
+/* In place of its image the group needs its slot. */
+static void need_slot(const moe_groups *g, int32_t i) {
     moe_residency_need(g->residency, g->layer, g->experts[i]);
     moe_residency_unneed_image(g->residency, g->layer, g->experts[i]);
+}
+
+static void decide_for(moe_groups *g, int32_t i, bool host) {
+    g->num_undecided -= g->states[i] == GROUP_UNDECIDED;
+    g->states[i] = host ? GROUP_HOST : GROUP_DEVICE;
+    if (!host) need_slot(g, i);
 }
 
 void moe_groups_decide(moe_groups *g) {
@@ -62,10 +66,7 @@ static moe_expert *take_for_device(moe_groups *g, int32_t i) {
     if (g->states[i] > GROUP_HOST) return NULL;
     if (!r) return g->groups[i].expert;
     moe_expert *expert = moe_residency_acquire(r, g->layer, g->experts[i]);
-    if (!expert || g->states[i] == GROUP_DEVICE) return expert;
-    g->num_undecided -= g->states[i] == GROUP_UNDECIDED;
-    moe_residency_need(r, g->layer, g->experts[i]);
-    moe_residency_unneed_image(r, g->layer, g->experts[i]);
+    if (expert && g->states[i] != GROUP_DEVICE) decide_for(g, i, false);
     return expert;
 }
 
@@ -80,6 +81,19 @@ moe_expert *moe_groups_take(moe_groups *g, int32_t i, moe_pass_place place) {
     g->states[i] = on_place[place];
     g->num_left--;
     return expert;
+}
+
+int32_t moe_groups_host_rows(const moe_groups *g) {
+    int32_t rows = 0;
+    for (int32_t i = 0; i < g->count; i++)
+        if (g->states[i] == GROUP_UNDECIDED || g->states[i] == GROUP_HOST || g->states[i] == GROUP_ON_HOST) rows += g->groups[i].count;
+    return rows;
+}
+
+void moe_groups_copy_all(moe_groups *g) {
+    for (int32_t i = 0; i < g->count; i++)
+        if (g->states[i] == GROUP_UNDECIDED || g->states[i] == GROUP_HOST) decide_for(g, i, false);
+    g->cold = NULL;
 }
 
 int32_t moe_groups_ready(const moe_groups *g) {

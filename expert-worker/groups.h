@@ -24,6 +24,10 @@ void moe_groups_begin(moe_groups *groups);
 void moe_groups_decide(moe_groups *groups);
 /* The group's handle for a job there, which has it from now on; NULL: not now. What was meant for the host may have come into a slot. */
 moe_expert *moe_groups_take(moe_groups *groups, int32_t index, moe_pass_place place);
+/* Rows that the host computes, or may compute. */
+int32_t moe_groups_host_rows(const moe_groups *groups);
+/* The host is not to compute any of those that no job has taken; they are copied. */
+void moe_groups_copy_all(moe_groups *groups);
 /* How many of those that no job has taken could go to the device now. */
 int32_t moe_groups_ready(const moe_groups *groups);
 /* Whether a job there has the group. */

@@ -74,13 +74,11 @@ static moe_status check_held(const moe_layer_run *run, int32_t count, moe_error 
     return MOE_OK;
 }
 
-/* Room for the rows of all experts that the host may compute: those that are in no slot. */
-static bool reserve_host_rows(moe_layer_run *run, int32_t num_groups) {
+/* Room for all rows of the call that the host may compute. */
+static bool reserve_host_rows(moe_layer_run *run) {
     moe_host_rows *h = &run->host_rows;
     size_t hidden = (size_t)run->shard->model->config.hidden;
-    int32_t count = 0;
-    for (int32_t i = 0; i < num_groups; i++)
-        if (!moe_residency_is_resident(run->shard->residency, run->call->layer, run->experts[i])) count += run->group[i].count;
+    int32_t count = moe_groups_host_rows(&run->groups);
     if (count <= h->capacity) return true;
     free_host_rows(run); /* first, so that never both are there */
     h->bytes = (size_t)count * (hidden * sizeof *h->out + 2 * sizeof *h->slots);
@@ -113,8 +111,8 @@ moe_status moe_layer_run_begin(moe_layer_run *run, moe_layer_call *call, moe_err
         return status;
     }
     run->host_rows.computed = run->host_rows.given = 0;
-    run->stalled_since_ns = 0;
-    bool host = r && run->host && moe_residency_cold(r) != MOE_COLD_FETCH && reserve_host_rows(run, count); /* else all is copied */
+    run->stalled_since_ns = run->shown_ns = 0;
+    bool host = r && run->host && moe_residency_cold(r) != MOE_COLD_FETCH;
     run->groups = (moe_groups){.residency = r,
                                .layer = call->layer,
                                .count = count,
@@ -212,6 +210,10 @@ static moe_run_job *next_host(moe_layer_run *run) {
     if (!run->groups.cold || j->out) return NULL;
     moe_groups_decide(&run->groups);
     if (!run->call->activations) return NULL;
+    if (h->computed == 0 && !reserve_host_rows(run)) { /* before the call's first job */
+        moe_groups_copy_all(&run->groups);
+        return NULL;
+    }
     for (int32_t e = 0; e < model->num_experts; e++) run->cursor[e] = -1;
     j->rows = take_for_host(run, j);
     if (j->experts == 0) return NULL;

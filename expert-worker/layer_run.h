@@ -58,7 +58,9 @@ typedef struct moe_layer_run {
     moe_cold_group *cold;
     uint8_t *states;
 
-    int64_t stalled_since_ns; /* the submitter's; 0: it does not wait */
+    /* the submitter's */
+    int64_t stalled_since_ns; /* 0: it does not wait */
+    int64_t shown_ns;         /* until when the timeline shows the device's passes */
 } moe_layer_run;
 
 /* What the residency knows a step of such calls by: calls that come as messages have steps, too. */

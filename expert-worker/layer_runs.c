@@ -47,17 +47,19 @@ static void observe_costs(const moe_layer_runs *runs, const moe_run_job *j) {
     if (runs->config.host == runs->config.backend) costs->host = costs->device = *cost; /* what is copied is computed no faster */
 }
 
-/* A pass may have waited for the layer's segment: shown is the time that it was computed. */
-static void note(const moe_layer_runs *runs, const moe_layer_call *call, const moe_run_job *j) {
-    moe_timeline_kind kind = j->place == MOE_PASS_HOST ? MOE_TIMELINE_HOST : MOE_TIMELINE_PASS;
+/* A pass may have waited for the layer's segment, or for the pass before: shown is the time that it was computed. */
+static void note(const moe_layer_runs *runs, moe_layer_run *run, const moe_run_job *j) {
+    bool host = j->place == MOE_PASS_HOST;
     int64_t now_ns = moe_now_ns(runs->config.clock), began_ns = now_ns - j->job.compute_ns;
     if (began_ns < j->began_ns) began_ns = j->began_ns;
-    moe_timeline_span(runs->config.timeline, kind, call->layer, j->experts, began_ns, now_ns);
+    if (!host && began_ns < run->shown_ns) began_ns = run->shown_ns;
+    if (!host) run->shown_ns = now_ns;
+    moe_timeline_span(runs->config.timeline, host ? MOE_TIMELINE_HOST : MOE_TIMELINE_PASS, run->call->layer, j->experts, began_ns, now_ns);
 }
 
 static void end_job(moe_layer_runs *runs, moe_layer_run *run, moe_run_job *j) {
     moe_layer_call *call = run->call;
-    note(runs, call, j);
+    note(runs, run, j);
     runs->ticks += atomic_load(&j->job.progress) + 1;
     *(j->place == MOE_PASS_HOST ? &call->host_ns : &call->expert_ns) += j->job.compute_ns;
     if (j->job.status != MOE_OK)
@@ -94,15 +96,17 @@ static void observe_start(moe_layer_runs *runs, const moe_layer_run *run) {
     runs->rows += (uint64_t)assignments;
 }
 
-/* Takes in the run's jobs that have ended; and ends its call where that has been computed, or has failed and nothing is out. */
+/* It has been computed, or has failed and nothing of it is out. */
+static bool is_over(const moe_layer_run *run) {
+    return !moe_layer_run_busy(run) && (run->call->status != MOE_OK || run->call->submitted);
+}
+
+/* Takes in the run's jobs that have ended, and ends its call where it is over. */
 static void take_in(moe_layer_runs *runs, moe_layer_run *run) {
-    moe_residency *residency = runs->config.shard->residency;
     moe_layer_call *call = run->call;
     for (int k = 0; k < MOE_RUN_JOBS; k++)
         if (has_ended(&run->jobs[k])) end_job(runs, run, &run->jobs[k]);
-    const moe_error *lost = residency ? moe_residency_failure(residency) : NULL;
-    if (lost && !call->submitted) fail(call, lost->code, lost->message);
-    if (moe_layer_run_busy(run) || (call->status == MOE_OK && !call->submitted)) return;
+    if (!is_over(run)) return;
     moe_layer_run_end(run);
     end_call(runs, call);
 }
@@ -145,6 +149,9 @@ static void watch_stall(const moe_layer_runs *runs, moe_layer_run *run, int64_t 
 
 static void start_jobs(moe_layer_runs *runs, moe_layer_run *run) {
     static const moe_pass_place places[] = {MOE_PASS_DEVICE, MOE_PASS_HOST};
+    moe_residency *residency = runs->config.shard->residency;
+    const moe_error *lost = residency ? moe_residency_failure(residency) : NULL;
+    if (lost && !run->call->submitted) fail(run->call, lost->code, lost->message);
     if (run->call->status != MOE_OK || run->call->submitted) return;
     int64_t now_ns = moe_now_ns(runs->config.clock);
     for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
@@ -160,9 +167,12 @@ static void for_calls(moe_layer_runs *runs, void (*what)(moe_layer_runs *, moe_l
         if (runs->runs[i].call) what(runs, &runs->runs[i]);
 }
 
-static bool can_begin(const moe_layer_runs *runs) {
-    for (int i = 0; i < MOE_LAYER_RUNS && runs->waiting; i++)
-        if (!runs->runs[i].call) return true;
+/* Whether a call can begin, or has come to its end. */
+static bool can_go_on(const moe_layer_runs *runs) {
+    for (int i = 0; i < MOE_LAYER_RUNS; i++) {
+        const moe_layer_run *run = &runs->runs[i];
+        if (run->call ? is_over(run) : runs->waiting != NULL) return true;
+    }
     return false;
 }
 
@@ -174,7 +184,7 @@ static void advance(moe_layer_runs *runs) {
         for_calls(runs, take_in);
         begin_waiting(runs);
         for_calls(runs, start_jobs);
-    } while (any_ended(runs) || can_begin(runs));
+    } while (any_ended(runs) || can_go_on(runs));
 }
 
 /* ---- polled backends ---- */

@@ -462,10 +462,374 @@ static void tiers(void **state) {
                         f != SLOW, backend & 1);
 }
 
+/* Segments, jobs and copies in threads. */
+static void threads(void **state) {
+    (void)state;
+    for (int ahead = 0; ahead < 2; ahead++) {
+        run_all(&(setup){.backend = 1, .threads = 2}, ahead, false);
+        for (moe_cold_experts cold = MOE_COLD_FETCH; cold <= MOE_COLD_AUTO; cold++)
+            run_all(&(setup){.backend = 1, .threads = 2, .slots = 8, .images = ahead ? 9 : 0, .cold = cold}, ahead, ahead);
+    }
+}
+
+/* One thing that may happen next. */
+static void do_something(rig *r, stream *streams, int count, moe_random *random) {
+    stream *s = &streams[moe_random_below(random, (uint64_t)count)];
+    switch (moe_random_below(random, 6)) {
+        case 0:
+            if (r->slow.num_fills) moe_slow_end(&r->slow);
+            break;
+        case 1:
+            if (r->slow.num_batches) moe_slow_end_batch(&r->slow);
+            break;
+        case 2:
+            turn(r);
+            break;
+        case 3:
+            s->late = !s->late;
+            break;
+        default:
+            advance(s);
+    }
+    r->clock.fake_now_ns += (int64_t)moe_random_below(random, 1000);
+}
+
+static void in_any_order(void **state) {
+    (void)state;
+    for (uint64_t seed = 1; seed <= 60; seed++) {
+        rig r;
+        stream streams[STREAMS];
+        moe_random random = {seed};
+        const setup s = {.front = SLOW,
+                         .slots = TOP_K + 1 + (int32_t)moe_random_below(&random, 12),
+                         .images = moe_random_below(&random, 2) ? 2 + (int32_t)moe_random_below(&random, 20) : 0,
+                         .cold = (moe_cold_experts)moe_random_below(&random, 3),
+                         .num_streams = 1 + (int)moe_random_below(&random, STREAMS)};
+        assert_true(rig_open(&r, &s));
+        r.slow.slow_batches = true;
+        for (int i = 0; i < s.num_streams; i++) {
+            stream_open(&streams[i], &r, i, false);
+            streams[i].foretells = moe_random_below(&random, 2);
+        }
+        for (int i = 0; i < MAX_TURNS && !all_over(streams, s.num_streams); i++) {
+            do_something(&r, streams, s.num_streams, &random);
+            if (i % 16 == 0) residency_check(r.residency);
+        }
+        if (!all_over(streams, s.num_streams)) fail_msg("seed %d stands still", (int)seed);
+        assert_int_equal(r.num_told, s.num_streams * STEPS * LAYERS);
+        for (int i = 0; i < s.num_streams; i++) stream_close(&streams[i]);
+        rig_close(&r);
+    }
+}
+
+/* ---- one call, seen closely ---- */
+
+/* Of the distinct experts that a layer of a step routes to: those below `end`. */
+static int32_t distinct_below(const story_step *step, int layer, int32_t end) {
+    bool seen[EXPERTS] = {false};
+    int32_t count = 0;
+    for (int32_t i = 0; i < step->rows * TOP_K; i++) {
+        int32_t e = step->experts[layer][i];
+        count += e < end && !seen[e];
+        seen[e] = true;
+    }
+    return count;
+}
+
+/* A stream whose first layer wants some of the experts that are in slots (the first of layer 0) and some that are not, and not more than
+ * fit. Its first segment has ended. */
+static void open_mixed(rig *r, stream *s, int32_t slots) {
+    int found = 0;
+    for (; found < STREAMS; found++) {
+        int32_t warm = distinct_below(&r->stories[found].steps[0], 0, slots);
+        int32_t all = distinct_below(&r->stories[found].steps[0], 0, EXPERTS);
+        if (warm > 0 && all > warm + 1 && all <= slots) break;
+    }
+    assert_true(found < STREAMS);
+    stream_open(s, r, found, false);
+    assert_true(advance(s));
+    assert_true(segment_ended(s));
+}
+
+static void open_one(rig *r, stream *s, moe_cold_experts cold) {
+    const setup given = {.front = SLOW, .slots = 10, .cold = cold, .num_streams = STREAMS};
+    assert_true(rig_open(r, &given));
+    r->slow.slow_batches = true;
+    open_mixed(r, s, given.slots);
+    r->slow.layers_submitted = 0;
+}
+
+/* Up to its logits, which are compared. */
+static void finish_step(stream *s) {
+    moe_slow_hurry(&s->rig->slow);
+    for (int i = 0; i < 100 && s->step == 0; i++) {
+        turn(s->rig);
+        advance(s);
+    }
+    assert_int_equal(s->step, 1);
+}
+
+static void close_one(rig *r, stream *s) {
+    stream_close(s);
+    rig_close(r);
+}
+
+/* What is ready goes at once; then, while that is out, only what ends the call. */
+static void submitted_as_early_as_possible(void **state) {
+    (void)state;
+    rig r;
+    stream s;
+    open_one(&r, &s, MOE_COLD_FETCH);
+    int32_t cold = distinct_below(s.story->steps, 0, EXPERTS) - distinct_below(s.story->steps, 0, 10);
+    begin_layer(&s);
+    moe_layer_call *call = &s.calls[0];
+    for (int32_t i = 0; i < cold; i++) {
+        assert_int_equal(r.slow.layers_submitted, 1);
+        assert_false(call->submitted);
+        moe_slow_end(&r.slow);
+        turn(&r);
+    }
+    assert_int_equal(r.slow.num_batches, 2);
+    assert_true(call->submitted && !call->ended);
+    moe_slow_end_batch(&r.slow);
+    turn(&r);
+    assert_false(call->ended);
+    moe_slow_end_batch(&r.slow);
+    turn(&r);
+    assert_true(call->ended);
+    assert_int_equal(call->status, MOE_OK);
+    moe_residency_counts c = moe_residency_counted(r.residency);
+    assert_int_equal(c.hits, distinct_below(s.story->steps, 0, 10));
+    assert_int_equal(c.misses, cold);
+    finish_step(&s);
+    close_one(&r, &s);
+}
+
+/* What was foretold is a hit once it has come, a late hit before; and a call of hits alone is one job. */
+static void foretold(void **state) {
+    (void)state;
+    for (int come = 0; come < 2; come++) {
+        rig r;
+        stream s;
+        assert_true(rig_open(&r, &(setup){.front = SLOW, .slots = 40}));
+        stream_open(&s, &r, 0, false);
+        foretell(&s, 2); /* in no slot yet */
+        int32_t wanted = distinct_below(s.story->steps, 2, EXPERTS), warm = distinct_below(s.story->steps, 2, 40 - 2 * EXPERTS);
+        assert_true(wanted > warm && r.slow.num_fills > 0);
+        r.slow.at_once = come;
+        while (come && r.slow.num_fills) moe_slow_end(&r.slow);
+        turn(&r);
+        moe_layer_call *call = &s.calls[2];
+        submit_segment(&s, 0); /* so that there are inputs */
+        s.segment = 2;
+        begin_layer(&s);
+        assert_int_equal(r.slow.layers_submitted, come || warm > 0);
+        assert_int_equal(call->ended, come);
+        moe_residency_counts c = moe_residency_counted(r.residency);
+        assert_int_equal(c.hits, come ? wanted : warm);
+        assert_int_equal(c.late_hits, come ? 0 : wanted - warm);
+        assert_int_equal(c.misses, 0);
+        moe_slow_hurry(&r.slow);
+        turn(&r);
+        assert_true(call->ended);
+        /* only what made room, of what was there unasked */
+        int64_t wasted = (int64_t)moe_residency_counted(r.residency).wasted_bytes;
+        assert_int_equal(wasted, (wanted - warm) * moe_residency_image_bytes(r.residency));
+        close_one(&r, &s);
+    }
+}
+
+/* The host waits for what its experts are given, the device does not; its rows go with the last job. */
+static void begun_before_its_inputs(void **state) {
+    (void)state;
+    rig r;
+    stream s;
+    open_one(&r, &s, MOE_COLD_HOST);
+    const story_step *step = s.story->steps;
+    int32_t cold = 0;
+    for (int32_t i = 0; i < step->rows * TOP_K; i++) cold += step->experts[0][i] >= 10;
+    begin_layer(&s);
+    moe_layer_call *call = &s.calls[0];
+    assert_int_equal(r.slow.num_batches, 1);
+    moe_slow_end_batch(&r.slow);
+    turn(&r);
+    assert_int_equal(r.slow.num_batches, 0);
+    assert_true(give(&s));
+    turn(&r);
+    assert_int_equal(r.slow.num_batches, 1);
+    assert_non_null(r.slow.batches[0]);
+    assert_int_equal(r.slow.batches[0]->num_assignments, cold);
+    assert_false(call->submitted);
+    moe_slow_end_batch(&r.slow);
+    turn(&r);
+    assert_int_equal(r.slow.num_batches, 1);
+    assert_int_equal(r.slow.layers[0]->num_given, cold);
+    assert_true(call->submitted && !call->ended);
+    assert_int_equal(r.slow.fills_ended, 10); /* as it was at first */
+    finish_step(&s);
+    close_one(&r, &s);
+}
+
+static void *no_memory(moe_backend *b, size_t bytes) {
+    (void)b;
+    (void)bytes;
+    return NULL;
+}
+
+/* Where there is no room for the host's rows, experts are copied. */
+static void no_room_for_the_host(void **state) {
+    (void)state;
+    rig r;
+    stream s;
+    open_one(&r, &s, MOE_COLD_HOST);
+    r.slow.ops.host_alloc = no_memory;
+    finish_step(&s);
+    assert_int_equal(moe_residency_counted(r.residency).host_experts, 0);
+    close_one(&r, &s);
+}
+
+/* Nothing of a call is computed: a stall from when its segment has ended. */
+static void stalls(void **state) {
+    (void)state;
+    for (int early = 0; early < 2; early++) {
+        rig r;
+        stream s;
+        open_one(&r, &s, MOE_COLD_FETCH);
+        r.slow.slow_batches = false;
+        s.late = early;
+        begin_layer(&s);
+        moe_layer_call *call = &s.calls[0];
+        r.clock.fake_now_ns += 3 * MOE_NS_PER_MS;
+        turn(&r);
+        s.late = false;
+        assert_true(give(&s));
+        r.clock.fake_now_ns += 5 * MOE_NS_PER_MS;
+        if (!early) call->given_ns = START_NS - 1; /* before the call began */
+        r.slow.at_once = true;
+        while (r.slow.num_fills) moe_slow_end(&r.slow);
+        turn(&r);
+        assert_true(call->ended);
+        assert_int_equal(call->stall_ns, (early ? 5 : 8) * MOE_NS_PER_MS);
+        close_one(&r, &s);
+    }
+}
+
+/* A copy that fails ends calls that have anything left to submit, once nothing of them is out. */
+static void failed_copy(void **state) {
+    (void)state;
+    rig r;
+    stream s;
+    open_one(&r, &s, MOE_COLD_FETCH);
+    begin_layer(&s);
+    moe_layer_call *call = &s.calls[0];
+    r.slow.fail_next = true;
+    moe_slow_end(&r.slow);
+    turn(&r);
+    assert_int_equal(call->status, MOE_INTERNAL);
+    assert_non_null(strstr(call->message, "the link is gone"));
+    assert_false(call->ended);
+    moe_slow_end_batch(&r.slow);
+    turn(&r);
+    assert_true(call->ended && !call->submitted);
+    assert_int_equal(r.told, MOE_INTERNAL);
+    begin_layer(&s); /* the tiers are of no more use */
+    assert_true(call->ended && !call->submitted);
+    assert_int_equal(call->status, MOE_INTERNAL);
+    close_one(&r, &s);
+}
+
+/* A job that fails ends its call, and no other. */
+static void failed_job(void **state) {
+    (void)state;
+    for (moe_cold_experts cold = MOE_COLD_FETCH; cold <= MOE_COLD_HOST; cold++) {
+        rig r;
+        stream s;
+        open_one(&r, &s, cold);
+        begin_layer(&s);
+        give(&s);
+        turn(&r);
+        moe_layer_call *call = &s.calls[0];
+        bool host = cold == MOE_COLD_HOST;
+        assert_int_equal(r.slow.num_batches, host ? 2 : 1);
+        if (host) moe_slow_end_batch(&r.slow);
+        r.slow.fail_next_batch = true;
+        moe_slow_end_batch(&r.slow);
+        turn(&r);
+        assert_true(call->ended && !call->submitted);
+        assert_int_equal(call->status, MOE_INTERNAL);
+        assert_non_null(strstr(call->message, "the computation failed"));
+        residency_check(r.residency);
+        moe_slow_hurry(&r.slow);
+        r.num_told = 0;
+        stream again;
+        stream_open(&again, &r, 1, false);
+        run_streams(&r, &again, 1);
+        stream_close(&again);
+        close_one(&r, &s);
+    }
+}
+
+static void not_held(void **state) {
+    (void)state;
+    rig r;
+    stream s;
+    open_one(&r, &s, MOE_COLD_FETCH);
+    const moe_layer_experts e = r.experts;
+    memcpy(r.defect, "broken", 7);
+    assert_false(e.ops->ready(e.ctx));
+    r.defect[0] = '\0';
+    assert_true(e.ops->ready(e.ctx));
+    moe_shard_drop(&r.shard, 0, s.story->steps[0].experts[0][0]);
+    assert_false(e.ops->ready(e.ctx));
+    begin_layer(&s);
+    assert_true(s.calls[0].ended && !s.calls[0].submitted);
+    assert_int_equal(s.calls[0].status, MOE_UNAVAILABLE);
+    moe_residency_counts c = moe_residency_counted(r.residency);
+    assert_int_equal(c.hits + c.misses + c.late_hits, 0);
+    close_one(&r, &s);
+}
+
+/* With the worker end the calls: those whose jobs run, those that wait for copies, and for their turn. */
+static void closed_under_way(void **state) {
+    (void)state;
+    for (moe_cold_experts cold = MOE_COLD_FETCH; cold <= MOE_COLD_HOST; cold++) {
+        rig r;
+        stream streams[STREAMS];
+        assert_true(rig_open(&r, &(setup){.backend = 1, .threads = 2, .slots = 8, .cold = cold, .num_streams = STREAMS}));
+        for (int i = 0; i < STREAMS; i++) {
+            stream_open(&streams[i], &r, i, false);
+            assert_true(advance(&streams[i]));
+            await(&streams[i].jobs[0]);
+        }
+        for (int i = 0; i < STREAMS; i++) begin_layer(&streams[i]);
+        moe_layer_runs_close(&r.runs);
+        for (int i = 0; i < STREAMS; i++) {
+            const moe_layer_call *call = &streams[i].calls[0];
+            assert_true(call->ended);
+            assert_int_equal(call->status, call->submitted ? MOE_OK : MOE_UNAVAILABLE);
+        }
+        assert_int_equal(r.num_told, STREAMS);
+        for (int i = 0; i < STREAMS; i++) stream_close(&streams[i]);
+        assert_int_equal(moe_layer_runs_init(&r.runs, &(moe_layer_runs_config){.shard = &r.shard, .backend = r.backend}, NULL), MOE_OK);
+        rig_close(&r);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_expert_resident),
         cmocka_unit_test(tiers),
+        cmocka_unit_test(threads),
+        cmocka_unit_test(in_any_order),
+        cmocka_unit_test(submitted_as_early_as_possible),
+        cmocka_unit_test(foretold),
+        cmocka_unit_test(begun_before_its_inputs),
+        cmocka_unit_test(no_room_for_the_host),
+        cmocka_unit_test(stalls),
+        cmocka_unit_test(failed_copy),
+        cmocka_unit_test(failed_job),
+        cmocka_unit_test(not_held),
+        cmocka_unit_test(closed_under_way),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

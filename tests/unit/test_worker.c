@@ -70,7 +70,7 @@ static void rig_open_backend(rig *r, int32_t threads) {
     moe_gated_init(&r->gate, r->ref);
 }
 
-static void rig_open_checked(rig *r, int32_t max_queued_calls, int32_t max_batch_rows, bool checked) {
+static void rig_open_with(rig *r, int32_t max_queued_calls, int32_t max_batch_rows, bool checked, const moe_tier_options *tiers) {
     rig_open_backend(r, 0);
     r->clock = moe_clock_fake(START_NS);
     assert_int_equal(moe_inproc_hub_new(&r->clock, 1, &r->hub, NULL), MOE_OK);
@@ -78,7 +78,7 @@ static void rig_open_checked(rig *r, int32_t max_queued_calls, int32_t max_batch
     char bound[MOE_ENDPOINT_BYTES];
     assert_int_equal(r->transports[0]->ops->listen(r->transports[0], ENDPOINT, bound, NULL), MOE_OK);
     const moe_worker_config config = {.model = r->model,
-                                      .backend = &r->gate.base,
+                                      .backend = tiers ? r->ref : &r->gate.base,
                                       .transport = r->transports[0],
                                       .clock = &r->clock,
                                       .cluster_uuid = CLUSTER,
@@ -86,10 +86,15 @@ static void rig_open_checked(rig *r, int32_t max_queued_calls, int32_t max_batch
                                       .incarnation = INCARNATION,
                                       .max_queued_calls = max_queued_calls,
                                       .max_batch_rows = max_batch_rows,
-                                      .reference = checked ? r->ref->ops->single : NULL};
+                                      .reference = checked ? r->ref->ops->single : NULL,
+                                      .tiers = tiers ? *tiers : (moe_tier_options){.piece_bytes = 0}};
     assert_int_equal(moe_worker_new(&config, &r->worker, NULL), MOE_OK);
     make_client(r, CLUSTER, r->model->digest);
     connect_client(r);
+}
+
+static void rig_open_checked(rig *r, int32_t max_queued_calls, int32_t max_batch_rows, bool checked) {
+    rig_open_with(r, max_queued_calls, max_batch_rows, checked, NULL);
 }
 
 static void rig_open(rig *r, int32_t max_queued_calls, int32_t max_batch_rows) {
@@ -780,6 +785,87 @@ static void counts_calls_rows_and_progress(void **state) {
     rig_close(&r);
 }
 
+static int64_t residency_metrics(void) {
+    return moe_metric_value(MOE_METRIC_EXPERT_HITS) + moe_metric_value(MOE_METRIC_EXPERT_LATE_HITS) +
+           moe_metric_value(MOE_METRIC_EXPERT_MISSES);
+}
+
+static uint64_t residency_told(const reply *answer) {
+    assert_true(answer->result.residency.present);
+    return answer->result.residency.hits + answer->result.residency.late_hits + answer->result.residency.misses;
+}
+
+static void segment_done(moe_job *job) { *(bool *)job->owner = true; }
+
+/* The first layer of 5 tokens, where its rows are. Returns how many distinct experts it has. */
+static int32_t run_layer_in_place(rig *r) {
+    static const int32_t ids[5] = {1, 2, 3, 4, 5}, positions[5] = {0, 1, 2, 3, 4}, sequences[5], block = 0;
+    const moe_layer_experts experts = moe_worker_layer_experts(r->worker);
+    const moe_backend_ops *ops = r->ref->ops;
+    int32_t chosen[5 * TOP_K], distinct = 0;
+    float weights[5 * TOP_K];
+    bool done = false, seen[EXPERTS] = {false};
+    moe_layer_call call = {.num_rows = 5, .experts = chosen, .step = 1};
+    moe_kv *kv;
+    assert_int_equal(ops->base_load(r->ref, r->model, NULL, NULL, &call.base, NULL), MOE_OK);
+    assert_int_equal(ops->kv_create(r->ref, call.base, 1, &kv, NULL), MOE_OK);
+    assert_int_equal(ops->rows_create(r->ref, call.base, 5, &call.rows, NULL), MOE_OK);
+    const moe_kv_view view = {.blocks = &block, .num_blocks = 1};
+    const moe_segment segment = {.num_rows = 5, .rows = call.rows, .kv = kv, .token_ids = ids, .positions = positions,
+                                 .sequences = sequences, .views = &view, .num_views = 1, .want_gate = true,
+                                 .route = {chosen, weights}};
+    moe_job job = {.done = segment_done, .owner = &done};
+    ops->segment_submit(r->ref, call.base, &segment, &job);
+    assert_true(done && job.status == MOE_OK);
+    experts.ops->begin(experts.ctx, &call);
+    for (int i = 0; i < MAX_ROUNDS && !call.ended; i++) step_both(r);
+    assert_true(call.ended && call.submitted && call.status == MOE_OK);
+    for (int i = 0; i < 5 * TOP_K; i++) {
+        distinct += !seen[chosen[i]];
+        seen[chosen[i]] = true;
+    }
+    ops->rows_free(r->ref, call.rows);
+    ops->kv_free(r->ref, kv);
+    ops->base_free(r->ref, call.base);
+    return distinct;
+}
+
+/* What calls of this process's engine cost the tiers is in its metrics, what those of others cost in their answers, and nothing in both. */
+static void tells_each_once(void **state) {
+    (void)state;
+    static problem p;
+    static reply answer;
+    rig r;
+    rig_open_with(&r, 100, 1000, false, &(moe_tier_options){.device = {.part = 0.5}, .eviction = "hint-aware"});
+    const moe_layer_experts experts = moe_worker_layer_experts(r.worker);
+    assert_false(experts.ops->ready(experts.ctx));
+    load_all(&r);
+    assert_true(experts.ops->ready(experts.ctx));
+    make_problem(&p, 1, 1, MOE_COMBINE_EXACT, 9);
+    solve(&r, &p);
+    for (int i = 0; i < 3; i++) {
+        int64_t before = residency_metrics(), rows = moe_metric_value(MOE_METRIC_WORKER_ROWS);
+        send_problem(&r, &p, &answer);
+        wait_for(&r, &answer);
+        expect_solved(&r, &p, &answer);
+        assert_int_equal(residency_told(&answer), TOP_K);
+        assert_int_equal(residency_metrics(), before);
+        int32_t distinct = run_layer_in_place(&r);
+        assert_int_equal(residency_metrics() - before, distinct);
+        assert_int_equal(moe_metric_value(MOE_METRIC_WORKER_ROWS) - rows, (1 + 5) * TOP_K);
+    }
+    stats(&r, &answer);
+    assert_int_equal(answer.stats.calls, 6);
+    assert_int_equal(answer.stats.rows, 3 * (1 + 5) * TOP_K);
+    moe_worker_view view;
+    moe_worker_get_view(r.worker, &view);
+    assert_int_equal(view.rows, answer.stats.rows);
+    drop(&r, 2, 3, 1, &answer);
+    wait_for(&r, &answer);
+    assert_false(experts.ops->ready(experts.ctx));
+    rig_close(&r);
+}
+
 static void commands_need_the_right_incarnation_and_no_older_fence(void **state) {
     (void)state;
     static reply answer;
@@ -1109,6 +1195,7 @@ int main(void) {
         cmocka_unit_test(a_defective_worker_refuses_work),
         cmocka_unit_test(loads_drops_and_reports),
         cmocka_unit_test(counts_calls_rows_and_progress),
+        cmocka_unit_test(tells_each_once),
         cmocka_unit_test(commands_need_the_right_incarnation_and_no_older_fence),
         cmocka_unit_test(a_failed_load_keeps_what_was_there),
         cmocka_unit_test(serves_calls_while_it_loads),
