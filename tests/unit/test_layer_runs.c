@@ -8,6 +8,7 @@
 
 #include "common/alloc.h"
 #include "common/random.h"
+#include "expert-worker/residency_internal.h"
 #include "tests/support/cpu_backends.h"
 #include "tests/support/polled_backend.h"
 #include "tests/support/reference_driver.h"
@@ -574,6 +575,13 @@ static void close_one(rig *r, stream *s) {
     rig_close(r);
 }
 
+/* Slots that jobs read. */
+static int32_t in_use(const rig *r) {
+    int32_t count = 0;
+    for (int32_t i = 0; i < r->residency->num_slots; i++) count += r->residency->slot[i].users > 0;
+    return count;
+}
+
 /* What is ready goes at once; then, while that is out, only what ends the call. */
 static void submitted_as_early_as_possible(void **state) {
     (void)state;
@@ -591,12 +599,15 @@ static void submitted_as_early_as_possible(void **state) {
     }
     assert_int_equal(r.slow.num_batches, 2);
     assert_true(call->submitted && !call->ended);
+    assert_int_equal(in_use(&r), distinct_below(s.story->steps, 0, EXPERTS));
     moe_slow_end_batch(&r.slow);
     turn(&r);
     assert_false(call->ended);
+    assert_int_equal(in_use(&r), cold);
     moe_slow_end_batch(&r.slow);
     turn(&r);
     assert_true(call->ended);
+    assert_int_equal(in_use(&r), 0);
     assert_int_equal(call->status, MOE_OK);
     moe_residency_counts c = moe_residency_counted(r.residency);
     assert_int_equal(c.hits, distinct_below(s.story->steps, 0, 10));
@@ -691,25 +702,26 @@ static void no_room_for_the_host(void **state) {
 /* Nothing of a call is computed: a stall from when its segment has ended. */
 static void stalls(void **state) {
     (void)state;
-    for (int early = 0; early < 2; early++) {
+    static const struct {
+        int64_t given_ns; /* the segment's end, from the call's beginning; 0: later than anything here */
+        int64_t stall_ns; /* of 8 ms of waiting */
+    } cases[] = {{-1, 8 * MOE_NS_PER_MS}, {3 * MOE_NS_PER_MS, 5 * MOE_NS_PER_MS}, {0, 0}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         rig r;
         stream s;
         open_one(&r, &s, MOE_COLD_FETCH);
         r.slow.slow_batches = false;
-        s.late = early;
         begin_layer(&s);
         moe_layer_call *call = &s.calls[0];
         r.clock.fake_now_ns += 3 * MOE_NS_PER_MS;
         turn(&r);
-        s.late = false;
-        assert_true(give(&s));
+        if (cases[i].given_ns) call->given_ns = START_NS + cases[i].given_ns;
         r.clock.fake_now_ns += 5 * MOE_NS_PER_MS;
-        if (!early) call->given_ns = START_NS - 1; /* before the call began */
         r.slow.at_once = true;
         while (r.slow.num_fills) moe_slow_end(&r.slow);
         turn(&r);
         assert_true(call->ended);
-        assert_int_equal(call->stall_ns, (early ? 5 : 8) * MOE_NS_PER_MS);
+        assert_int_equal(call->stall_ns, cases[i].stall_ns);
         close_one(&r, &s);
     }
 }
