@@ -12,9 +12,9 @@
  * inputs of a batch, which share the link, wait for so much at most. An expert is copied in so many pieces, within bounds: each has a
  * cost of its own, of some microseconds. */
 #define MOE_RESIDENCY_PIECES 3
-#define MOE_RESIDENCY_EXPERT_PIECES 4
+#define MOE_RESIDENCY_EXPERT_PIECES 2
 #define MOE_RESIDENCY_MIN_PIECE_BYTES ((int64_t)1 << 20)
-#define MOE_RESIDENCY_MAX_PIECE_BYTES ((int64_t)8 << 20)
+#define MOE_RESIDENCY_MAX_PIECE_BYTES ((int64_t)16 << 20)
 #define MOE_RESIDENCY_SPARE_SLOTS 1 /* above top-k: copies need a slot that no batch uses */
 #define MOE_RESIDENCY_MIN_IMAGES 2  /* one is packed while another is copied */
 

@@ -4,7 +4,8 @@
  * Each of a token's top-k choices at a layer is with probability `locality` that of the token before in its sequence, else drawn
  * from a Zipf distribution over the layer's experts, whose order of popularity is a seeded permutation. Choices that are made
  * already are drawn again. The result is a pure function of seed, sequence, position and layer: the same whatever is computed
- * together, whoever computes it, and however often. */
+ * together, whoever computes it, and however often. Some thousand places are drawn at the start; each sequence walks through them from one
+ * of its own on, so that a step looks up what it would take longer to draw than a GPU to compute. */
 #pragma once
 #include "common/status.h"
 

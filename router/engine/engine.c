@@ -279,7 +279,7 @@ moe_status moe_engine_step(moe_engine *e, int64_t deadline_ns, moe_error *err) {
         view_refresh(e, engine_now(e));
         if (moved || !e->config.step_local_worker) continue;
         e->local_work = e->config.step_local_worker(e->config.local_worker);
-        for (int32_t i = 0; i < e->config.micro_batches; i++) moved = moved || in_place_can_go_on(&e->batches[i]);
+        for (int32_t i = 0; i < e->config.micro_batches; i++) moved = moved || micro_batch_can_advance(&e->batches[i]);
     } while (moved);
     return status;
 }

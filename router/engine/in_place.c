@@ -74,6 +74,10 @@ void in_place_segment_ended(micro_batch *b) {
     if (b->have_next_route && layer + 1 < b->engine->model->num_moe_layers) foretell(b, layer + 1);
 }
 
+bool in_place_before_ended(const micro_batch *b) {
+    return b->segment.index == 0 || b->layer_calls[(b->segment.index - 1) % 2].ended;
+}
+
 static void observe(const moe_layer_call *call) {
     moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, call->expert_ns);
     moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, call->stall_ns);
@@ -90,7 +94,7 @@ bool in_place_settled(micro_batch *b) {
     if (b->segment.index == 0) return true;
     const moe_layer_call *before = call_of(b, b->segment.index - 1);
     if (!before->ended) x->ops->turn(x->ctx);
-    if (!before->ended) return false;
+    if (!in_place_before_ended(b)) return false;
     observe(before);
     if (before->status != MOE_OK) end_sequences(b, before);
     return true;
@@ -99,10 +103,6 @@ bool in_place_settled(micro_batch *b) {
 bool in_place_submitted(const micro_batch *b) {
     const moe_layer_call *call = &b->layer_calls[b->segment.index % 2], *other = &b->layer_calls[1 - b->segment.index % 2];
     return other->ended && (call->submitted || call->status != MOE_OK);
-}
-
-bool in_place_can_go_on(const micro_batch *b) {
-    return (b->state == BATCH_IN_PLACE && in_place_submitted(b)) || (b->state == BATCH_LEAVING && in_place_ended(b));
 }
 
 void in_place_fail(micro_batch *b) {

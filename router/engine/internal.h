@@ -308,6 +308,7 @@ moe_status micro_batch_init(moe_engine *e, micro_batch *b, int32_t index, moe_er
 void micro_batch_destroy(micro_batch *b);
 void micro_batch_begin(micro_batch *b);
 bool micro_batch_advance(micro_batch *b); /* true when it moved */
+bool micro_batch_can_advance(const micro_batch *b); /* what the worker of this process has ended, or its poll, lets it move */
 
 /* dummy_routing.c */
 /* Replaces what the segment that has ended routed: this layer's experts, and those foretold of the next. */
@@ -329,9 +330,9 @@ bool in_place_settled(micro_batch *b);
 void in_place_segment_ended(micro_batch *b);   /* its route is known: the layer's experts begin */
 bool in_place_submitted(const micro_batch *b); /* the next segment may be submitted behind the layer's experts, or never will be */
 void in_place_fail(micro_batch *b);            /* where the layer's experts have failed, so have the sequences */
+bool in_place_before_ended(const micro_batch *b);  /* the experts that the segment was submitted behind are over */
 int64_t in_place_before_ns(const micro_batch *b); /* computation of the experts that the segment was submitted behind */
 bool in_place_ended(const micro_batch *b);     /* no call is under way */
-bool in_place_can_go_on(const micro_batch *b); /* what the worker has done since lets it advance */
 void in_place_await(micro_batch *b);           /* until none is */
 void in_place_leave(micro_batch *b);           /* what is under way comes to its end though nobody wants it */
 

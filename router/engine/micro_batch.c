@@ -322,6 +322,21 @@ static void dispatched(micro_batch *b) {
     if (!all_ended(b)) submit_segment(b, b->segment.index + 1); /* else the next turn ends it */
 }
 
+bool micro_batch_can_advance(const micro_batch *b) {
+    switch (b->state) {
+        case BATCH_SEGMENT:
+            return atomic_load(&b->job_done) && (!b->in_place || in_place_before_ended(b));
+        case BATCH_LOCAL:
+            return atomic_load(&b->job_done);
+        case BATCH_IN_PLACE:
+            return in_place_submitted(b);
+        case BATCH_LEAVING:
+            return in_place_ended(b);
+        default:
+            return false; /* others wake the engine */
+    }
+}
+
 bool micro_batch_advance(micro_batch *b) {
     moe_engine *e = b->engine;
     switch (b->state) {

@@ -4,7 +4,8 @@
 # SHAPE: demo (trained weights, its own pre-gates, its own routing), or a folder of models/shapes (generated weights, the next layer's
 # gate as pre-gate, routing by --dummy-routing). OPTIONs go to `moesaic bench`, such as --backend cuda. search: one short run of each
 # setting, and T_copy / T_compute alone, to choose settings from. From the environment: BUILD (build/release), OUT (a folder for logs and
-# CSV, build/residency), LAYERS, FRACTIONS in percent, SKEWS of Zipf, LOCALITY, GATINGS, COLD (of fetch, host, auto), CONCURRENCY, PREFILL, OUTPUT, RUNS, LIMIT in s.
+# CSV, build/residency), LAYERS, FRACTIONS in percent, SKEWS of Zipf, LOCALITY, GATINGS, COLD (of fetch, host, auto), CONCURRENCY, PREFILL,
+# OUTPUT, RUNS, KV (memory of the cache), LIMIT in s.
 set -euo pipefail
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 cd "$(dirname "$0")/../.."
@@ -40,8 +41,8 @@ mkdir -p "$out"
 name=$out/$shape-$mode
 rm -f "$name.csv"
 timeout "$limit" "$build/bin/moesaic" bench "${model[@]}" --experts inproc --max-model-len $((longest > 512 ? longest + 128 : 512)) \
-  --max-num-batched-tokens $((longest > 512 ? longest : 512)) --concurrency "$concurrency" --prompt-tokens 16 --output-tokens "$output" --prefill-tokens "$prefill" --runs "$runs" \
-  --sweep "${sweep%;}" --csv "$name.csv" "$@" >"$name.txt" 2>&1 || {
+  --max-num-batched-tokens $((longest > 512 ? longest : 512)) --kv-cache-memory "${KV:-2GiB}" --concurrency "$concurrency" \
+  --prompt-tokens 16 --output-tokens "$output" --prefill-tokens "$prefill" --runs "$runs" --sweep "${sweep%;}" --csv "$name.csv" "$@" >"$name.txt" 2>&1 || {
   echo "FAIL residency $shape (exit $?): $(tail -c 600 "$name.txt")"
   failed=1 # what was measured until then is shown all the same
 }
