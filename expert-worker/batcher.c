@@ -337,22 +337,29 @@ static void refuse_queued(moe_batcher *b) {
     answer_batch(b, &b->batches[b->next], MOE_UNAVAILABLE, MOE_BATCHER_DEFECTIVE, false);
 }
 
-/* Begins what can begin. True where something has ended inside its submission: there may be more to do. */
+/* Begins what can begin. True where something has ended inside its submission, or copies are to begin: there may be more to do. */
 static bool start(moe_batcher *b) {
     if (!b->under_way) begin_next(b);
     if (!b->under_way) return false;
+    bool wants_copies = false;
     if (b->passes.batch) {
         int64_t now_ns = moe_now_ns(b->config.clock);
         start_passes(b);
         watch_stall(b, now_ns);
+        wants_copies = b->passes.groups.wants_copies;
+        b->passes.groups.wants_copies = false;
     }
-    return end_jobs(b) && b->under_way;
+    return (end_jobs(b) || wants_copies) && b->under_way;
 }
 
 static void poll_lanes(moe_batcher *b) {
     moe_residency *residency = b->config.shard->residency;
     moe_batcher_lane *device = &b->lanes[MOE_PASS_DEVICE], *host = &b->lanes[MOE_PASS_HOST];
-    if (device->busy || (residency && moe_residency_copying(residency))) moe_backend_poll(device->backend, &b->jobs_ended);
+    bool copying = residency && moe_residency_copying(residency);
+    if (device->busy || (b->under_way && copying))
+        moe_backend_poll(device->backend, &b->jobs_ended);
+    else if (copying && device->backend->ops->poll) /* for later, or for an engine in this process, which has jobs of its own */
+        device->backend->ops->poll(device->backend);
     if (host->busy && host->backend != device->backend) moe_backend_poll(host->backend, &b->jobs_ended);
 }
 

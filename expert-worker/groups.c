@@ -27,7 +27,9 @@ static void need_slot(const moe_groups *g, int32_t i) {
 static void decide_for(moe_groups *g, int32_t i, bool host) {
     g->num_undecided -= g->states[i] == GROUP_UNDECIDED;
     g->states[i] = host ? GROUP_HOST : GROUP_DEVICE;
-    if (!host) need_slot(g, i);
+    if (host) return;
+    need_slot(g, i);
+    g->wants_copies = true;
 }
 
 void moe_groups_decide(moe_groups *g) {
@@ -58,7 +60,6 @@ void moe_groups_begin(moe_groups *g) {
         g->num_undecided += open;
         if (r) (open ? moe_residency_need_image : moe_residency_need)(r, g->layer, g->experts[i]);
     }
-    moe_groups_decide(g);
 }
 
 static moe_expert *take_for_device(moe_groups *g, int32_t i) {

@@ -15,12 +15,13 @@ typedef struct moe_groups {
     uint8_t *states;             /* [count], for this alone */
     moe_cold_group *cold;        /* [count], likewise. NULL: the host computes none of them */
     int32_t num_left;            /* that no job has taken; set by begin */
-    int32_t num_undecided;       /* of those: it is open where they are computed, since their images are awaited; set by begin */
+    int32_t num_undecided;       /* of those: it is open where they are computed; set by begin */
+    bool wants_copies;           /* more are to be copied than before: for whoever turns the residency, who clears it */
 } moe_groups;
 
 /* All of them are needed from now on, in slots or as images. */
 void moe_groups_begin(moe_groups *groups);
-/* Chooses where those are computed whose images have come. */
+/* Chooses where those are computed that have an image and are in no slot: once the host could begin with them. */
 void moe_groups_decide(moe_groups *groups);
 /* The group's handle for a job there, which has it from now on; NULL: not now. What was meant for the host may have come into a slot. */
 moe_expert *moe_groups_take(moe_groups *groups, int32_t index, moe_pass_place place);

@@ -91,14 +91,16 @@ static bool reserve_host_rows(moe_layer_run *run) {
     return true;
 }
 
-/* Expected before the step is said to have come here: hints that came true are not given up. */
-static void use_experts(moe_layer_run *run, int32_t count) {
+static void use_experts(moe_layer_run *run) {
     moe_shard *shard = run->shard;
-    for (int32_t i = 0; i < count; i++) {
-        moe_shard_use(shard, run->call->layer, run->experts[i], run->group[i].count);
-        if (shard->residency) moe_residency_expect(shard->residency, run->call->layer, run->experts[i]);
+    moe_layer_call *call = run->call;
+    for (int32_t i = 0; i < run->groups.count; i++) {
+        moe_shard_use(shard, call->layer, run->experts[i], run->group[i].count);
+        if (shard->residency) moe_residency_expect(shard->residency, call->layer, run->experts[i]);
     }
-    if (shard->residency) moe_residency_reached(shard->residency, moe_layer_run_step(run->call->step), run->call->layer);
+    moe_groups_begin(&run->groups);
+    /* last, so that no copy is given up that a hint has begun rightly */
+    if (shard->residency) moe_residency_reached(shard->residency, moe_layer_run_step(call->step), call->layer);
 }
 
 moe_status moe_layer_run_begin(moe_layer_run *run, moe_layer_call *call, moe_error *err) {
@@ -120,8 +122,7 @@ moe_status moe_layer_run_begin(moe_layer_run *run, moe_layer_call *call, moe_err
                                .groups = run->group,
                                .states = run->states,
                                .cold = host ? run->cold : NULL};
-    use_experts(run, count);
-    moe_groups_begin(&run->groups);
+    use_experts(run);
     return MOE_OK;
 }
 
@@ -208,8 +209,8 @@ static moe_run_job *next_host(moe_layer_run *run) {
     moe_host_rows *h = &run->host_rows;
     moe_run_job *j = &run->jobs[MOE_RUN_HOST];
     if (!run->groups.cold || j->out) return NULL;
+    if (!run->call->activations) return NULL; /* meanwhile copies go on that were announced */
     moe_groups_decide(&run->groups);
-    if (!run->call->activations) return NULL;
     if (h->computed == 0 && !reserve_host_rows(run)) { /* before the call's first job */
         moe_groups_copy_all(&run->groups);
         return NULL;

@@ -167,19 +167,25 @@ static void for_calls(moe_layer_runs *runs, void (*what)(moe_layer_runs *, moe_l
         if (runs->runs[i].call) what(runs, &runs->runs[i]);
 }
 
-/* Whether a call can begin, or has come to its end. */
+/* Whether a call can begin, has come to its end, or wants copies that it did not want before. */
 static bool can_go_on(const moe_layer_runs *runs) {
     for (int i = 0; i < MOE_LAYER_RUNS; i++) {
         const moe_layer_run *run = &runs->runs[i];
-        if (run->call ? is_over(run) : runs->waiting != NULL) return true;
+        if (run->call ? is_over(run) || run->groups.wants_copies : runs->waiting != NULL) return true;
     }
     return false;
+}
+
+static void clear_wants(moe_layer_runs *runs, moe_layer_run *run) {
+    (void)runs;
+    run->groups.wants_copies = false;
 }
 
 /* Ends, begins and submits until nothing more has ended inside its submission. */
 static void advance(moe_layer_runs *runs) {
     moe_residency *residency = runs->config.shard->residency;
     do {
+        for_calls(runs, clear_wants);
         if (residency) moe_residency_turn(residency);
         for_calls(runs, take_in);
         begin_waiting(runs);

@@ -31,6 +31,7 @@ moe_status moe_passes_begin(moe_passes *p, moe_batch *batch, moe_shard *shard, m
                              .states = batch->parts[MOE_BATCH_DONE].memory,
                              .cold = host ? batch->parts[MOE_BATCH_COLD].memory : NULL};
     moe_groups_begin(&p->groups);
+    moe_groups_decide(&p->groups);
     return MOE_OK;
 }
 

@@ -45,6 +45,7 @@ typedef struct setup {
     front front;
     int32_t slots, images; /* 0: no tiers; 0: as many as experts */
     moe_cold_experts cold;
+    double host_ns;  /* of an expert; 0: so much that both are chosen at times */
     int num_streams; /* 0: one */
 } setup;
 
@@ -204,7 +205,7 @@ static void make_residency(rig *r, const setup *s) {
                   .host = {.part = (double)s->images / ALL},
                   .eviction = "hint-aware",
                   .cold = s->cold,
-                  .costs = {.copy_byte_ns = 1, .device = {100, 10}, .host = {1000, 100}}, /* both are chosen at times */
+                  .costs = {.copy_byte_ns = 1, .device = {100, 10}, .host = {s->host_ns > 0 ? s->host_ns : 30000, 100}},
                   .threaded = s->threads > 0}};
     if (moe_residency_new(&config, &r->residency, &err) != MOE_OK) fail_msg("%s", err.message);
     r->shard.residency = r->residency;
@@ -553,7 +554,7 @@ static void open_mixed(rig *r, stream *s, int32_t slots) {
 }
 
 static void open_one(rig *r, stream *s, moe_cold_experts cold) {
-    const setup given = {.front = SLOW, .slots = 10, .cold = cold, .num_streams = STREAMS};
+    const setup given = {.front = SLOW, .slots = 10, .cold = cold, .host_ns = 1e9, .num_streams = STREAMS};
     assert_true(rig_open(r, &given));
     r->slow.slow_batches = true;
     open_mixed(r, s, given.slots);
@@ -677,6 +678,23 @@ static void begun_before_its_inputs(void **state) {
     assert_int_equal(r.slow.layers[0]->num_given, cold);
     assert_true(call->submitted && !call->ended);
     assert_int_equal(r.slow.fills_ended, 10); /* as it was at first */
+    finish_step(&s);
+    close_one(&r, &s);
+}
+
+/* Where that is chosen by costs, it is chosen when the host could begin; what is to be copied then is copied at once. */
+static void chosen_with_its_inputs(void **state) {
+    (void)state;
+    rig r;
+    stream s;
+    open_one(&r, &s, MOE_COLD_AUTO);
+    begin_layer(&s);
+    turn(&r);
+    assert_int_equal(r.slow.num_fills, 0);
+    assert_true(give(&s));
+    turn(&r);
+    assert_true(r.slow.num_fills > 0);
+    assert_int_equal(moe_residency_counted(r.residency).host_experts, 0);
     finish_step(&s);
     close_one(&r, &s);
 }
@@ -836,6 +854,7 @@ int main(void) {
         cmocka_unit_test(submitted_as_early_as_possible),
         cmocka_unit_test(foretold),
         cmocka_unit_test(begun_before_its_inputs),
+        cmocka_unit_test(chosen_with_its_inputs),
         cmocka_unit_test(no_room_for_the_host),
         cmocka_unit_test(stalls),
         cmocka_unit_test(failed_copy),
