@@ -45,6 +45,7 @@ typedef struct setup {
     front front;
     int32_t slots, images; /* 0: no tiers; 0: as many as experts */
     moe_cold_experts cold;
+    bool apart;      /* of a SLOW front: the host is another backend, beside the device */
     double host_ns;  /* of an expert; 0: so much that both are chosen at times */
     int num_streams; /* 0: one */
 } setup;
@@ -53,7 +54,7 @@ typedef struct rig {
     moe_model *model;
     int32_t vocab;
     moe_backend *real, *backend; /* the worker's is `backend`: real, or a front of it */
-    moe_slow_backend slow;
+    moe_slow_backend slow, host; /* host: where that is another one */
     moe_polled_backend polled;
     stub_transport transport;
     moe_clock clock;
@@ -193,12 +194,39 @@ static void hold(rig *r, int32_t layer, int32_t expert) {
     moe_residency_hold(r->residency, layer, expert, image);
 }
 
+static moe_backend *host_of(rig *r, const setup *s) { return s->apart ? &r->host.base : r->backend; }
+
+/* The two backends have the same images: nothing is to be told. */
+static void no_layout(const moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi, moe_image_layout *out) {
+    (void)b;
+    (void)weights;
+    (void)lo;
+    (void)hi;
+    memset(out, 0, sizeof *out);
+}
+
+static moe_status same_images(moe_backend *b, const moe_ffn_weights *weights, int32_t lo, int32_t hi, const moe_image_layout *layout,
+                              int32_t count, moe_host_experts **out, moe_error *err) {
+    moe_backend *real = ((moe_slow_backend *)b)->real;
+    (void)layout;
+    return real->ops->host_experts_create(real, weights, lo, hi, NULL, count, out, err);
+}
+
+static void make_fronts(rig *r, const setup *s) {
+    moe_slow_init(&r->slow, r->real);
+    moe_slow_init(&r->host, r->real);
+    r->slow.ops.expert_layout = no_layout;
+    r->host.ops.host_experts_create = same_images;
+    moe_polled_init(&r->polled, r->real, 2);
+    r->backend = s->front == SLOW ? &r->slow.base : s->front == POLLED ? &r->polled.base : r->real;
+}
+
 static void make_residency(rig *r, const setup *s) {
     moe_error err;
     const moe_residency_config config = {
         .model = r->model,
         .backend = r->backend,
-        .host = r->backend,
+        .host = host_of(r, s),
         .transport = &r->transport.base,
         .ended = &r->ended,
         .tiers = {.device = {.part = (double)s->slots / ALL},
@@ -229,9 +257,7 @@ static bool rig_open(rig *r, const setup *s) {
     if (!r->real) return false;
     assert_int_equal(moe_model_open(SOURCE_DIR "/tests/data/checkpoints/qwen3_moe", &r->model, NULL), MOE_OK);
     r->vocab = r->model->config.vocab;
-    moe_slow_init(&r->slow, r->real);
-    moe_polled_init(&r->polled, r->real, 2);
-    r->backend = s->front == SLOW ? &r->slow.base : s->front == POLLED ? &r->polled.base : r->real;
+    make_fronts(r, s);
     stub_init(&r->transport);
     r->clock = moe_clock_fake(START_NS);
     assert_int_equal(r->real->ops->base_load(r->real, r->model, NULL, NULL, &r->base, NULL), MOE_OK);
@@ -240,7 +266,7 @@ static bool rig_open(rig *r, const setup *s) {
     if (s->slots) make_residency(r, s);
     const moe_layer_runs_config config = {.shard = &r->shard,
                                           .backend = r->backend,
-                                          .host = s->cold == MOE_COLD_FETCH ? NULL : r->backend,
+                                          .host = s->cold == MOE_COLD_FETCH ? NULL : host_of(r, s),
                                           .transport = &r->transport.base,
                                           .clock = &r->clock,
                                           .ended = &r->ended,
@@ -259,6 +285,7 @@ static bool rig_open(rig *r, const setup *s) {
 
 static void rig_close(rig *r) {
     moe_slow_hurry(&r->slow);
+    moe_slow_hurry(&r->host);
     moe_layer_runs_close(&r->runs);
     assert_false(moe_layer_runs_active(&r->runs));
     moe_shard_free(&r->shard); /* asserts that nothing is in use, also of the residency */
@@ -460,7 +487,12 @@ static void tiers(void **state) {
     for (int backend = 0; backend < MOE_TEST_CPU_BACKENDS; backend++)
         for (moe_cold_experts cold = MOE_COLD_FETCH; cold <= MOE_COLD_AUTO; cold++)
             for (front f = DIRECT; f <= POLLED; f++)
-                run_all(&(setup){.backend = backend, .front = f, .slots = TOP_K + 1 + backend, .images = 12 * backend, .cold = cold},
+                run_all(&(setup){.backend = backend,
+                                 .front = f,
+                                 .slots = TOP_K + 1 + backend,
+                                 .images = 12 * backend,
+                                 .cold = cold,
+                                 .apart = f == SLOW && backend > 1},
                         f != SLOW, backend & 1);
 }
 
@@ -483,6 +515,7 @@ static void do_something(rig *r, stream *streams, int count, moe_random *random)
             break;
         case 1:
             if (r->slow.num_batches) moe_slow_end_batch(&r->slow);
+            if (r->host.num_batches && moe_random_below(random, 2)) moe_slow_end_batch(&r->host);
             break;
         case 2:
             turn(r);
@@ -506,9 +539,10 @@ static void in_any_order(void **state) {
                          .slots = TOP_K + 1 + (int32_t)moe_random_below(&random, 12),
                          .images = moe_random_below(&random, 2) ? 2 + (int32_t)moe_random_below(&random, 20) : 0,
                          .cold = (moe_cold_experts)moe_random_below(&random, 3),
+                         .apart = moe_random_below(&random, 2),
                          .num_streams = 1 + (int)moe_random_below(&random, STREAMS)};
         assert_true(rig_open(&r, &s));
-        r.slow.slow_batches = true;
+        r.slow.slow_batches = r.host.slow_batches = true;
         for (int i = 0; i < s.num_streams; i++) {
             stream_open(&streams[i], &r, i, false);
             streams[i].foretells = moe_random_below(&random, 2);
@@ -649,6 +683,30 @@ static void foretold(void **state) {
         assert_int_equal(wasted, (wanted - warm) * moe_residency_image_bytes(r.residency));
         close_one(&r, &s);
     }
+}
+
+/* Copies that were announced go on while it cannot be chosen yet where their experts are computed; those that have come are the device's. */
+static void announced_goes_on(void **state) {
+    (void)state;
+    rig r;
+    stream s;
+    assert_true(rig_open(&r, &(setup){.front = SLOW, .slots = 40, .cold = MOE_COLD_AUTO, .apart = true}));
+    stream_open(&s, &r, 0, false);
+    int32_t cold = distinct_below(s.story->steps, 2, EXPERTS) - distinct_below(s.story->steps, 2, 40 - 2 * EXPERTS);
+    assert_true(cold > MOE_RESIDENCY_PIECES);
+    foretell(&s, 2);
+    submit_segment(&s, 0); /* so that there are inputs */
+    s.segment = 2;
+    begin_layer(&s);
+    const moe_layer_call *call = &s.calls[2];
+    for (int32_t i = 0; i < cold; i++) {
+        assert_true(r.slow.num_fills > 0 && !call->submitted);
+        moe_slow_end(&r.slow);
+        turn(&r);
+    }
+    assert_true(call->ended && call->status == MOE_OK);
+    assert_int_equal(moe_residency_counted(r.residency).host_experts, 0);
+    close_one(&r, &s);
 }
 
 /* The host waits for what its experts are given, the device does not; its rows go with the last job. */
@@ -853,6 +911,7 @@ int main(void) {
         cmocka_unit_test(in_any_order),
         cmocka_unit_test(submitted_as_early_as_possible),
         cmocka_unit_test(foretold),
+        cmocka_unit_test(announced_goes_on),
         cmocka_unit_test(begun_before_its_inputs),
         cmocka_unit_test(chosen_with_its_inputs),
         cmocka_unit_test(no_room_for_the_host),
