@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define MOE_CUDA_BRING_BYTES ((size_t)1 << 20) /* more takes the copy engine, which is as fast then and needs no SM */
+#define MOE_CUDA_BRING_BYTES ((size_t)4 << 20) /* more takes the copy engine, which needs no SM, but comes behind experts on their way */
 
 /* As cudaMemcpyAsync and cudaMemcpy2DAsync from pinned host memory to the device; not to be captured. The next launch of the stream
  * must not read what was brought before it has waited for its predecessor; those after it may. */

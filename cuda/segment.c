@@ -144,12 +144,13 @@ static void give_routes(stage *s, int first, int count) {
     const moe_segment *g = segment_of(s);
     const moe_rows *r = s->pass.rows;
     const moe_route *to[2] = {&g->route, &g->next};
-    size_t pitch = (size_t)((uint8_t *)r->routes[0].weights - (uint8_t *)r->routes[0].experts), kept = moe_cuda_parcel_bytes(route_bytes(s));
+    size_t pitch = (size_t)((uint8_t *)r->routes[0].weights - (uint8_t *)r->routes[0].experts);
+    size_t kept = moe_cuda_parcel_bytes(route_bytes(s));
     uint8_t *at = (uint8_t *)r->out.memory + s->pass.out_used;
     if (count == 0) return;
     moe_cuda_pass_did(&s->pass,
-                      cudaMemcpy2DAsync(at, kept, r->routes[first].experts, pitch, route_bytes(s), 2 * (size_t)count, cudaMemcpyDeviceToHost,
-                                        s->pass.queue.stream),
+                      cudaMemcpy2DAsync(at, kept, r->routes[first].experts, pitch, route_bytes(s), 2 * (size_t)count,
+                                        cudaMemcpyDeviceToHost, s->pass.queue.stream),
                       "copying routes from the GPU");
     s->pass.out_used += 2 * (size_t)count * kept;
     for (int i = first; i < first + count; i++, at += 2 * kept) {

@@ -151,13 +151,21 @@ bool moe_layer_run_submitted(const moe_layer_run *run) {
     return run->groups.num_left == 0 && !run->jobs[MOE_RUN_HOST].out && run->host_rows.given == run->host_rows.computed;
 }
 
+/* A pass costs some launches, and its rows' numbers, however few its experts are: half of those that are left wait for each other, so
+ * that there are few passes and the last one is short; but no more than a part of the slots, which the next copies wait for. */
+static bool is_enough(const moe_layer_run *run, int32_t ready) {
+    const moe_residency *r = run->shard->residency;
+    if (!r || !moe_residency_copying(r)) return true;
+    return 2 * ready >= run->groups.num_left || MOE_LAYER_RUN_SLOT_PARTS * ready >= moe_residency_slots(r);
+}
+
 /* All that is ready, where nothing is with the device; and beside a pass that is, what is ready when it is all that is left, so that
  * the next segment need not wait to be submitted. */
 static moe_run_job *free_pass(moe_layer_run *run) {
     int32_t ready = moe_groups_ready(&run->groups);
     bool last = ready == run->groups.num_left && !run->jobs[MOE_RUN_HOST].out;
     bool given = run->host_rows.given < run->host_rows.computed;
-    if (ready == 0 && !(last && given)) return NULL;
+    if ((ready == 0 || !is_enough(run, ready)) && !(last && given)) return NULL;
     if (!run->jobs[MOE_RUN_PASS].out && !run->jobs[MOE_RUN_LAST_PASS].out) return &run->jobs[MOE_RUN_PASS];
     if (!last) return NULL;
     int free = run->jobs[MOE_RUN_PASS].out ? MOE_RUN_LAST_PASS : MOE_RUN_PASS;

@@ -8,6 +8,7 @@
 #include "expert-worker/groups.h"
 #include "expert-worker/shard.h"
 
+#define MOE_LAYER_RUN_SLOT_PARTS 4 /* a pass need not wait for more experts than this part of the slots */
 #define MOE_LAYER_RUN_KEPT_BYTES ((size_t)64 << 20) /* of memory for the host's rows, from one call to the next */
 
 enum { MOE_RUN_PASS, MOE_RUN_LAST_PASS, MOE_RUN_HOST, MOE_RUN_JOBS };

@@ -33,7 +33,8 @@ static void count_rows(micro_batch *b, int32_t layer, const int32_t *experts) {
     local_step_count_rows(b, layer, rows);
 }
 
-static void begin_call(micro_batch *b, int32_t layer, const moe_route *route) {
+/* given_ns: 0 where the layer's segment has not ended yet. */
+static void begin_call(micro_batch *b, int32_t layer, const moe_route *route, int64_t given_ns) {
     moe_engine *e = b->engine;
     moe_layer_call *call = call_of(b, layer);
     MOE_ASSERT(call->ended);
@@ -42,7 +43,9 @@ static void begin_call(micro_batch *b, int32_t layer, const moe_route *route) {
                              .layer = layer,
                              .num_rows = b->num_rows,
                              .rows = b->segment.rows,
-                             .experts = route->experts};
+                             .experts = route->experts,
+                             .activations = given_ns ? b->segment.activations : NULL,
+                             .given_ns = given_ns};
     e->config.layer_experts.ops->begin(e->config.layer_experts.ctx, call);
     count_rows(b, layer, route->experts);
 }
@@ -60,7 +63,7 @@ static void foretell(const micro_batch *b, int32_t layer) {
 
 void in_place_segment_submitted(micro_batch *b) {
     int32_t layer = b->segment.index;
-    if (known_early(b, layer) && layer < b->engine->model->num_moe_layers) begin_call(b, layer, &b->next_route);
+    if (known_early(b, layer) && layer < b->engine->model->num_moe_layers) begin_call(b, layer, &b->next_route, 0);
 }
 
 void in_place_segment_ended(micro_batch *b) {
@@ -68,9 +71,12 @@ void in_place_segment_ended(micro_batch *b) {
     moe_layer_call *call = call_of(b, layer);
     b->stage_began_ns = engine_now(b->engine);
     b->state = BATCH_IN_PLACE;
-    if (!known_early(b, layer)) begin_call(b, layer, &b->route);
-    call->activations = b->segment.activations;
-    call->given_ns = b->stage_began_ns;
+    if (known_early(b, layer)) {
+        call->activations = b->segment.activations;
+        call->given_ns = b->stage_began_ns;
+    } else {
+        begin_call(b, layer, &b->route, b->stage_began_ns);
+    }
     if (b->have_next_route && layer + 1 < b->engine->model->num_moe_layers) foretell(b, layer + 1);
 }
 

@@ -669,7 +669,7 @@ static void foretold(void **state) {
         submit_segment(&s, 0); /* so that there are inputs */
         s.segment = 2;
         begin_layer(&s);
-        assert_int_equal(r.slow.layers_submitted, come || warm > 0);
+        assert_int_equal(r.slow.layers_submitted, come || 2 * warm >= wanted || MOE_LAYER_RUN_SLOT_PARTS * warm >= 40);
         assert_int_equal(call->ended, come);
         moe_residency_counts c = moe_residency_counted(r.residency);
         assert_int_equal(c.hits, come ? wanted : warm);
