@@ -1,10 +1,12 @@
-"""Expert workers on two GPUs: one worker a GPU under `serve`, and two of them in one process. Golden tokens from both. Skipped, with
-the reason, where there are not two GPUs. The backend and its element type come from MOESAIC_BACKEND and MOESAIC_DTYPE (gpu_test.sh)."""
+"""Expert workers on two GPUs: one worker a GPU under `serve`, two of them in one process, and two processes that lease one each. Golden
+tokens from all. Skipped, with the reason, where there are not two GPUs. The backend and its element type come from MOESAIC_BACKEND and MOESAIC_DTYPE (gpu_test.sh)."""
+import re
+import signal
 import subprocess
 import sys
 
 from harness import Cluster, check, golden, main
-from nodes import Nodes, wait_for
+from nodes import Node, Nodes, wait_for
 
 
 def gpus():
@@ -39,7 +41,47 @@ def two_workers_in_one_process():
         expect_golden(router)
 
 
+def read(node):
+    with open(node.log_path, encoding="utf-8") as f:
+        return f.read()
+
+
+def leased(node):
+    """The GPU that a worker's log says it has: number and UUID."""
+    found = re.findall(r"GPU (\d+) \((\S+)\) of \d+ is this worker's", read(node))
+    return found[-1] if found else None
+
+
+def a_lease_for_each_worker():
+    nodes = Nodes(workers=2, replicas=2, worker_args=("--devices", "auto"))
+    with nodes:
+        router, (first, second) = nodes.routers[0], nodes.workers
+        expect_golden(router)
+        mine, other = leased(first), leased(second)
+        known = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+        check(mine and other and mine != other, f"leased: {mine} and {other}")
+        check(all(uuid.removeprefix("GPU-") in known for _, uuid in (mine, other)), f"{mine} and {other} are not of {known}")
+        listen = first.argv.index("--listen")
+        third = Node("w9", [*first.argv[:listen], "--listen", f"ipc://{nodes.dir}/w9.sock", "--id", "w9", "--devices", "auto"], nodes.dir)
+        third.start()
+        try:
+            wait_for(lambda: "other workers have all 2 GPUs" in read(third), "word that the third worker waits")
+            check(third.alive() and not leased(third), f"the third worker: {leased(third)}")
+        finally:
+            third.stop()
+        first.signal(signal.SIGTERM)  # gives its lease back, and takes the same one again
+        first.process.wait(30)
+        first.start()
+        wait_for(lambda: nodes.healed(), "both workers again", timeout_s=60)
+        check(leased(first) == mine, f"{leased(first)} after {mine}")
+        second.kill()  # its lease is still its own, by its id
+        second.start()
+        wait_for(lambda: nodes.healed(), "both workers after a kill", timeout_s=60)
+        check(leased(second) == other, f"{leased(second)} after {other}")
+        expect_golden(router)
+
+
 if gpus() < 2:
     print("two GPUs are needed")
     sys.exit(77)
-main([a_worker_on_each_gpu, two_workers_in_one_process])
+main([a_worker_on_each_gpu, two_workers_in_one_process, a_lease_for_each_worker])
