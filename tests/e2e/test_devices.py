@@ -1,5 +1,5 @@
-"""Expert workers on two GPUs: one worker a GPU under `serve`, two of them in one process, and two processes that lease one each. Golden
-tokens from all. Skipped, with the reason, where there are not two GPUs. The backend and its element type come from MOESAIC_BACKEND and MOESAIC_DTYPE (gpu_test.sh)."""
+"""Expert workers and GPUs: a lease that passes from worker to worker; on two GPUs one worker a GPU under `serve`, two of them in one
+process, and two processes that lease one each. Golden tokens from all. Skipped, with the reason, where there is no GPU, or only one. The backend and its element type come from MOESAIC_BACKEND and MOESAIC_DTYPE (gpu_test.sh)."""
 import re
 import signal
 import subprocess
@@ -81,7 +81,34 @@ def a_lease_for_each_worker():
         expect_golden(router)
 
 
-if gpus() < 2:
-    print("two GPUs are needed")
+def a_lease_passes_on():
+    """Each worker but the last holds a GPU; the last waits until another ends, and has its GPU then."""
+    count = gpus()
+    nodes = Nodes(workers=count, replicas=1, worker_args=("--devices", "auto", "--hand-over-timeout", "1"))
+    with nodes:
+        router, first = nodes.routers[0], nodes.workers[0]
+        expect_golden(router)
+        mine = leased(first)
+        known = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+        check(mine and mine[1].removeprefix("GPU-") in known, f"leased: {mine} of {known}")
+        listen = first.argv.index("--listen")
+        last = Node("w9", [*first.argv[:listen], "--listen", f"ipc://{nodes.dir}/w9.sock", "--id", "w9", "--devices", "auto"], nodes.dir)
+        last.start()
+        try:
+            wait_for(lambda: f"other workers have all {count} GPUs" in read(last), "word that the last worker waits")
+            check(last.alive() and not leased(last), f"the last worker: {leased(last)}")
+            first.signal(signal.SIGTERM)
+            wait_for(lambda: leased(last) == mine, "the lease to pass on", timeout_s=60)
+            first.process.wait(30)
+            wait_for(lambda: router.status()["ready"] and "w9" in [w["id"] for w in router.status()["workers"] if w["experts"] > 0], "w9's experts", timeout_s=60)
+            expect_golden(router)
+        finally:
+            last.stop()
+
+
+if gpus() == 0:
+    print("a GPU is needed")
     sys.exit(77)
-main([a_worker_on_each_gpu, two_workers_in_one_process, a_lease_for_each_worker])
+if gpus() == 1:
+    print("not run: what needs two GPUs")
+main([a_lease_passes_on] + ([a_worker_on_each_gpu, two_workers_in_one_process, a_lease_for_each_worker] if gpus() > 1 else []))
