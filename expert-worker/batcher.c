@@ -198,6 +198,7 @@ static void submit(moe_batcher_lane *lane, const moe_ffn_batch *ffn) {
     lane->submitter = pthread_self(); /* this and the next: no job of this lane, so no other thread */
     lane->done = false;
     lane->began_ns = moe_timeline_now(lane->batcher->config.timeline);
+    lane->submitted_ns = moe_now_ns(lane->batcher->config.clock);
     lane->experts = ffn->num_groups;
     lane->rows = ffn->num_assignments;
     lane->job = (moe_job){.done = on_job_done, .owner = lane};
@@ -277,7 +278,10 @@ static void observe_costs(moe_batcher *b, const moe_batcher_lane *lane) {
     moe_cold_costs *costs = moe_residency_costs(b->config.shard->residency);
     moe_cold_compute *cost = lane == &b->lanes[MOE_PASS_HOST] ? &costs->host : &costs->device;
     moe_cold_observe_compute(cost, lane->experts, lane->rows, lane->job.compute_ns);
-    if (b->config.host == b->config.backend) costs->host = costs->device = *cost; /* what is copied is computed no faster */
+    if (b->config.host == b->config.backend)
+        costs->host = costs->device = *cost; /* what is copied is computed no faster */
+    else if (cost == &costs->host)
+        moe_cold_observe_fixed(&costs->host_job_ns, moe_now_ns(b->config.clock) - lane->submitted_ns - lane->job.compute_ns);
 }
 
 static void end_job(moe_batcher *b, moe_batcher_lane *lane) {

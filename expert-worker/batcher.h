@@ -30,6 +30,7 @@ typedef struct moe_batcher_lane {
     moe_job job;
     int32_t experts, rows; /* of the job */
     int64_t began_ns;      /* the job, where there is a timeline */
+    int64_t submitted_ns;
     bool done;           /* guarded by the batcher's mutex */
     pthread_t submitter; /* of the job: needs no wake for what is done inside the submission */
     int64_t compute_ns;  /* of the running batch, in all its passes */

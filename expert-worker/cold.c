@@ -1,7 +1,10 @@
 #include "expert-worker/cold.h"
 
 #define OBSERVED_PART (1.0 / 16)
-#define MOST_CHANGE 1.5 /* of one observation */
+#define MOST_OBSERVED 3.0     /* times what was expected */
+#define MOST_OBSERVED_NS 50e3 /* beyond that, of a fixed cost, which may be expected to be 0 */
+#define LEAST_GAIN 0.04       /* of the time until everything would be computed from slots */
+#define UNUSED_PART (1.0 / 4096)
 
 static double later(double a, double b) { return a > b ? a : b; }
 
@@ -10,7 +13,8 @@ static double host_ns(const moe_cold_costs *c, const moe_cold_group *g) { return
 
 /* Whether copying suits a, beside the host's time for it, more than b. */
 static bool before(const moe_cold_costs *c, const moe_cold_group *a, const moe_cold_group *b) {
-    return host_ns(c, a) * copy_ns(c, b) > host_ns(c, b) * copy_ns(c, a);
+    double of_a = host_ns(c, a) * copy_ns(c, b), of_b = host_ns(c, b) * copy_ns(c, a);
+    return of_a > of_b || (of_a >= of_b && a->rank > b->rank);
 }
 
 /* By insertion: no memory is allocated, equal ones keep their order, and there are few. */
@@ -23,29 +27,38 @@ static void sort(const moe_cold_costs *c, moe_cold_group *groups, int32_t count)
     }
 }
 
-void moe_cold_split(const moe_cold_costs *c, moe_cold_queues q, moe_cold_group *groups, int32_t count) {
-    sort(c, groups, count);
+/* Sets `host` of all groups, at most `most` of them true. Returns when the batch ends. */
+static double divide(const moe_cold_costs *c, moe_cold_queues q, moe_cold_group *groups, int32_t count, int32_t most) {
+    double fixed_ns = c->host_job_ns + c->host_rows_ns, end_ns = 0;
     for (int32_t first = 0, last = count - 1; first <= last;) {
         double link_ns = q.one_processor ? later(q.link_ns, q.device_ns) : q.link_ns;
         double copied_ns = link_ns + copy_ns(c, &groups[first]);
         double device_end_ns = later(q.device_ns, copied_ns) + moe_cold_compute_ns(&c->device, 1, groups[first].rows);
         double host_end_ns = (q.one_processor ? q.device_ns : q.host_ns) + host_ns(c, &groups[last]);
-        if (host_end_ns < device_end_ns) {
+        if (count - 1 - last < most && host_end_ns + fixed_ns < device_end_ns) {
             groups[last--].host = true;
             if (q.one_processor) q.device_ns = host_end_ns;
             q.host_ns = host_end_ns;
+            end_ns = host_end_ns + fixed_ns;
         } else {
             groups[first++].host = false;
             q.link_ns = copied_ns;
             q.device_ns = device_end_ns;
         }
     }
+    return later(q.device_ns, end_ns);
+}
+
+void moe_cold_split(const moe_cold_costs *c, moe_cold_queues q, moe_cold_group *groups, int32_t count) {
+    sort(c, groups, count);
+    double divided_ns = divide(c, q, groups, count, count), copied_ns = later(q.host_ns, divide(c, q, groups, count, 0));
+    if (divided_ns < (1 - LEAST_GAIN) * copied_ns) divide(c, q, groups, count, count);
 }
 
 /* What to multiply an expected time with after a measured one. */
 static double change(double expected, double measured) {
-    double factor = 1 + OBSERVED_PART * (measured / expected - 1);
-    return factor < MOST_CHANGE ? factor : MOST_CHANGE;
+    double times = measured / expected;
+    return 1 + OBSERVED_PART * ((times < MOST_OBSERVED ? times : MOST_OBSERVED) - 1);
 }
 
 void moe_cold_observe_compute(moe_cold_compute *cost, int32_t experts, int32_t rows, int64_t ns) {
@@ -63,4 +76,16 @@ void moe_cold_observe_compute(moe_cold_compute *cost, int32_t experts, int32_t r
 void moe_cold_observe_copy(double *byte_ns, int64_t bytes, int64_t ns) {
     if (ns <= 0 || bytes <= 0) return;
     *byte_ns = *byte_ns > 0 ? *byte_ns * change(*byte_ns * (double)bytes, (double)ns) : (double)ns / (double)bytes;
+}
+
+void moe_cold_observe_fixed(double *cost_ns, int64_t ns) {
+    double most = MOST_OBSERVED * *cost_ns + MOST_OBSERVED_NS, measured = ns > 0 ? (double)ns : 0;
+    *cost_ns += OBSERVED_PART * ((measured < most ? measured : most) - *cost_ns);
+}
+
+void moe_cold_host_unused(moe_cold_costs *c) {
+    c->host_job_ns *= 1 - UNUSED_PART;
+    c->host_rows_ns *= 1 - UNUSED_PART;
+    c->host.expert_ns *= 1 - UNUSED_PART;
+    c->host.row_ns *= 1 - UNUSED_PART;
 }

@@ -19,6 +19,8 @@ typedef struct moe_cold_compute {
 typedef struct moe_cold_costs {
     double copy_byte_ns; /* from an image into a slot */
     moe_cold_compute device, host;
+    double host_job_ns;  /* of a job of the host, beside what it computes: until it begins, and until its end is seen */
+    double host_rows_ns; /* of a pass of the device that adds the host's rows alone */
 } moe_cold_costs;
 
 /* For how long the copies, the device and the host have other work. */
@@ -32,19 +34,26 @@ typedef struct moe_cold_group {
     int64_t left_bytes; /* that are still to be copied, of its image */
     int32_t rows;
     int32_t index; /* the caller's */
+    double rank;   /* higher: sooner wanted again, by all that is known */
     bool host;     /* the outcome */
 } moe_cold_group;
 
 /* Divides the groups between copying and the host so that the batch ends early. They are sorted by the host's time for them as a multiple
- * of that of their copies, the highest first; then the two sides take in turn, copies from the front and the host from the back, and the
- * next one is always taken by the side that would end it earlier (the device, where both would at once). `groups` stay in that order, in
- * which copies are to be made. */
+ * of that of their copies, and of equal ones by rank, the highest first; then the two sides take in turn, copies from the front and the
+ * host from the back, and the next one is always taken by the side that would end it earlier (the device, where both would at once). Where
+ * the batch would end hardly earlier (by 4 %) than with all of them copied, they are: what was copied may be wanted again. `groups` stay in
+ * that order, in which copies are to be made. */
 void moe_cold_split(const moe_cold_costs *costs, moe_cold_queues queues, moe_cold_group *groups, int32_t count);
 
 static inline double moe_cold_compute_ns(const moe_cold_compute *c, int32_t experts, int32_t rows) {
     return c->expert_ns * experts + c->row_ns * rows;
 }
 
-/* Moves the costs a sixteenth of the way towards what a job took; one that was held up changes them by half at most. */
+/* Moves the costs a sixteenth of the way towards what a job took, of which three times as long as expected counts at most: one that was
+ * held up changes them by an eighth. */
 void moe_cold_observe_compute(moe_cold_compute *cost, int32_t experts, int32_t rows, int64_t ns);
 void moe_cold_observe_copy(double *byte_ns, int64_t bytes, int64_t ns);
+/* Likewise a cost that every job has, of which 0 is an ordinary value. */
+void moe_cold_observe_fixed(double *cost_ns, int64_t ns);
+/* The host was not chosen. What it costs is not measured then, so it is taken for a 4096th less, until it is tried again. */
+void moe_cold_host_unused(moe_cold_costs *costs);

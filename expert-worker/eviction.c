@@ -131,6 +131,8 @@ bool moe_eviction_hotter(const moe_eviction *e, int32_t cold, int32_t other) {
     return e->rank[cold] > e->rank[other] + margin; /* -INFINITY on the right: the other was never used */
 }
 
+double moe_eviction_rank(const moe_eviction *e, int32_t expert) { return e->rank[expert]; }
+
 /* Who goes before whom: retired experts, then those that no hint protects, then those of lower rank. */
 static bool goes_before(const moe_eviction *e, int32_t a, int32_t b) {
     bool protected_a = e->policy->heeds_hints && e->announced[a] > 0, protected_b = e->policy->heeds_hints && e->announced[b] > 0;

@@ -51,6 +51,9 @@ bool moe_eviction_announced(const moe_eviction *eviction, int32_t expert);
  * use: half as often again under the policies that count uses; last used a quarter of a half-life later under lru. */
 bool moe_eviction_hotter(const moe_eviction *eviction, int32_t cold, int32_t other);
 
+/* By which the policy compares experts: the higher, the more or the later it was used; -INFINITY: never. */
+double moe_eviction_rank(const moe_eviction *eviction, int32_t expert);
+
 /* The slot of [0, num_slots) to empty, -1: none may be. `evictable` gives the expert of a slot, or -1 where it must stay (empty,
  * in use, being filled). hint-aware names an announced expert only where every evictable one is announced; moe_eviction_announced
  * tells a caller that would then rather not load. Looks at each slot once. */

@@ -27,7 +27,10 @@ static void need_slot(const moe_groups *g, int32_t i) {
 static void decide_for(moe_groups *g, int32_t i, bool host) {
     g->num_undecided -= g->states[i] == GROUP_UNDECIDED;
     g->states[i] = host ? GROUP_HOST : GROUP_DEVICE;
-    if (host) return;
+    if (host) {
+        moe_residency_forgo(g->residency, g->layer, g->experts[i]); /* the link has the next layers' to copy */
+        return;
+    }
     need_slot(g, i);
     g->wants_copies = true;
 }
@@ -41,13 +44,19 @@ void moe_groups_decide(moe_groups *g) {
         if (g->states[i] != GROUP_UNDECIDED || !moe_residency_has_image(r, g->layer, g->experts[i])) continue;
         g->cold[count++] = (moe_cold_group){.left_bytes = moe_residency_left_bytes(r, g->layer, g->experts[i]),
                                             .rows = g->groups[i].count,
+                                            .rank = moe_residency_rank(r, g->layer, g->experts[i]),
                                             .index = i,
                                             .host = fixed};
     }
     if (count == 0) return;
-    const moe_cold_costs *costs = moe_residency_costs(r);
+    moe_cold_costs *costs = moe_residency_costs(r);
     if (!fixed) moe_cold_split(costs, queues(g, costs), g->cold, count);
-    for (int32_t i = 0; i < count; i++) decide_for(g, g->cold[i].index, g->cold[i].host);
+    bool host = false;
+    for (int32_t i = 0; i < count; i++) {
+        host = host || g->cold[i].host;
+        decide_for(g, g->cold[i].index, g->cold[i].host);
+    }
+    if (!host && !moe_residency_shares_processor(r)) moe_cold_host_unused(costs);
 }
 
 void moe_groups_begin(moe_groups *g) {

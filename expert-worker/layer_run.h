@@ -30,6 +30,7 @@ typedef struct moe_run_job {
     _Atomic bool done;
     pthread_t submitter;
     int64_t began_ns;
+    bool queued; /* behind another call's job of the host */
 } moe_run_job;
 
 /* What the host computed of a call: a row for each assignment, in the order in which it did. */

@@ -19,12 +19,19 @@ static void on_job_done(moe_job *job) {
     pthread_mutex_unlock(&runs->mutex);
 }
 
+static bool other_on_host(const moe_layer_runs *runs, const moe_layer_run *run) {
+    for (int i = 0; i < MOE_LAYER_RUNS; i++)
+        if (&runs->runs[i] != run && runs->runs[i].jobs[MOE_RUN_HOST].out) return true;
+    return false;
+}
+
 static void submit(moe_layer_runs *runs, const moe_layer_run *run, moe_run_job *j) {
     bool host = j->place == MOE_PASS_HOST;
     moe_backend *backend = host ? runs->config.host : runs->config.backend;
     j->owner = runs;
     j->submitter = pthread_self();
     j->began_ns = moe_now_ns(runs->config.clock);
+    j->queued = host && other_on_host(runs, run);
     j->job = (moe_job){.done = on_job_done, .owner = j};
     atomic_store(&j->done, false);
     if (host)
@@ -44,7 +51,13 @@ static void observe_costs(const moe_layer_runs *runs, const moe_run_job *j) {
     moe_cold_costs *costs = moe_residency_costs(runs->config.shard->residency);
     moe_cold_compute *cost = j->place == MOE_PASS_HOST ? &costs->host : &costs->device;
     moe_cold_observe_compute(cost, j->experts, j->rows, j->job.compute_ns);
-    if (runs->config.host == runs->config.backend) costs->host = costs->device = *cost; /* what is copied is computed no faster */
+    if (runs->config.host == runs->config.backend) {
+        costs->host = costs->device = *cost; /* what is copied is computed no faster */
+        return;
+    }
+    if (j->place == MOE_PASS_HOST && !j->queued)
+        moe_cold_observe_fixed(&costs->host_job_ns, moe_now_ns(runs->config.clock) - j->began_ns - j->job.compute_ns);
+    if (j->place == MOE_PASS_DEVICE && j->experts == 0) moe_cold_observe_fixed(&costs->host_rows_ns, j->job.compute_ns);
 }
 
 /* A pass may have waited for the layer's segment, or for the pass before: shown is the time that it was computed. */

@@ -360,6 +360,16 @@ double moe_residency_link_ns(const moe_residency *r) {
     return r->config.tiers.costs.copy_byte_ns * (double)bytes;
 }
 
+double moe_residency_rank(moe_residency *r, int32_t layer, int32_t expert) {
+    return moe_eviction_rank(r->eviction, residency_number(r, residency_at(r, layer, expert)));
+}
+
+void moe_residency_forgo(moe_residency *r, int32_t layer, int32_t expert) {
+    residency_entry *e = residency_at(r, layer, expert);
+    if (e->wish != WISH_EXPECTED || e->expected > 1 || e->needed > 0 || e->slot >= 0) return;
+    residency_set_wish(r, e, moe_eviction_announced(r->eviction, residency_number(r, e)) ? WISH_HINTED : WISH_NONE);
+}
+
 moe_expert *moe_residency_acquire_image(moe_residency *r, int32_t layer, int32_t expert, int32_t rows) {
     residency_entry *e = residency_at(r, layer, expert);
     MOE_ASSERT(e->imaged > 0 && e->image);

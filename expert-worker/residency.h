@@ -134,6 +134,11 @@ bool moe_residency_has_image(moe_residency *residency, int32_t layer, int32_t ex
  * needed already. */
 int64_t moe_residency_left_bytes(moe_residency *residency, int32_t layer, int32_t expert);
 double moe_residency_link_ns(const moe_residency *residency);
+/* As moe_eviction_rank. */
+double moe_residency_rank(moe_residency *residency, int32_t layer, int32_t expert);
+/* The host is going to compute the expert: its copy is not made that has not begun, that no hint announces, and that no more than one call
+ * expects. */
+void moe_residency_forgo(moe_residency *residency, int32_t layer, int32_t expert);
 /* The expert whose needed image is there, for one job of the host with so many rows of it, until it is released. Counts as a use: an
  * expert that is used more than one in a slot takes its place, in the background. */
 moe_expert *moe_residency_acquire_image(moe_residency *residency, int32_t layer, int32_t expert, int32_t rows);

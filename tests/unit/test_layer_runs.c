@@ -709,6 +709,39 @@ static void announced_goes_on(void **state) {
     close_one(&r, &s);
 }
 
+/* What the host computes is not copied as well, but for copies that had begun; and what its job costs beside computing is learnt. */
+static void left_to_the_host(void **state) {
+    (void)state;
+    rig r;
+    stream s;
+    assert_true(rig_open(&r, &(setup){.front = SLOW, .slots = 40, .cold = MOE_COLD_AUTO, .apart = true, .host_ns = 1e-3}));
+    stream_open(&s, &r, 0, false);
+    int32_t cold = distinct_below(s.story->steps, 2, EXPERTS) - distinct_below(s.story->steps, 2, 40 - 2 * EXPERTS);
+    assert_true(cold > MOE_RESIDENCY_PIECES);
+    int64_t before = r.slow.fills_ended;
+    r.host.slow_batches = true;
+    moe_residency_costs(r.residency)->host.row_ns = 1e-3;
+    foretell(&s, 2);
+    submit_segment(&s, 0); /* so that there are inputs */
+    s.segment = 2;
+    begin_layer(&s);
+    s.calls[2].activations = s.activations[0];
+    turn(&r);
+    assert_int_equal(r.host.num_batches, 1);
+    assert_int_equal(r.host.batches[0]->num_groups, cold);
+    while (r.slow.num_fills) {
+        moe_slow_end(&r.slow);
+        turn(&r);
+    }
+    assert_int_equal(r.slow.fills_ended - before, MOE_RESIDENCY_PIECES);
+    r.clock.fake_now_ns += INT64_C(1000000000000);
+    moe_slow_end_batch(&r.host);
+    turn(&r);
+    assert_true(s.calls[2].ended && s.calls[2].status == MOE_OK);
+    assert_true(moe_residency_costs(r.residency)->host_job_ns == 50e3 / 16);
+    close_one(&r, &s);
+}
+
 /* The host waits for what its experts are given, the device does not; its rows go with the last job. */
 static void begun_before_its_inputs(void **state) {
     (void)state;
@@ -912,6 +945,7 @@ int main(void) {
         cmocka_unit_test(submitted_as_early_as_possible),
         cmocka_unit_test(foretold),
         cmocka_unit_test(announced_goes_on),
+        cmocka_unit_test(left_to_the_host),
         cmocka_unit_test(begun_before_its_inputs),
         cmocka_unit_test(chosen_with_its_inputs),
         cmocka_unit_test(no_room_for_the_host),
