@@ -84,7 +84,7 @@ def a_lease_for_each_worker():
 def a_lease_passes_on():
     """Each worker but the last holds a GPU; the last waits until another ends, and has its GPU then."""
     count = gpus()
-    nodes = Nodes(workers=count, replicas=1, worker_args=("--devices", "auto", "--hand-over-timeout", "1"))
+    nodes = Nodes(workers=count, replicas=1, worker_args=("--devices", "auto", "--hand-over-timeout", "1s"))
     with nodes:
         router, first = nodes.routers[0], nodes.workers[0]
         expect_golden(router)
