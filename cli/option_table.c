@@ -167,7 +167,7 @@ static const moe_option_row rows[] = {
      "workers the same"},
     {"eviction", CHOICE, MODELS, "Residency", "hint-aware", 0, 0, MOE_EVICTION_POLICIES, NULL,
      "with --device-memory: which expert makes room for another. lru: unused for longest; lfu-decay: fewest uses, old ones counting "
-     "less; hint-aware: likewise, but what a hint announced stays"},
+     "less; hint-aware: expected to be used last, by uses and the order of layers, and what a hint announced stays"},
     {"cold-experts", CHOICE, MODELS, "Residency", "fetch", 0, 0, MOE_COLD_EXPERTS_CHOICES, NULL,
      "with --device-memory: what becomes of an expert that a batch wants and that is not on the device. fetch: it is copied there; host: "
      "the host computes it while the device computes the others, and experts that are used most move to the device in the background; "

@@ -161,7 +161,8 @@ moe_status moe_replay(const moe_trace *t, const moe_replay_config *c, moe_replay
     int32_t all = t->num_layers * t->num_experts;
     replay r = {.trace = t, .config = c, .out = out};
     *out = (moe_replay_result){.slots = moe_replay_slots(t, c->part)};
-    moe_eviction_config eviction = {.policy = c->policy, .num_experts = all, .half_life = MOE_EVICTION_HALF_LIFE_BATCHES};
+    moe_eviction_config eviction = {
+        .policy = c->policy, .num_experts = all, .num_layers = t->num_layers, .half_life = MOE_EVICTION_HALF_LIFE_BATCHES};
     moe_status status = moe_eviction_new(&eviction, &r.eviction, err);
     if (status != MOE_OK) return status;
     bool *seen = moe_calloc((size_t)t->num_experts, sizeof *seen);

@@ -15,7 +15,8 @@ typedef struct moe_eviction moe_eviction;
 
 typedef struct moe_eviction_config {
     const char *policy;
-    int32_t num_experts; /* in all layers */
+    int32_t num_experts; /* in all layers, alike in each, those of the first layer first */
+    int32_t num_layers;  /* forward steps pass through them in turn */
     int64_t half_life;   /* of a use's weight in lfu-decay and hint-aware, > 0, in the caller's time */
 } moe_eviction_config;
 
@@ -31,7 +32,8 @@ void moe_eviction_free(moe_eviction **eviction); /* NULLs; idempotent */
 /* The expert came into a slot: by a miss, or ahead of its use. */
 void moe_eviction_loaded(moe_eviction *eviction, int32_t expert, int64_t now);
 
-/* A batch used the expert. Once a batch, however many rows: a miss costs one copy for all of them. */
+/* A batch used the expert. Once a batch, however many rows: a miss costs one copy for all of them. Uses of a layer's experts at one
+ * time are of one batch. */
 void moe_eviction_used(moe_eviction *eviction, int32_t expert, int64_t now);
 
 /* Nobody will want the expert soon, but for calls that are on their way: it goes first, under every policy, until a hint announces it
@@ -42,20 +44,21 @@ void moe_eviction_retired(moe_eviction *eviction, int32_t expert);
  * steps under way apart. The announcement ends with moe_eviction_ran of that step, or at time `until`, should that step never
  * come. */
 void moe_eviction_hinted(moe_eviction *eviction, int32_t expert, uint64_t step, int64_t until);
-/* `step` has run the layer whose experts are [first, first + count). */
+/* `step` runs the layer whose experts end at first + count; what it was to want of [first, first + count) is announced no more. */
 void moe_eviction_ran(moe_eviction *eviction, uint64_t step, int32_t first, int32_t count, int64_t now);
 /* Whether a hint announces the expert; under every policy. */
 bool moe_eviction_announced(const moe_eviction *eviction, int32_t expert);
 
 /* Whether `cold`, which is in no slot, was used so much more than the resident `other` that a swap pays, and is not undone by the next
- * use: half as often again under the policies that count uses; last used a quarter of a half-life later under lru. */
+ * use: half as often again under the policies that count uses (hint-aware: by so much more of its layer's batches); last used a quarter of
+ * a half-life later under lru. */
 bool moe_eviction_hotter(const moe_eviction *eviction, int32_t cold, int32_t other);
 
-/* By which the policy compares experts: the higher, the more or the later it was used; -INFINITY: never. */
+/* By which experts of one layer compare: the higher, the more or the later it was used; the lowest there is: never. */
 double moe_eviction_rank(const moe_eviction *eviction, int32_t expert);
 
-/* The slot of [0, num_slots) to empty, -1: none may be. `evictable` gives the expert of a slot, or -1 where it must stay (empty,
- * in use, being filled). hint-aware names an announced expert only where every evictable one is announced; moe_eviction_announced
- * tells a caller that would then rather not load. Looks at each slot once. */
+/* The slot of [0, num_slots) to empty, -1: none may be; of equals the first. `evictable` gives the expert of a slot, or -1 where it
+ * must stay (empty, in use, being filled). hint-aware names an announced expert only where every evictable one is announced;
+ * moe_eviction_announced tells a caller that would then rather not load. Looks at each slot once. */
 int32_t moe_eviction_victim(const moe_eviction *eviction, int32_t num_slots, int32_t (*evictable)(void *ctx, int32_t slot),
                             void *ctx);

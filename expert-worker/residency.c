@@ -79,8 +79,10 @@ static moe_status check_alike(const moe_residency *r, moe_error *err) {
 
 moe_status residency_open_slots(moe_residency *r, moe_error *err) {
     const moe_residency_config *c = &r->config;
-    const moe_eviction_config eviction = {
-        .policy = c->tiers.eviction, .num_experts = r->num_entries, .half_life = MOE_EVICTION_HALF_LIFE_BATCHES};
+    const moe_eviction_config eviction = {.policy = c->tiers.eviction,
+                                          .num_experts = r->num_entries,
+                                          .num_layers = c->model->config.num_moe_layers,
+                                          .half_life = MOE_EVICTION_HALF_LIFE_BATCHES};
     r->slot = moe_calloc((size_t)r->num_slots, sizeof *r->slot);
     if (!r->slot) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %d slots", r->num_slots);
     moe_status status = moe_eviction_new(&eviction, &r->eviction, err);

@@ -9,6 +9,8 @@
 #include "tests/support/test.h"
 
 #define EXPERTS 24
+#define LAYERS 3
+#define PER_LAYER (EXPERTS / LAYERS)
 #define SLOTS 7
 #define HALF_LIFE 10
 #define EVENTS 400
@@ -20,7 +22,7 @@ typedef struct slots {
 static int32_t evictable(void *ctx, int32_t slot) { return ((slots *)ctx)->expert[slot]; }
 
 static moe_eviction *make(const char *policy) {
-    moe_eviction_config config = {.policy = policy, .num_experts = EXPERTS, .half_life = HALF_LIFE};
+    moe_eviction_config config = {.policy = policy, .num_experts = EXPERTS, .num_layers = LAYERS, .half_life = HALF_LIFE};
     moe_eviction *e;
     moe_error err;
     assert_int_equal(moe_eviction_new(&config, &e, &err), MOE_OK);
@@ -29,7 +31,7 @@ static moe_eviction *make(const char *policy) {
 
 static void test_unknown_policy(void **state) {
     (void)state;
-    moe_eviction_config config = {.policy = "fifo", .num_experts = EXPERTS, .half_life = HALF_LIFE};
+    moe_eviction_config config = {.policy = "fifo", .num_experts = EXPERTS, .num_layers = LAYERS, .half_life = HALF_LIFE};
     moe_eviction *e;
     moe_error err;
     assert_int_equal(moe_eviction_new(&config, &e, &err), MOE_INVALID_ARGUMENT);
@@ -105,6 +107,36 @@ static void test_full_table_forgets_the_oldest_hint(void **state) {
     moe_eviction_free(&e);
 }
 
+/* The same popularity: the layer that has just run comes last; then popularity, by the batches of the expert's own layer; then what
+ * hints pass over while they name others of its layer. */
+static void test_the_next_use_is_foreseen(void **state) {
+    (void)state;
+    moe_eviction *e = make("hint-aware");
+    slots s = {{0, 8, 16, -1, -1, -1, -1}};
+    for (int64_t t = 0; t < 9; t++) moe_eviction_used(e, (int32_t)(t % 3) * PER_LAYER, t);
+    for (int32_t layer = 0; layer < LAYERS; layer++) {
+        moe_eviction_ran(e, 1, layer * PER_LAYER, PER_LAYER, 9);
+        assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), layer);
+    }
+    for (int64_t t = 9; t < 12; t++) moe_eviction_used(e, 1 + (int32_t)(t % 3) * PER_LAYER, t);
+    s.expert[0] = 1; /* of the next layer, but once in four batches alone */
+    assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), 0);
+    assert_true(moe_eviction_hotter(e, 0, 1));
+    assert_false(moe_eviction_hotter(e, 0, 8));
+    assert_false(moe_eviction_hotter(e, 1, 0));
+    moe_eviction_used(e, 16, 12);
+    s.expert[0] = 0;
+    assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), 2);
+    moe_eviction_hinted(e, 3, 2, 100);
+    s.expert[2] = -1;
+    assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), 0); /* layer 0 comes first, but without it */
+    moe_eviction_ran(e, 2, 0, PER_LAYER, 13);
+    assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), 0); /* has just run */
+    moe_eviction_ran(e, 2, PER_LAYER, PER_LAYER, 14);
+    assert_int_equal(moe_eviction_victim(e, SLOTS, evictable, &s), 1);
+    moe_eviction_free(&e);
+}
+
 /* The model: every use and every hint that was, looked at anew for each question. */
 typedef struct event {
     int32_t expert;
@@ -119,15 +151,43 @@ static event uses[EVENTS];
 static announcement hints[EVENTS];
 static int num_uses, num_hints;
 static bool retired[EXPERTS];
+static int32_t last_layer;  /* that ran or was used, */
+static int64_t last_at;     /* and when */
 
-static double score(bool lru, int32_t expert, int64_t now) {
+static bool layer_announced(int32_t layer) {
+    for (int i = 0; i < num_hints; i++)
+        if (hints[i].expert / PER_LAYER == layer) return true;
+    return false;
+}
+
+static bool is_announced(int32_t expert);
+
+/* Layers until the next use, at the pace of the layer's batches so far and two more, half of one of which used it. */
+static double next_use(int32_t expert) {
+    int32_t layer = expert / PER_LAYER;
+    double used = 0.5, batches = 2, ahead = layer > last_layer ? layer - last_layer : layer - last_layer + LAYERS;
+    int64_t counted = -1;
+    for (int i = 0; i < num_uses; i++) {
+        double weight = exp2((double)(uses[i].at - last_at) / HALF_LIFE);
+        if (uses[i].expert == expert) used += weight;
+        if (uses[i].expert / PER_LAYER != layer || uses[i].at == counted) continue;
+        batches += weight;
+        counted = uses[i].at;
+    }
+    if (layer_announced(layer) && !is_announced(expert)) ahead += LAYERS;
+    return ahead + (batches / used - 1) * LAYERS;
+}
+
+/* Who has less of it goes first. */
+static double score(const char *policy, int32_t expert, int64_t now) {
     double sum = 0, last = -INFINITY;
     for (int i = 0; i < num_uses; i++) {
         if (uses[i].expert != expert) continue;
         sum += exp2((double)(uses[i].at - now) / HALF_LIFE);
         last = (double)uses[i].at;
     }
-    return lru ? last : sum;
+    if (strcmp(policy, "hint-aware") == 0) return -next_use(expert);
+    return strcmp(policy, "lru") == 0 ? last : sum;
 }
 
 static bool is_announced(int32_t expert) {
@@ -147,7 +207,7 @@ static void end_hints(uint64_t step, int32_t first, int32_t count, int64_t now) 
 
 /* That no evictable slot ranks before the named one; near ties are either's. */
 static void check_victim(const moe_eviction *e, const char *policy, const slots *s, int64_t now) {
-    bool lru = strcmp(policy, "lru") == 0, heeds = strcmp(policy, "hint-aware") == 0;
+    bool heeds = strcmp(policy, "hint-aware") == 0;
     int32_t victim = moe_eviction_victim(e, SLOTS, evictable, (void *)s);
     bool any = false;
     for (int i = 0; i < SLOTS; i++) any |= s->expert[i] >= 0;
@@ -162,7 +222,7 @@ static void check_victim(const moe_eviction *e, const char *policy, const slots 
         if (retired[chosen] && !retired[other]) continue;
         if (heeds && is_announced(chosen)) assert_true(is_announced(other));
         if (heeds && is_announced(other) && !is_announced(chosen)) continue;
-        double mine = score(lru, chosen, now), its = score(lru, other, now);
+        double mine = score(policy, chosen, now), its = score(policy, other, now);
         assert_true(mine == its || mine <= its + 1e-9 * fabs(its));
     }
 }
@@ -175,10 +235,13 @@ static void test_random_histories(void **state) {
         moe_random random = {seed};
         moe_eviction *e = make(policy);
         num_uses = num_hints = 0;
+        last_layer = LAYERS - 1;
+        last_at = 0;
         memset(retired, 0, sizeof retired);
         int64_t now = 0;
         for (int i = 0; i < EVENTS; i++) {
             now += (int64_t)moe_random_below(&random, 4);
+            if (moe_random_below(&random, 100) == 0) now += (int64_t)moe_random_below(&random, 1000) * HALF_LIFE; /* all is forgotten */
             int32_t expert = (int32_t)moe_random_below(&random, EXPERTS);
             uint64_t step = moe_random_below(&random, 3);
             switch (moe_random_below(&random, 6)) {
@@ -197,12 +260,16 @@ static void test_random_histories(void **state) {
                     moe_eviction_hinted(e, expert, step, now + 30);
                     break;
                 case 1:
-                    end_hints(step, expert / 8 * 8, 8, now);
-                    moe_eviction_ran(e, step, expert / 8 * 8, 8, now);
+                    end_hints(step, expert / PER_LAYER * PER_LAYER, PER_LAYER, now);
+                    moe_eviction_ran(e, step, expert / PER_LAYER * PER_LAYER, PER_LAYER, now);
+                    last_layer = expert / PER_LAYER;
+                    last_at = now;
                     break;
                 default:
                     uses[num_uses++] = (event){expert, now};
                     moe_eviction_used(e, expert, now);
+                    last_layer = expert / PER_LAYER;
+                    last_at = now;
             }
             slots s;
             for (int j = 0; j < SLOTS; j++) s.expert[j] = (int32_t)moe_random_below(&random, EXPERTS + 8) - 8;
@@ -220,6 +287,7 @@ int main(void) {
         cmocka_unit_test(test_recency_and_frequency),
         cmocka_unit_test(test_hints_protect_until_their_layer_ran),
         cmocka_unit_test(test_full_table_forgets_the_oldest_hint),
+        cmocka_unit_test(test_the_next_use_is_foreseen),
         cmocka_unit_test(test_random_histories),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -532,11 +532,14 @@ static void use_on_host(rig *r, int32_t layer, int32_t expert) {
     assert_non_null(moe_residency_acquire_image(r->residency, layer, expert, 1));
     moe_residency_release_image(r->residency, layer, expert);
     moe_residency_unneed_image(r->residency, layer, expert);
+    moe_residency_batch_ended(r->residency);
     moe_residency_turn(r->residency);
 }
 
-static void use_on_device(rig *r, int32_t layer, int32_t expert) {
-    assert_true(resident(r, layer, expert));
+/* A batch of layer 0 that wants experts 0 … count - 1, which are on the device. */
+static void run_layer_0(rig *r, int32_t count) {
+    for (int32_t e = 0; e < count; e++) assert_true(resident(r, 0, e));
+    moe_residency_batch_ended(r->residency);
 }
 
 /* A cold expert comes into a slot once it is used more than one that has one, in the background, and not for every use. */
@@ -544,25 +547,27 @@ static void hot_experts_earn_slots(void **state) {
     (void)state;
     rig r;
     open_full_cold(&r, 5, 0, MOE_COLD_HOST);
-    for (int32_t e = 0; e < 5; e++)
-        for (int use = 0; use < 4; use++) use_on_device(&r, 0, e);
+    for (int batch = 0; batch < 8; batch++) run_layer_0(&r, 5);
     moe_residency_expect(r.residency, 1, 7);
     moe_residency_turn(r.residency);
     assert_int_equal(r.slow.num_fills, 0); /* a call that waits copies nothing */
     moe_residency_unexpect(r.residency, 1, 7);
-    for (int use = 0; use < 6; use++) use_on_host(&r, 1, 7);
-    assert_int_equal(r.slow.num_fills, 0); /* not half as often again */
+    for (int batch = 0; batch < 8; batch++) use_on_host(&r, 1, 7);
+    assert_int_equal(r.slow.num_fills, 0); /* used by every batch of its layer, as those in slots are */
+    for (int batch = 0; batch < 3; batch++) run_layer_0(&r, 4);
+    use_on_host(&r, 1, 7);
+    assert_int_equal(r.slow.num_fills, 0); /* not half as often again as the one that is left out */
+    for (int batch = 0; batch < 3; batch++) run_layer_0(&r, 4);
     use_on_host(&r, 1, 7);
     assert_int_equal(r.slow.num_fills, 1);
     assert_int_equal(copied(&r, 0), EXPERTS + 7);
     use_on_host(&r, 1, 7); /* it still computes while the copy is on its way */
     end_one(&r);
     assert_true(resident(&r, 1, 7));
-    int32_t left = 0;
-    for (int32_t e = 0; e < 5; e++) left += resident(&r, 0, e);
-    assert_int_equal(left, 4);
-    /* what a batch needs goes before */
-    for (int use = 0; use < 12; use++) use_on_host(&r, 2, 3);
+    for (int32_t e = 0; e < 5; e++) assert_int_equal(resident(&r, 0, e), e < 4);
+    /* another one that has become rare makes room, too */
+    for (int batch = 0; batch < 12; batch++) run_layer_0(&r, 3);
+    for (int batch = 0; batch < 12; batch++) use_on_host(&r, 2, 3);
     assert_int_equal(copied(&r, 0), 2 * EXPERTS + 3);
     while (r.slow.num_fills) end_one(&r);
     close_tiers(&r);

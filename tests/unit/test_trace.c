@@ -169,6 +169,47 @@ static void test_more_experts_than_slots(void **state) {
     moe_trace_free(&t);
 }
 
+/* Texts that are decoded together want every expert of every layer in each step, as a prefill does: of a cycle the best cache keeps
+ * all but one of its slots. What was used longest ago is what comes next. */
+static void test_cyclic_use_keeps_most_slots(void **state) {
+    (void)state;
+    moe_trace t = {.num_layers = LAYERS, .num_experts = EXPERTS, .top_k = 2, .num_planes = 1, .expert_bytes = 1000};
+    moe_error err;
+    t.texts = moe_calloc(EXPERTS / 2, sizeof *t.texts);
+    t.num_texts = EXPERTS / 2;
+    for (int32_t i = 0; i < t.num_texts; i++) {
+        assert_int_equal(moe_trace_resize(&t, i, 200, &err), MOE_OK);
+        for (int32_t at = 0; at < 200 * LAYERS * 2; at++) t.texts[i].routes[MOE_TRACE_GATE][at] = (uint16_t)(2 * i + at % 2);
+    }
+    for (int32_t slots = 4; slots < ALL; slots++) {
+        moe_replay_result foresees = play(&t, MOE_GATING_GATE, "hint-aware", slots, t.num_texts);
+        assert_int_equal(foresees.uses, 200 * ALL);
+        double best = (double)foresees.uses * (slots - 1) / ALL;
+        if ((double)foresees.hits < 0.95 * best) fail_msg("%d slots: %lld hits of %.0f", slots, (long long)foresees.hits, best);
+        if (slots <= ALL - EXPERTS) assert_int_equal(play(&t, MOE_GATING_GATE, "lru", slots, t.num_texts).hits, 0);
+    }
+    moe_trace_free(&t);
+}
+
+/* Few tokens and experts of uneven popularity, other ones in each layer. */
+static void test_skewed_use_keeps_the_popular(void **state) {
+    (void)state;
+    moe_trace t = make(200, 2, 0.5, 6);
+    for (int32_t i = 0; i < t.num_texts; i++)
+        for (int32_t at = 0; at < t.texts[i].num_tokens * LAYERS * 2; at++) {
+            uint16_t *expert = &t.texts[i].routes[MOE_TRACE_GATE][at];
+            *expert = (uint16_t)((*expert + at / 2 % LAYERS * 3) % EXPERTS);
+        }
+    for (int32_t requests = 1; requests <= 4; requests *= 2)
+        for (int32_t slots = 4; slots < ALL; slots++) {
+            int64_t foresees = play(&t, MOE_GATING_GATE, "hint-aware", slots, requests).hits;
+            int64_t counts = play(&t, MOE_GATING_GATE, "lfu-decay", slots, requests).hits;
+            if ((double)foresees < 0.995 * (double)counts)
+                fail_msg("%d slots: %lld hits, %lld by counts", slots, (long long)foresees, (long long)counts);
+        }
+    moe_trace_free(&t);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_file),
@@ -176,6 +217,8 @@ int main(void) {
         cmocka_unit_test(test_beside_a_plain_lru_cache),
         cmocka_unit_test(test_pre_gates_foretell_all_but_the_first_layer),
         cmocka_unit_test(test_more_experts_than_slots),
+        cmocka_unit_test(test_cyclic_use_keeps_most_slots),
+        cmocka_unit_test(test_skewed_use_keeps_the_popular),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
