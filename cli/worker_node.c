@@ -179,8 +179,19 @@ moe_expert *const *moe_worker_node_lend_experts(moe_worker_node *n) { return moe
 
 moe_layer_experts moe_worker_node_layer_experts(moe_worker_node *n) { return moe_worker_layer_experts(n->worker); }
 
+/* What the worker chose by where it measured. Nothing steps it. */
+static void tell_costs(const moe_worker_node *n) {
+    const moe_cold_costs c = moe_worker_cold_costs(n->worker);
+    if (c.copy_byte_ns <= 0) return;
+    moe_info("worker %s learnt of cold experts: copies pass at %.2f GB/s; on the device an expert costs %.1f us, a row %.2f us, on the "
+             "host %.1f and %.2f us, a job %.1f us, its rows %.1f us on the device",
+             n->id, 1 / c.copy_byte_ns, c.device.expert_ns / 1e3, c.device.row_ns / 1e3, c.host.expert_ns / 1e3, c.host.row_ns / 1e3,
+             c.host_job_ns / 1e3, c.host_rows_ns / 1e3);
+}
+
 moe_status moe_worker_node_resize(moe_worker_node *n, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
                                   moe_error *err) {
+    tell_costs(n);
     return moe_worker_resize(n->worker, device, cold, copy_bytes_per_s, err);
 }
 
@@ -233,6 +244,7 @@ void moe_worker_node_close(moe_worker_node **node) {
         moe_registration_free(&n->registration);
     }
     if (n->worker) moe_worker_stop(n->worker);
+    if (n->worker) tell_costs(n);
     moe_worker_free(&n->worker);
     n->transport->ops->close(n->transport);
     n->store->ops->close(n->store);

@@ -229,6 +229,11 @@ moe_status moe_worker_resize(moe_worker *w, moe_memory_limit device, moe_cold_ex
     return moe_residency_resize(w->residency, device, cold, copy_bytes_per_s, err);
 }
 
+moe_cold_costs moe_worker_cold_costs(const moe_worker *w) {
+    bool chooses = w->residency && moe_residency_cold(w->residency) == MOE_COLD_AUTO;
+    return chooses ? *moe_residency_costs(w->residency) : (moe_cold_costs){.copy_byte_ns = 0};
+}
+
 moe_expert *const *moe_worker_lend_experts(moe_worker *w) { return moe_shard_lend(&w->shard); }
 
 moe_layer_experts moe_worker_layer_experts(moe_worker *w) {

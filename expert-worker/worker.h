@@ -42,6 +42,8 @@ bool moe_worker_has_work(moe_worker *worker);
 /* Of a worker with tiers that no thread steps now and no call waits at: as moe_residency_resize. */
 moe_status moe_worker_resize(moe_worker *worker, moe_memory_limit device, moe_cold_experts cold, double *copy_bytes_per_s,
                              moe_error *err);
+/* Of a worker that no thread steps now: what it has learnt of cold experts, where it chooses by costs; all 0 elsewhere. */
+moe_cold_costs moe_worker_cold_costs(const moe_worker *worker);
 /* Of the thread that calls step: the table [num_moe_layers, num_experts] of the experts, for local steps; NULL where not all are
  * held. Once it was lent, no expert is freed before the worker is, dropped or not, and the borrower must be gone by then. */
 moe_expert *const *moe_worker_lend_experts(moe_worker *worker);
