@@ -39,17 +39,17 @@ int32_t moe_replay_slots(const moe_trace *t, double part) {
 static int32_t number(const replay *r, int32_t layer, int32_t expert) { return layer * r->trace->num_experts + expert; }
 
 /* What this layer still needs stays. */
-static int32_t evictable(void *ctx, int32_t slot) {
+static bool may_go(void *ctx, int32_t slot) {
     const replay *r = ctx;
     int32_t held = r->expert_in[slot];
     bool needed = held >= number(r, r->layer, 0) && held < number(r, r->layer + 1, 0) && r->wanted[held - number(r, r->layer, 0)];
-    return needed ? -1 : held;
+    return !needed;
 }
 
 /* A slot for an expert; -1: none may be had. */
 static int32_t make_room(replay *r, bool foretold_alone) {
     if (r->used_slots < r->out->slots) return r->used_slots++;
-    int32_t slot = moe_eviction_victim(r->eviction, r->out->slots, evictable, r);
+    int32_t slot = moe_eviction_victim(r->eviction, r->expert_in, r->out->slots, may_go, r);
     if (slot < 0 || (foretold_alone && moe_eviction_announced(r->eviction, r->expert_in[slot]))) return -1;
     r->out->wasted_copies += r->fresh[r->expert_in[slot]];
     r->slot_of[r->expert_in[slot]] = EMPTY;

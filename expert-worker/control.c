@@ -256,6 +256,7 @@ static void got_expert(moe_control *c, control_op *op) {
     show_progress(c, op);
     c->loaded++;
     op->next++;
+    if (op->next == op->count && op->following == 0 && c->shard->residency) moe_residency_held_all(c->shard->residency);
 }
 
 static bool lost_expert(moe_control *c, control_op *op, const moe_error *why) {

@@ -8,6 +8,7 @@
 /* What few batches say of an expert is not certain: to those that were, so many are added, some of which used it. */
 #define DOUBT_BATCHES 2.0
 #define DOUBT_USES 0.5
+#define EQUAL 1e-6 /* layers: no later than another */
 #define REBASE_HALVINGS 512 /* of the first uses, before all weights are scaled down */
 
 /* What a policy is: how uses and loads change an expert's rank, and which rank goes first. */
@@ -106,11 +107,20 @@ static void count_use(moe_eviction *e, int32_t expert, int64_t now) {
     x->rank += e->weight;
 }
 
-/* What hints do not name while they name others of its layer, the layer will not want when it comes next. */
-static double next_use(const moe_eviction *e, const expert_state *x) {
+/* Layers until the expert's layer comes, less a round. What hints do not name while they name others of its layer, it will not want yet. */
+static double next_turn(const moe_eviction *e, const expert_state *x) {
     const layer_state *l = &e->layers[x->layer];
     bool passed_over = l->announced > 0 && x->announced == 0;
-    return l->offset + l->per_use / (x->rank + DOUBT_USES * e->weight) + (passed_over ? e->num_layers : 0);
+    return l->offset + (passed_over ? e->num_layers : 0);
+}
+
+static double next_use(const moe_eviction *e, const expert_state *x) {
+    return next_turn(e, x) + e->layers[x->layer].per_use / (x->rank + DOUBT_USES * e->weight);
+}
+
+/* As next_use(e, x) > than, but by more than rounding, and without a division. */
+static bool used_later(const moe_eviction *e, const expert_state *x, double than) {
+    return e->layers[x->layer].per_use > (than + EQUAL - next_turn(e, x)) * (x->rank + DOUBT_USES * e->weight);
 }
 
 static double uses_a_batch(const moe_eviction *e, const expert_state *x) {
@@ -227,27 +237,26 @@ bool moe_eviction_hotter(const moe_eviction *e, int32_t cold, int32_t other) {
 
 double moe_eviction_rank(const moe_eviction *e, int32_t expert) { return e->experts[expert].rank; }
 
-typedef struct turn { /* when an expert goes: the higher class first, of a class the higher key */
-    int class;
-    double key;
-} turn;
-
-static turn turn_of(const moe_eviction *e, int32_t expert) {
-    const expert_state *x = &e->experts[expert];
-    if (!e->policy->foresees) return (turn){x->retired, -x->rank};
-    return (turn){2 * x->retired + (x->announced == 0), next_use(e, x)};
+/* Who goes before all others of lower class. */
+static int class_of(const moe_eviction *e, const expert_state *x) {
+    return e->policy->foresees ? 2 * x->retired + (x->announced == 0) : x->retired;
 }
 
-int32_t moe_eviction_victim(const moe_eviction *e, int32_t num_slots, int32_t (*evictable)(void *ctx, int32_t slot), void *ctx) {
+int32_t moe_eviction_victim(const moe_eviction *e, const int32_t *expert_in, int32_t num_slots, bool (*may_go)(void *ctx, int32_t slot),
+                            void *ctx) {
+    bool foresees = e->policy->foresees;
     int32_t victim = -1;
-    turn first = {-1, 0};
+    int class = -1; /* the victim's, */
+    double key = 0; /* and next use or rank */
     for (int32_t slot = 0; slot < num_slots; slot++) {
-        int32_t expert = evictable(ctx, slot);
-        if (expert < 0) continue;
-        turn its = turn_of(e, expert);
-        if (its.class < first.class || (its.class == first.class && its.key <= first.key)) continue;
-        first = its;
+        if (expert_in[slot] < 0) continue;
+        const expert_state *x = &e->experts[expert_in[slot]];
+        int its = class_of(e, x);
+        if (its < class || (its == class && !(foresees ? used_later(e, x, key) : x->rank < key))) continue;
+        if (!may_go(ctx, slot)) continue;
         victim = slot;
+        class = its;
+        key = foresees ? next_use(e, x) : x->rank;
     }
     return victim;
 }

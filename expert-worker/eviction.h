@@ -57,8 +57,8 @@ bool moe_eviction_hotter(const moe_eviction *eviction, int32_t cold, int32_t oth
 /* By which experts of one layer compare: the higher, the more or the later it was used; the lowest there is: never. */
 double moe_eviction_rank(const moe_eviction *eviction, int32_t expert);
 
-/* The slot of [0, num_slots) to empty, -1: none may be; of equals the first. `evictable` gives the expert of a slot, or -1 where it
- * must stay (empty, in use, being filled). hint-aware names an announced expert only where every evictable one is announced;
- * moe_eviction_announced tells a caller that would then rather not load. Looks at each slot once. */
-int32_t moe_eviction_victim(const moe_eviction *eviction, int32_t num_slots, int32_t (*evictable)(void *ctx, int32_t slot),
-                            void *ctx);
+/* The slot of [0, num_slots) to empty, -1: none may be; of equals the first. expert_in [num_slots]: the expert of each, -1: it must stay
+ * (it is empty, or being filled); may_go is asked of slots alone that would be the best so far. hint-aware names an announced expert only
+ * where all that may go are announced; moe_eviction_announced tells a caller that would then rather not load. Looks at each slot once. */
+int32_t moe_eviction_victim(const moe_eviction *eviction, const int32_t *expert_in, int32_t num_slots,
+                            bool (*may_go)(void *ctx, int32_t slot), void *ctx);

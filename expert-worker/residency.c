@@ -84,7 +84,10 @@ moe_status residency_open_slots(moe_residency *r, moe_error *err) {
                                           .num_layers = c->model->config.num_moe_layers,
                                           .half_life = MOE_EVICTION_HALF_LIFE_BATCHES};
     r->slot = moe_calloc((size_t)r->num_slots, sizeof *r->slot);
-    if (!r->slot) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %d slots", r->num_slots);
+    r->ready_entry = moe_calloc((size_t)r->num_slots, sizeof *r->ready_entry);
+    if (!r->slot || !r->ready_entry)
+        return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %d slots", r->num_slots);
+    for (int32_t i = 0; i < r->num_slots; i++) r->ready_entry[i] = -1;
     moe_status status = moe_eviction_new(&eviction, &r->eviction, err);
     if (status == MOE_OK)
         status = c->backend->ops->slots_create(c->backend, moe_model_expert(c->model, 0, 0), 0, MOE_FFN_BLOCKS, r->num_slots, &r->slots,
@@ -92,16 +95,18 @@ moe_status residency_open_slots(moe_residency *r, moe_error *err) {
     for (int32_t i = 0; status == MOE_OK && i < r->num_slots; i++)
         r->slot[i] = (residency_slot){.expert = c->backend->ops->slot(r->slots, i), .entry = -1};
     r->num_empty = r->num_slots;
-    r->num_ready = 0;
+    r->num_ready = r->first_empty = 0;
     return status;
 }
 
 void residency_close_slots(moe_residency *r) {
     if (r->slots) r->config.backend->ops->slots_free(r->config.backend, r->slots);
     moe_free(r->slot);
+    moe_free(r->ready_entry);
     moe_eviction_free(&r->eviction);
     r->slots = NULL;
     r->slot = NULL;
+    r->ready_entry = NULL;
     r->num_slots = r->num_empty = r->num_ready = 0;
 }
 
@@ -115,7 +120,8 @@ static moe_status open_parts(moe_residency *r, moe_error *err) {
     const moe_residency_config *c = &r->config;
     r->entries = moe_calloc((size_t)r->num_entries, sizeof *r->entries);
     r->images = moe_calloc((size_t)r->num_images, sizeof *r->images);
-    if (!r->entries || !r->images)
+    r->held = moe_calloc((size_t)c->model->config.num_moe_layers, sizeof *r->held);
+    if (!r->entries || !r->images || !r->held)
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the table of %d experts", r->num_entries);
     for (int32_t i = 0; i < r->num_entries; i++) r->entries[i] = (residency_entry){.wish = WISH_NONE, .slot = -1};
     moe_image_pool_init(&r->pool, c->backend, r->size.image_bytes, r->num_images);
@@ -175,6 +181,7 @@ void moe_residency_free(moe_residency **residency) {
     moe_image_pool_close(&r->pool);
     moe_free(r->entries);
     moe_free(r->images);
+    moe_free(r->held);
     moe_free(r);
 }
 
@@ -200,7 +207,16 @@ void moe_residency_hold(moe_residency *r, int32_t layer, int32_t expert, moe_ima
         image->expert = residency_number(r, e);
         image->last_use = ++r->use;
     }
-    if (r->num_empty > 0) residency_set_wish(r, e, WISH_SPARE);
+    int32_t even = r->num_slots / r->config.model->config.num_moe_layers;
+    if (++r->held[layer] <= even && r->num_empty > 0) residency_set_wish(r, e, WISH_SPARE);
+}
+
+void moe_residency_held_all(moe_residency *r) {
+    int32_t layers = r->config.model->config.num_moe_layers;
+    for (int32_t i = 0; i < r->num_entries && r->num_empty > 0; i++) {
+        residency_entry *e = residency_at(r, i % layers, i / layers);
+        if (e->held && e->slot < 0 && e->wish == WISH_NONE) residency_set_wish(r, e, WISH_SPARE);
+    }
 }
 
 void moe_residency_drop(moe_residency *r, int32_t layer, int32_t expert) {
@@ -212,6 +228,7 @@ void moe_residency_drop(moe_residency *r, int32_t layer, int32_t expert) {
     if (e->image) e->image->expert = -1; /* pieces that still read it keep it from being packed into */
     e->image = NULL;
     e->held = false;
+    r->held[layer]--;
 }
 
 /* ---- what calls want ---- */

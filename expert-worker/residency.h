@@ -83,7 +83,7 @@ int64_t moe_residency_device_bytes(const moe_residency *residency); /* of all sl
 int64_t moe_residency_image_bytes(const moe_residency *residency);
 moe_residency_counts moe_residency_counted(const moe_residency *residency);
 
-/* Other slots, as many as `device` allows, filled with the first of the held experts that have images; what was used before is
+/* Other slots, as many as `device` allows, filled with the first experts of each layer that have images; what was used before is
  * forgotten, so that a measurement under one limit says nothing of the one before. `cold` may change where it was not FETCH at the
  * start. No call has begun. Blocks; *copy_bytes_per_s
  * (may be NULL) receives the pace of the copies, each a whole expert. INVALID_ARGUMENT as above, and nothing has changed;
@@ -97,8 +97,11 @@ moe_status moe_residency_resize(moe_residency *residency, moe_memory_limit devic
  * moe_residency_hold, or back. */
 moe_image *moe_residency_take_image(moe_residency *residency);
 void moe_residency_return_image(moe_image *image); /* NULL is ignored */
-/* The shard holds the expert from now on; image: packed, or NULL. It comes into a slot where one is empty. */
+/* The shard holds the expert from now on; image: packed, or NULL. It comes into a slot where one is empty, unless its layer has had an
+ * even part of the slots: experts come layer by layer, and the first layers would have them all. */
 void moe_residency_hold(moe_residency *residency, int32_t layer, int32_t expert, moe_image *image);
+/* No more are expected to come soon: slots that are still empty take what else is held. */
+void moe_residency_held_all(moe_residency *residency);
 void moe_residency_drop(moe_residency *residency, int32_t layer, int32_t expert); /* no longer; it is not in use */
 
 /* ---- what calls want ---- */

@@ -23,15 +23,25 @@ static void note_copy(const moe_residency *r, const residency_slot *s, int32_t e
 }
 
 static void set_empty(moe_residency *r, residency_slot *s) {
+    int32_t slot = (int32_t)(s - r->slot);
     s->state = SLOT_EMPTY;
     s->entry = -1;
     r->num_empty++;
+    if (slot < r->first_empty) r->first_empty = slot;
+}
+
+void residency_slot_ready(moe_residency *r, int32_t slot, int32_t entry) {
+    r->slot[slot].state = SLOT_READY;
+    r->ready_entry[slot] = entry;
+    r->num_ready++;
+    moe_eviction_loaded(r->eviction, entry, r->batches);
 }
 
 void residency_empty_slot(moe_residency *r, residency_entry *e) {
     residency_slot *s = &r->slot[e->slot];
     MOE_ASSERT(s->state == SLOT_READY && s->users == 0);
     if (!s->used) r->counts.wasted_bytes += (uint64_t)r->size.image_bytes;
+    r->ready_entry[e->slot] = -1;
     e->slot = -1;
     r->num_ready--;
     set_empty(r, s);
@@ -46,22 +56,25 @@ void residency_give_up(moe_residency *r, residency_entry *e) {
     if (s->pieces == 0) set_empty(r, s);
 }
 
-static int32_t not_needed(void *ctx, int32_t slot) {
+static bool not_needed(void *ctx, int32_t slot) {
     const moe_residency *r = ctx;
     const residency_slot *s = &r->slot[slot];
-    return s->state == SLOT_READY && s->users == 0 && r->entries[s->entry].needed == 0 ? s->entry : -1;
+    return s->users == 0 && r->entries[s->entry].needed == 0;
 }
 
-static int32_t not_wanted(void *ctx, int32_t slot) {
+static bool not_wanted(void *ctx, int32_t slot) {
     const moe_residency *r = ctx;
-    int32_t entry = not_needed(ctx, slot);
-    return entry >= 0 && r->entries[entry].expected == 0 ? entry : -1;
+    return not_needed(ctx, slot) && r->entries[r->slot[slot].entry].expected == 0;
 }
 
-static int32_t first_empty(const moe_residency *r) {
-    for (int32_t i = 0; i < r->num_slots && r->num_empty > 0; i++)
-        if (r->slot[i].state == SLOT_EMPTY) return i;
-    return -1;
+static int32_t victim_of(moe_residency *r, bool (*may_go)(void *ctx, int32_t slot)) {
+    return moe_eviction_victim(r->eviction, r->ready_entry, r->num_slots, may_go, r);
+}
+
+static int32_t first_empty(moe_residency *r) {
+    if (r->num_empty == 0) return -1;
+    while (r->slot[r->first_empty].state != SLOT_EMPTY) r->first_empty++;
+    return r->first_empty;
 }
 
 /* What a batch needs goes before a copy for later that has not been submitted whole. */
@@ -81,8 +94,8 @@ static int32_t slot_for(moe_residency *r, const residency_entry *e) {
     residency_wish wish = (residency_wish)e->wish;
     int32_t slot = first_empty(r);
     if (slot >= 0 || wish == WISH_SPARE) return slot;
-    slot = moe_eviction_victim(r->eviction, r->num_slots, not_wanted, r);
-    if (slot < 0 && wish == WISH_NEEDED) slot = moe_eviction_victim(r->eviction, r->num_slots, not_needed, r);
+    slot = victim_of(r, not_wanted);
+    if (slot < 0 && wish == WISH_NEEDED) slot = victim_of(r, not_needed);
     if (slot < 0) return wish == WISH_NEEDED ? take_over(r) : -1;
     residency_entry *victim = &r->entries[r->slot[slot].entry];
     bool announced = moe_eviction_announced(r->eviction, residency_number(r, victim));
@@ -220,10 +233,8 @@ static void end_piece(moe_residency *r, residency_piece *p) {
     if (s->entry < 0) {
         set_empty(r, s);
     } else if (s->submitted_bytes == r->size.image_bytes) {
-        s->state = SLOT_READY;
-        r->num_ready++;
+        residency_slot_ready(r, (int32_t)(s - r->slot), s->entry);
         note_copy(r, s, s->entry, s->ahead ? MOE_TIMELINE_AHEAD : MOE_TIMELINE_DEMAND);
-        moe_eviction_loaded(r->eviction, s->entry, r->batches);
     }
 }
 
@@ -236,6 +247,10 @@ void residency_collect(moe_residency *r) {
 /* Brings the expert a piece further; false where that must wait for an image or a slot. *full: no slot is to be had for a wish of
  * this level, so that others need not look for one. */
 static bool advance(moe_residency *r, residency_entry *e, residency_piece *p, bool *full) {
+    if (e->wish == WISH_SPARE && e->slot < 0 && r->num_empty == 0) {
+        residency_set_wish(r, e, WISH_NONE);
+        return false;
+    }
     if (!e->image && e->wish != WISH_HOTTER) {
         pack(r, e);
         return false;

@@ -60,7 +60,10 @@ struct moe_residency {
     struct residency_wishes wishes[WISH_NONE];
     moe_slots *slots;
     residency_slot *slot; /* [num_slots] */
+    int32_t *ready_entry; /* [num_slots]: its entry, -1: it is not READY */
     int32_t num_slots, num_empty, num_ready;
+    int32_t first_empty;  /* none before it is EMPTY */
+    int32_t *held;        /* [num_moe_layers]: entries */
     moe_image *images; /* [num_images] */
     moe_host_experts *host_experts; /* of the images, by index; NULL: the host computes none */
     int32_t num_images;
@@ -95,6 +98,7 @@ void residency_await_pieces(moe_residency *r);                       /* until no
 /* residency_copy.c */
 void residency_set_wish(moe_residency *r, residency_entry *e, residency_wish wish); /* replaces the one there was */
 void residency_give_up(moe_residency *r, residency_entry *e); /* its copy, if one is under way; the wish stays */
+void residency_slot_ready(moe_residency *r, int32_t slot, int32_t entry);
 void residency_empty_slot(moe_residency *r, residency_entry *e); /* it is READY and nobody uses it */
 void residency_copy(moe_residency *r);                           /* submits what is most urgent */
 void residency_collect(moe_residency *r);                        /* takes in ended pieces and packings */

@@ -36,20 +36,21 @@ static void submit(const moe_residency *r, whole_copy *copy, moe_expert *slot, c
 static void set_ready(moe_residency *r, residency_entry *e, int32_t slot) {
     e->slot = slot;
     r->slot[slot] = (residency_slot){.expert = r->slot[slot].expert,
-                                     .state = SLOT_READY,
                                      .entry = residency_number(r, e),
                                      .submitted_bytes = r->size.image_bytes,
                                      .used = true}; /* nobody asked for it, so it cannot be wasted */
     r->num_empty--;
-    r->num_ready++;
-    moe_eviction_loaded(r->eviction, residency_number(r, e), r->batches);
+    residency_slot_ready(r, slot, residency_number(r, e));
 }
 
-/* The first experts with images, one to each slot. Returns how many there are. */
+/* The first experts of each layer with images, one to each slot. Returns how many there are. */
 static int32_t assign(moe_residency *r) {
+    const moe_model_config *model = &r->config.model->config;
     int32_t count = 0;
-    for (int32_t i = 0; i < r->num_entries && count < r->num_slots; i++)
-        if (r->entries[i].image) set_ready(r, &r->entries[i], count++);
+    for (int32_t i = 0; i < r->num_entries && count < r->num_slots; i++) {
+        residency_entry *e = residency_at(r, i % model->num_moe_layers, i / model->num_moe_layers);
+        if (e->image) set_ready(r, e, count++);
+    }
     return count;
 }
 

@@ -276,7 +276,10 @@ static bool rig_open(rig *r, const setup *s) {
     assert_int_equal(moe_layer_runs_init(&r->runs, &config, NULL), MOE_OK);
     r->experts = moe_layer_runs_experts(&r->runs);
     assert_false(r->experts.ops->ready(r->experts.ctx));
-    for (int i = 0; i < ALL; i++) hold(r, i / EXPERTS, i % EXPERTS);
+    for (int i = 0; i < ALL; i++) {
+        hold(r, i / EXPERTS, i % EXPERTS);
+        if (r->residency && i % EXPERTS == EXPERTS - 1) moe_residency_held_all(r->residency); /* the first layer is on the device */
+    }
     assert_true(r->experts.ops->ready(r->experts.ctx));
     assert_int_equal(r->experts.ops->wants_activations(r->experts.ctx), s->cold != MOE_COLD_FETCH);
     if (s->slots) turns_until_filled(r, s->slots);

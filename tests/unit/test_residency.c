@@ -72,9 +72,13 @@ static void hold(rig *r, int32_t layer, int32_t expert) {
     moe_residency_hold(r->residency, layer, expert, image);
 }
 
-static void hold_all(rig *r) {
-    for (int32_t layer = 0; layer < LAYERS; layer++)
-        for (int32_t e = 0; e < EXPERTS; e++) hold(r, layer, e);
+/* One layer after the other, as control does. */
+static void hold_layers(rig *r, int32_t from, int32_t to) {
+    for (int32_t layer = from; layer < to; layer++)
+        for (int32_t e = 0; e < EXPERTS; e++) {
+            hold(r, layer, e);
+            moe_residency_turn(r->residency);
+        }
 }
 
 /* `slots` slots that are all taken, by experts 0 … slots - 1 of layer 0. */
@@ -85,8 +89,11 @@ static void open_full_cold(rig *r, int32_t slots, int32_t images, moe_cold_exper
     moe_tier_options tiers = {.device = {.part = (double)slots / (LAYERS * EXPERTS)}, .host = host, .cold = cold};
     if (open_tiers(r, tiers, &err) != MOE_OK) fail_msg("%s", err.message);
     assert_int_equal(moe_residency_slots(r->residency), slots);
-    hold_all(r);
     r->slow.at_once = true;
+    hold_layers(r, 0, 1);
+    moe_residency_held_all(r->residency);
+    hold_layers(r, 1, LAYERS);
+    moe_residency_held_all(r->residency);
     moe_residency_turn(r->residency);
     assert_int_equal(moe_residency_resident(r->residency), slots);
     r->slow.at_once = false;
@@ -152,6 +159,42 @@ static void refusals(void **state) {
     assert_int_equal(open_tiers(&r, (moe_tier_options){.device = {.part = 0.25}, .share = 1.0 / 2}, &err), MOE_OK);
     assert_int_equal(moe_residency_slots(r.residency), LAYERS * EXPERTS / 2 / 4);
     close_tiers(&r);
+}
+
+static int32_t resident_in(const rig *r, int32_t layer) {
+    int32_t count = 0;
+    for (int32_t e = 0; e < EXPERTS; e++) count += moe_residency_has(r->residency, layer, e);
+    return count;
+}
+
+/* Experts come layer by layer, and each layer gets as many slots; what a layer with few experts leaves is shared in the end. */
+static void even_filling(void **state) {
+    (void)state;
+    for (int32_t few = 0; few <= 1; few++) {
+        rig r;
+        moe_error err;
+        assert_int_equal(open_tiers(&r, (moe_tier_options){.device = {.part = 0.5}}, &err), MOE_OK);
+        r.slow.at_once = true;
+        int32_t slots = LAYERS * EXPERTS / 2, even = slots / LAYERS;
+        hold_layers(&r, 0, LAYERS - 1);
+        for (int32_t layer = 0; layer < LAYERS - 1; layer++) assert_int_equal(resident_in(&r, layer), even);
+        if (few)
+            hold(&r, LAYERS - 1, 5);
+        else
+            hold_layers(&r, LAYERS - 1, LAYERS);
+        moe_residency_turn(r.residency);
+        assert_int_equal(resident_in(&r, LAYERS - 1), few ? 1 : even);
+        moe_residency_held_all(r.residency);
+        moe_residency_turn(r.residency);
+        assert_int_equal(moe_residency_resident(r.residency), slots);
+        for (int32_t layer = 0; layer < LAYERS - 1; layer++)
+            assert_in_range(resident_in(&r, layer), few ? (slots - 1) / 2 : even, few ? slots / 2 : even);
+        if (!few) {
+            assert_int_equal(moe_residency_resize(r.residency, (moe_memory_limit){.part = 0.25}, MOE_COLD_FETCH, NULL, &err), MOE_OK);
+            for (int32_t layer = 0; layer < LAYERS; layer++) assert_int_equal(resident_in(&r, layer), even / 2);
+        }
+        close_tiers(&r);
+    }
 }
 
 static void urgent_first(void **state) {
@@ -786,6 +829,7 @@ static void out_of_memory(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(even_filling),
         cmocka_unit_test(refusals),        cmocka_unit_test(urgent_first),   cmocka_unit_test(hints_that_fail),
         cmocka_unit_test(announced_stays), cmocka_unit_test(announced_in_vain_is_late), cmocka_unit_test(announced_comes_back), cmocka_unit_test(expected_stays), cmocka_unit_test(users_keep_slots), cmocka_unit_test(drop_meanwhile),
         cmocka_unit_test(lost_device),     cmocka_unit_test(passes),         cmocka_unit_test(give_up_passes),
