@@ -29,7 +29,8 @@ typedef struct hint {
 typedef struct expert_state {
     double rank;       /* -INFINITY: never used; where the policy foresees: weights of its uses, 0 at first */
     int32_t announced; /* its entries in hints */
-    int32_t layer;
+    uint16_t layer;
+    uint8_t class; /* who is of a higher one goes before: see classify */
     bool retired;
 } expert_state;
 
@@ -50,6 +51,7 @@ struct moe_eviction {
     int32_t layer;         /* the last one that ran */
     int64_t now, base;     /* the latest time; a use then weighs `weight` = 2^((now - base) / half_life) */
     double weight;
+    double *limits;                 /* [num_layers] scratch: see set_limits */
     hint *hints;                    /* [MOE_EVICTION_MAX_HINTS], a ring */
     int32_t num_hints, oldest_hint; /* the oldest one's place */
 };
@@ -107,24 +109,30 @@ static void count_use(moe_eviction *e, int32_t expert, int64_t now) {
     x->rank += e->weight;
 }
 
-/* Layers until the expert's layer comes, less a round. What hints do not name while they name others of its layer, it will not want yet. */
-static double next_turn(const moe_eviction *e, const expert_state *x) {
-    const layer_state *l = &e->layers[x->layer];
-    bool passed_over = l->announced > 0 && x->announced == 0;
-    return l->offset + (passed_over ? e->num_layers : 0);
+/* Layers until the layer comes for an expert, less a round. What hints do not name while they name others of the layer, it will not want
+ * yet. */
+static double next_turn(const moe_eviction *e, const layer_state *l, bool announced) {
+    return l->offset + (!announced && l->announced > 0 ? e->num_layers : 0);
 }
 
 static double next_use(const moe_eviction *e, const expert_state *x) {
-    return next_turn(e, x) + e->layers[x->layer].per_use / (x->rank + DOUBT_USES * e->weight);
-}
-
-/* As next_use(e, x) > than, but by more than rounding, and without a division. */
-static bool used_later(const moe_eviction *e, const expert_state *x, double than) {
-    return e->layers[x->layer].per_use > (than + EQUAL - next_turn(e, x)) * (x->rank + DOUBT_USES * e->weight);
+    const layer_state *l = &e->layers[x->layer];
+    return next_turn(e, l, x->announced > 0) + l->per_use / (x->rank + DOUBT_USES * e->weight);
 }
 
 static double uses_a_batch(const moe_eviction *e, const expert_state *x) {
     return (x->rank + DOUBT_USES * e->weight) / (e->layers[x->layer].batches + DOUBT_BATCHES * e->weight);
+}
+
+/* Retired experts go first; where the policy foresees, announced ones last. */
+static void classify(moe_eviction *e, int32_t expert) {
+    expert_state *x = &e->experts[expert];
+    x->class = (uint8_t)(e->policy->foresees ? 2 * x->retired + (x->announced == 0) : x->retired);
+}
+
+static void set_retired(moe_eviction *e, int32_t expert, bool retired) {
+    e->experts[expert].retired = retired;
+    classify(e, expert);
 }
 
 static const policy policies[] = {
@@ -145,7 +153,7 @@ static const policy *policy_of(const char *name) {
 }
 
 moe_status moe_eviction_new(const moe_eviction_config *config, moe_eviction **out, moe_error *err) {
-    MOE_ASSERT(config->num_layers > 0 && config->num_experts > 0 && config->half_life > 0);
+    MOE_ASSERT(config->num_layers > 0 && config->num_layers <= UINT16_MAX && config->num_experts > 0 && config->half_life > 0);
     MOE_ASSERT(config->num_experts % config->num_layers == 0);
     *out = NULL;
     const policy *p = policy_of(config->policy);
@@ -162,13 +170,17 @@ moe_status moe_eviction_new(const moe_eviction_config *config, moe_eviction **ou
                         .weight = 1};
     e->experts = moe_calloc((size_t)e->num_experts, sizeof *e->experts);
     e->layers = moe_calloc((size_t)e->num_layers, sizeof *e->layers);
+    e->limits = moe_calloc((size_t)e->num_layers, sizeof *e->limits);
     e->hints = moe_calloc(MOE_EVICTION_MAX_HINTS, sizeof *e->hints);
-    if (!e->experts || !e->layers || !e->hints) {
+    if (!e->experts || !e->layers || !e->limits || !e->hints) {
         moe_eviction_free(&e);
         return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory");
     }
-    for (int32_t i = 0; i < e->num_experts; i++)
-        e->experts[i] = (expert_state){.rank = p->foresees ? 0 : -INFINITY, .layer = i / (e->num_experts / e->num_layers)};
+    for (int32_t i = 0; i < e->num_experts; i++) {
+        e->experts[i] = (expert_state){.rank = p->foresees ? 0 : -INFINITY,
+                                       .layer = (uint16_t)(i / (e->num_experts / e->num_layers))};
+        classify(e, i);
+    }
     for (int32_t i = 0; i < e->num_layers; i++) e->layers[i].last = INT64_MIN;
     foresee(e);
     *out = e;
@@ -180,23 +192,25 @@ void moe_eviction_free(moe_eviction **eviction) {
     if (!e) return;
     moe_free(e->experts);
     moe_free(e->layers);
+    moe_free(e->limits);
     moe_free(e->hints);
     moe_free(e);
     *eviction = NULL;
 }
 
 void moe_eviction_loaded(moe_eviction *e, int32_t expert, int64_t now) {
-    e->experts[expert].retired = false;
+    set_retired(e, expert, false);
     if (e->policy->loaded) e->policy->loaded(e, expert, now);
 }
 
 void moe_eviction_used(moe_eviction *e, int32_t expert, int64_t now) { e->policy->used(e, expert, now); }
 
-void moe_eviction_retired(moe_eviction *e, int32_t expert) { e->experts[expert].retired = true; }
+void moe_eviction_retired(moe_eviction *e, int32_t expert) { set_retired(e, expert, true); }
 
 static void count_hint(moe_eviction *e, int32_t expert, int32_t more) {
     e->experts[expert].announced += more;
     e->layers[e->experts[expert].layer].announced += more;
+    classify(e, expert);
 }
 
 static hint *hint_at(const moe_eviction *e, int32_t index) { return &e->hints[(e->oldest_hint + index) % MOE_EVICTION_MAX_HINTS]; }
@@ -207,7 +221,7 @@ void moe_eviction_hinted(moe_eviction *e, int32_t expert, uint64_t step, int64_t
         e->oldest_hint = (e->oldest_hint + 1) % MOE_EVICTION_MAX_HINTS;
         e->num_hints--;
     }
-    e->experts[expert].retired = false;
+    set_retired(e, expert, false);
     count_hint(e, expert, 1);
     *hint_at(e, e->num_hints++) = (hint){expert, step, until};
 }
@@ -237,26 +251,30 @@ bool moe_eviction_hotter(const moe_eviction *e, int32_t cold, int32_t other) {
 
 double moe_eviction_rank(const moe_eviction *e, int32_t expert) { return e->experts[expert].rank; }
 
-/* Who goes before all others of lower class. */
-static int class_of(const moe_eviction *e, const expert_state *x) {
-    return e->policy->foresees ? 2 * x->retired + (x->announced == 0) : x->retired;
+/* Of experts of the class of `best` those go before it whose rank is below their layer's limit: so each is looked at without a division. */
+static void set_limits(const moe_eviction *e, const expert_state *best) {
+    bool foresees = e->policy->foresees;
+    double than = foresees ? next_use(e, best) + EQUAL : 0;
+    for (int32_t i = 0; i < e->num_layers; i++) {
+        const layer_state *l = &e->layers[i];
+        double after = than - next_turn(e, l, best->announced > 0);
+        double limit = after > 0 ? l->per_use / after - DOUBT_USES * e->weight : INFINITY;
+        e->limits[i] = foresees ? limit : best->rank;
+    }
 }
 
 int32_t moe_eviction_victim(const moe_eviction *e, const int32_t *expert_in, int32_t num_slots, bool (*may_go)(void *ctx, int32_t slot),
                             void *ctx) {
-    bool foresees = e->policy->foresees;
     int32_t victim = -1;
-    int class = -1; /* the victim's, */
-    double key = 0; /* and next use or rank */
+    int class = -1; /* the victim's */
     for (int32_t slot = 0; slot < num_slots; slot++) {
         if (expert_in[slot] < 0) continue;
         const expert_state *x = &e->experts[expert_in[slot]];
-        int its = class_of(e, x);
-        if (its < class || (its == class && !(foresees ? used_later(e, x, key) : x->rank < key))) continue;
+        if (x->class <= class && (x->class < class || x->rank >= e->limits[x->layer])) continue;
         if (!may_go(ctx, slot)) continue;
         victim = slot;
-        class = its;
-        key = foresees ? next_use(e, x) : x->rank;
+        class = x->class;
+        set_limits(e, x);
     }
     return victim;
 }

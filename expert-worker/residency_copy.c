@@ -89,18 +89,34 @@ static int32_t take_over(moe_residency *r) {
     return -1;
 }
 
+/* What is known of the slots while wishes of one level are looked through. */
+typedef struct search {
+    bool full;       /* no slot is to be had */
+    int32_t coldest; /* the slot that a hotter expert may have; -1: not known */
+} search;
+
+static int32_t none(search *found) {
+    found->full = true;
+    return -1;
+}
+
 /* An expert that was announced, or that a call waits for, makes room for what is needed alone; without a need the hotter one stays. */
-static int32_t slot_for(moe_residency *r, const residency_entry *e) {
+static int32_t slot_for(moe_residency *r, const residency_entry *e, search *found) {
     residency_wish wish = (residency_wish)e->wish;
     int32_t slot = first_empty(r);
-    if (slot >= 0 || wish == WISH_SPARE) return slot;
-    slot = victim_of(r, not_wanted);
+    if (slot >= 0) return slot;
+    if (wish == WISH_SPARE) return none(found);
+    slot = wish == WISH_HOTTER && found->coldest >= 0 ? found->coldest : victim_of(r, not_wanted);
     if (slot < 0 && wish == WISH_NEEDED) slot = victim_of(r, not_needed);
-    if (slot < 0) return wish == WISH_NEEDED ? take_over(r) : -1;
+    if (slot < 0 && wish == WISH_NEEDED) slot = take_over(r);
+    if (slot < 0) return none(found);
+    if (r->slot[slot].state != SLOT_READY) return slot; /* taken over */
     residency_entry *victim = &r->entries[r->slot[slot].entry];
     bool announced = moe_eviction_announced(r->eviction, residency_number(r, victim));
-    if (wish != WISH_NEEDED && announced) return -1;
-    if (wish == WISH_HOTTER && !moe_eviction_hotter(r->eviction, residency_number(r, e), residency_number(r, victim))) return -1;
+    if (wish != WISH_NEEDED && announced) return none(found);
+    bool hotter = moe_eviction_hotter(r->eviction, residency_number(r, e), residency_number(r, victim));
+    found->coldest = wish == WISH_HOTTER && !hotter ? slot : -1;
+    if (found->coldest >= 0) return -1;
     residency_empty_slot(r, victim);
     if (victim->expected == 0 && !announced) return slot;
     residency_set_wish(r, victim, WISH_EXPECTED); /* it is to come back, */
@@ -244,9 +260,8 @@ void residency_collect(moe_residency *r) {
     take_packed(r);
 }
 
-/* Brings the expert a piece further; false where that must wait for an image or a slot. *full: no slot is to be had for a wish of
- * this level, so that others need not look for one. */
-static bool advance(moe_residency *r, residency_entry *e, residency_piece *p, bool *full) {
+/* Brings the expert a piece further; false where that must wait for an image or a slot. */
+static bool advance(moe_residency *r, residency_entry *e, residency_piece *p, search *found) {
     if (e->wish == WISH_SPARE && e->slot < 0 && r->num_empty == 0) {
         residency_set_wish(r, e, WISH_NONE);
         return false;
@@ -256,8 +271,7 @@ static bool advance(moe_residency *r, residency_entry *e, residency_piece *p, bo
         return false;
     }
     if (e->slot < 0) {
-        int32_t slot = *full || !e->image ? -1 : slot_for(r, e);
-        *full = slot < 0 && e->wish != WISH_HOTTER; /* of those each looks for a colder one */
+        int32_t slot = found->full || !e->image ? -1 : slot_for(r, e, found);
         if (slot < 0 && e->wish == WISH_HOTTER) residency_set_wish(r, e, WISH_NONE); /* until it is used again */
         if (slot < 0) return false;
         residency_slot *s = &r->slot[slot];
@@ -274,13 +288,13 @@ static bool advance(moe_residency *r, residency_entry *e, residency_piece *p, bo
 void residency_copy(moe_residency *r) {
     for (int level = 0; level < WISH_NONE && r->failure.code == MOE_OK; level++) {
         residency_entry *e, *following;
-        bool full = false;
+        search found = {.coldest = -1};
         for (e = TAILQ_FIRST(&r->wishes[level]); e; e = following) {
             following = TAILQ_NEXT(e, link);
             while (e->wish == level) {
                 residency_piece *p = free_piece(r);
                 if (!p) return;
-                if (!advance(r, e, p, &full)) break;
+                if (!advance(r, e, p, &found)) break;
             }
         }
     }
