@@ -66,7 +66,7 @@ int moe_trace_timeline(const moe_options *o) {
     if (status == MOE_OK) status = moe_timeline_new(moe_clock_real(), MAX_EVENTS, &timeline, &err);
     config.gating = moe_gating_option(o);
     config.skip_tokenizer = true;
-    config.local_steps = false; /* inside one job of the backend there is nothing to see */
+    config.local_steps = device != NULL; /* in place then; inside one job of the backend there is nothing to see */
     config.micro_batches = 1;
     config.timeline = timeline;
     const char *slash = strrchr(config.source.dir, '/'), *name = slash && slash[1] ? slash + 1 : config.source.dir;

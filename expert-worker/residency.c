@@ -144,6 +144,7 @@ moe_status moe_residency_new(const moe_residency_config *config, moe_residency *
     if (!r) return moe_fail(err, MOE_RESOURCE_EXHAUSTED, "out of memory for the experts' tiers");
     r->config = *config;
     pthread_mutex_init(&r->mutex, NULL);
+    r->most_out = MOE_RESIDENCY_PIECES;
     r->num_entries = model->num_moe_layers * model->num_experts;
     for (int level = 0; level < WISH_NONE; level++) TAILQ_INIT(&r->wishes[level]);
     r->size = config->backend->ops->expert_size(config->backend, moe_model_expert(config->model, 0, 0), 0, MOE_FFN_BLOCKS);
@@ -371,7 +372,7 @@ int64_t moe_residency_left_bytes(moe_residency *r, int32_t layer, int32_t expert
 double moe_residency_link_ns(const moe_residency *r) {
     const residency_entry *e;
     int64_t bytes = 0;
-    for (int i = 0; i < MOE_RESIDENCY_PIECES; i++)
+    for (int i = 0; i < MOE_RESIDENCY_MAX_PIECES; i++)
         if (r->pieces[i].busy) bytes += r->pieces[i].fill.bytes;
     TAILQ_FOREACH(e, &r->wishes[WISH_NEEDED], link) {
         if (e->needed > 0) bytes += left_bytes(r, e);
@@ -417,7 +418,7 @@ void moe_residency_turn(moe_residency *r) {
 }
 
 bool moe_residency_has_work(moe_residency *r) {
-    for (int i = 0; i < MOE_RESIDENCY_PIECES; i++)
+    for (int i = 0; i < MOE_RESIDENCY_MAX_PIECES; i++)
         if (r->pieces[i].busy && atomic_load(&r->pieces[i].done)) return true;
     return moe_loader_done(&r->packer);
 }

@@ -9,9 +9,12 @@
 #include "expert-worker/loader.h"
 
 /* Pieces on their way to the device at once: enough to keep a link busy between two looks of the loop; a more urgent expert, and the
- * inputs of a batch, which share the link, wait for so much at most. An expert is copied in so many pieces, within bounds: each has a
- * cost of its own, of some microseconds. */
+ * inputs of a batch, which share the link, wait for so much at most. Where the loop comes back to an idle link, it was not enough: one
+ * more then, until so many have ended without that. An expert is copied in so many pieces, within bounds: each has a cost of its
+ * own, of some microseconds. */
 #define MOE_RESIDENCY_PIECES 3
+#define MOE_RESIDENCY_MAX_PIECES 8
+#define MOE_RESIDENCY_CALM_PIECES 256
 #define MOE_RESIDENCY_EXPERT_PIECES 2
 #define MOE_RESIDENCY_MIN_PIECE_BYTES ((int64_t)1 << 20)
 #define MOE_RESIDENCY_MAX_PIECE_BYTES ((int64_t)16 << 20)

@@ -206,7 +206,8 @@ static void on_piece(moe_job *job) {
 }
 
 static residency_piece *free_piece(moe_residency *r) {
-    for (int i = 0; i < MOE_RESIDENCY_PIECES; i++)
+    if (r->pieces_out >= r->most_out) return NULL;
+    for (int i = 0; i < MOE_RESIDENCY_MAX_PIECES; i++)
         if (!r->pieces[i].busy) return &r->pieces[i];
     return NULL;
 }
@@ -254,9 +255,30 @@ static void end_piece(moe_residency *r, residency_piece *p) {
     }
 }
 
+static bool wished_for(const moe_residency *r) {
+    for (int level = 0; level < WISH_SPARE; level++)
+        if (!TAILQ_EMPTY(&r->wishes[level])) return true;
+    return false;
+}
+
+/* The loop may have been away for long, with a large batch: the next time more is on its way. */
+static void adapt(moe_residency *r, int32_t ended) {
+    r->calm += ended;
+    bool idle = ended > 0 && r->pieces_out == 0 && wished_for(r);
+    if (idle && r->most_out < MOE_RESIDENCY_MAX_PIECES)
+        r->most_out++;
+    else if (r->calm >= MOE_RESIDENCY_CALM_PIECES && r->most_out > MOE_RESIDENCY_PIECES)
+        r->most_out--;
+    else if (!idle)
+        return;
+    r->calm = 0;
+}
+
 void residency_collect(moe_residency *r) {
-    for (int i = 0; i < MOE_RESIDENCY_PIECES; i++)
+    int32_t out = r->pieces_out;
+    for (int i = 0; i < MOE_RESIDENCY_MAX_PIECES; i++)
         if (r->pieces[i].busy && atomic_load(&r->pieces[i].done)) end_piece(r, &r->pieces[i]);
+    adapt(r, out - r->pieces_out);
     take_packed(r);
 }
 

@@ -70,8 +70,9 @@ struct moe_residency {
     moe_image_pool pool;
     uint64_t use; /* of images, counted */
     pthread_mutex_t mutex; /* of the pieces' ends */
-    residency_piece pieces[MOE_RESIDENCY_PIECES];
-    int32_t pieces_out;
+    residency_piece pieces[MOE_RESIDENCY_MAX_PIECES];
+    int32_t pieces_out, most_out; /* most_out: as many may be */
+    int32_t calm;                 /* pieces that have ended since most_out was changed */
     uint64_t pieces_ended;
     moe_loader packer;
     moe_eviction *eviction;

@@ -221,6 +221,20 @@ static void urgent_first(void **state) {
     close_tiers(&r);
 }
 
+/* Where the loop comes back to an idle link, one more piece is on its way the next time. */
+static void more_for_a_slow_loop(void **state) {
+    (void)state;
+    rig r;
+    open_full(&r, 40, 0);
+    for (int32_t i = 3 * EXPERTS; i < LAYERS * EXPERTS; i++) moe_residency_hint(r.residency, STEP, i / EXPERTS, i % EXPERTS);
+    for (int32_t most = MOE_RESIDENCY_PIECES; most < MOE_RESIDENCY_PIECES + 3; most++) {
+        moe_residency_turn(r.residency);
+        assert_int_equal(r.slow.num_fills, most);
+        while (r.slow.num_fills) moe_slow_end(&r.slow);
+    }
+    close_tiers(&r);
+}
+
 static void hints_that_fail(void **state) {
     (void)state;
     rig r;
@@ -829,7 +843,7 @@ static void out_of_memory(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(even_filling),
+        cmocka_unit_test(even_filling), cmocka_unit_test(more_for_a_slow_loop),
         cmocka_unit_test(refusals),        cmocka_unit_test(urgent_first),   cmocka_unit_test(hints_that_fail),
         cmocka_unit_test(announced_stays), cmocka_unit_test(announced_in_vain_is_late), cmocka_unit_test(announced_comes_back), cmocka_unit_test(expected_stays), cmocka_unit_test(users_keep_slots), cmocka_unit_test(drop_meanwhile),
         cmocka_unit_test(lost_device),     cmocka_unit_test(passes),         cmocka_unit_test(give_up_passes),
