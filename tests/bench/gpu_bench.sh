@@ -28,6 +28,7 @@ beside() {
   output=32 prompt=32 measure "$name-partial" 60 "${known[@]}" --experts ipc --workers 1 --runs 1 --combine partial "$@"
 }
 beside ipc
+output=32 prompt=32 measure shm-partial 60 "${known[@]}" --experts shm --workers 1 --runs 1 --combine partial
 if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
   beside gpu2 --devices 1 --router-device 0
 else

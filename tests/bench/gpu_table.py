@@ -28,7 +28,7 @@ def is_number(text):
 
 
 def main():
-    order = ["inproc", "ipc-exact", "ipc-partial", "mps-exact", "mps-partial", "gpu2-exact", "gpu2-partial"]
+    order = ["inproc", "ipc-exact", "ipc-partial", "shm-partial", "mps-exact", "mps-partial", "gpu2-exact", "gpu2-partial"]
     paths = {os.path.basename(p)[:-4]: p for p in glob.glob(os.path.join(sys.argv[1], "*.csv"))}
     print(f"{'experts':<13} {'case':<13} {'tokens/s':>9} {'ms/step':>9} {'of floor':>8} {'B/token':>8}   us a layer: " +
           " ".join(f"{s:>9}" for s in STAGES))
