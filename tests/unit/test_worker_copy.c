@@ -71,9 +71,9 @@ static void cpu_submit(moe_backend *b, const moe_ffn_batch *batch, moe_job *job)
     t.cpu->ops->ffn_submit(t.cpu, batch, job);
 }
 
-static const char *faulty_profile(const moe_backend *b) {
+static const char *own_profile(const moe_backend *b) {
     (void)b;
-    return "faulty";
+    return "own";
 }
 
 static void start_worker(int i, moe_backend *backend, int64_t rate, int32_t max_experts) {
@@ -112,11 +112,12 @@ static void open_with(moe_model *model, int32_t threads) {
     t.faulty_ops = *t.cpu->ops;
     t.faulty_ops.expert_load = load_another;
     t.faulty_ops.ffn_submit = cpu_submit;
-    t.faulty_ops.profile = faulty_profile;
+    t.faulty_ops.profile = own_profile;
     t.faulty = (moe_backend){.ops = &t.faulty_ops, .dtype = t.cpu->dtype};
     t.crowd_ops = *t.cpu->ops;
     t.crowd_ops.expert_load = load_in_a_crowd;
     t.crowd_ops.ffn_submit = cpu_submit;
+    t.crowd_ops.profile = own_profile;
     t.crowd = (moe_backend){.ops = &t.crowd_ops, .dtype = t.cpu->dtype};
     OK(moe_inproc_hub_new(t.used, 1, &t.hub, &err));
     OK(moe_inproc_open(t.hub, &t.transports[WORKERS], &err));
