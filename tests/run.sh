@@ -82,6 +82,7 @@ if wanted deploy; then
 fi
 if wanted asan-ubsan; then
   stage "asan-ubsan"
+  export LSAN_OPTIONS=suppressions=$PWD/tests/support/lsan.supp:print_suppressions=0
   build asan-ubsan && run_ctest asan-ubsan 'unit|conformance|sim|torture|fuzz'
 fi
 if wanted tsan; then
