@@ -64,7 +64,7 @@ void moe_groups_begin(moe_groups *g) {
     g->num_left = g->count;
     g->num_undecided = 0;
     for (int32_t i = 0; i < g->count; i++) {
-        bool open = g->cold && r && !moe_residency_is_resident(r, g->layer, g->experts[i]);
+        bool open = g->cold && r && !moe_residency_has(r, g->layer, g->experts[i]);
         g->states[i] = open ? GROUP_UNDECIDED : GROUP_DEVICE;
         g->num_undecided += open;
         if (r) (open ? moe_residency_need_image : moe_residency_need)(r, g->layer, g->experts[i]);
@@ -110,7 +110,7 @@ int32_t moe_groups_ready(const moe_groups *g) {
     int32_t ready = 0;
     if (!g->residency) return g->num_left;
     for (int32_t i = 0; i < g->count && ready < g->num_left; i++)
-        ready += g->states[i] <= GROUP_HOST && moe_residency_is_resident(g->residency, g->layer, g->experts[i]);
+        ready += g->states[i] <= GROUP_HOST && moe_residency_has(g->residency, g->layer, g->experts[i]);
     return ready;
 }
 

@@ -353,10 +353,6 @@ void moe_residency_unneed_image(moe_residency *r, int32_t layer, int32_t expert)
     if (--e->imaged == 0 && e->needed == 0) residency_weaken(r, e);
 }
 
-bool moe_residency_is_resident(moe_residency *r, int32_t layer, int32_t expert) {
-    return residency_ready(r, residency_at(r, layer, expert));
-}
-
 bool moe_residency_has_image(moe_residency *r, int32_t layer, int32_t expert) {
     return residency_at(r, layer, expert)->image != NULL;
 }

@@ -133,8 +133,7 @@ void moe_residency_release(moe_residency *residency, int32_t layer, int32_t expe
  * needed stays; where there is none, it is packed as urgently as what is needed in a slot is copied. */
 void moe_residency_need_image(moe_residency *residency, int32_t layer, int32_t expert);
 void moe_residency_unneed_image(moe_residency *residency, int32_t layer, int32_t expert);
-/* Whether the expert is in a slot, whole; whether it has an image. */
-bool moe_residency_is_resident(moe_residency *residency, int32_t layer, int32_t expert);
+/* Whether the expert has an image. */
 bool moe_residency_has_image(moe_residency *residency, int32_t layer, int32_t expert);
 /* Bytes of the expert that no copy has been submitted for; and for how long, by the costs, the copies will take that are on their way or
  * needed already. */
