@@ -144,11 +144,15 @@ static void compute(ffn_run *r) {
     did(r, moe_simple_sum_rows(&sum, r->lane->stream), "summing expert outputs");
 }
 
-static void enqueue(ffn_run *r) {
+static moe_status enqueue(void *ctx, moe_cuda_job *slot, moe_error *err) {
+    ffn_run *r = ctx;
     const moe_ffn_batch *b = r->batch;
     moe_cuda_parcel parcel = {0};
-    reserve(r, &parcel);
-    if (r->status != MOE_OK) return;
+    r->slot = slot;
+    r->err = err;
+    r->status = moe_cuda_lane_take(r->cuda, slot, &r->lane, err);
+    if (r->status == MOE_OK) reserve(r, &parcel);
+    if (r->status != MOE_OK) return r->status;
     cudaStream_t stream = r->lane->stream;
     const void *x = b->x;
     fill_parcel(r, &parcel);
@@ -163,11 +167,11 @@ static void enqueue(ffn_run *r) {
     did(r, cudaMemcpyAsync(out, r->out, r->out_bytes, cudaMemcpyDeviceToHost, stream), "copying expert outputs from the GPU");
     if (!r->pinned_out) moe_cuda_job_deliver(r->slot, b->out, out, r->out_bytes);
     did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_DONE, stream), "recording an event");
+    return r->status;
 }
 
 void moe_cuda_ffn_submit(moe_cuda *cuda, const moe_ffn_batch *batch, moe_job *job) {
-    moe_error err = {0};
-    ffn_run r = {.cuda = cuda, .batch = batch, .err = &err, .partial = batch->mode == MOE_COMBINE_PARTIAL};
+    ffn_run r = {.cuda = cuda, .batch = batch, .partial = batch->mode == MOE_COMBINE_PARTIAL};
     if (batch->num_groups == 0) {
         job->status = MOE_OK;
         job->done(job);
@@ -181,17 +185,5 @@ void moe_cuda_ffn_submit(moe_cuda *cuda, const moe_ffn_batch *batch, moe_job *jo
     }
     r.pinned_x = moe_cuda_is_pinned(batch->x);
     r.pinned_out = moe_cuda_is_pinned(batch->out);
-    pthread_mutex_lock(&cuda->jobs.lock);
-    moe_status status = moe_cuda_job_begin(&cuda->jobs, job, &r.slot, &err);
-    if (status == MOE_OK) {
-        r.status = moe_cuda_lane_take(cuda, r.slot, &r.lane, &err);
-        if (r.status == MOE_OK) enqueue(&r);
-        status = r.status;
-        if (status == MOE_OK)
-            moe_cuda_job_submit(&cuda->jobs, r.slot);
-        else
-            moe_cuda_job_abandon(&cuda->jobs, r.slot, &err);
-    }
-    pthread_mutex_unlock(&cuda->jobs.lock);
-    if (status != MOE_OK) moe_cuda_job_refuse(job, &err);
+    moe_cuda_jobs_submit(&cuda->jobs, job, enqueue, &r);
 }

@@ -79,7 +79,8 @@ moe_expert *moe_cuda_slot(const moe_slots *s, int32_t index) {
     return &s->experts[index];
 }
 
-static moe_status enqueue(const moe_slot_fill *f, moe_cuda_job *job, moe_error *err) {
+static moe_status enqueue(void *ctx, moe_cuda_job *job, moe_error *err) {
+    const moe_slot_fill *f = ctx;
     cudaStream_t stream = f->slot->slots->copies;
     uint8_t *to = (uint8_t *)f->slot->network.gate_up + f->offset;
     cudaError_t code = moe_cuda_job_mark(job, MOE_CUDA_START, stream);
@@ -90,19 +91,8 @@ static moe_status enqueue(const moe_slot_fill *f, moe_cuda_job *job, moe_error *
 }
 
 void moe_cuda_slot_fill_submit(moe_cuda *cuda, const moe_slot_fill *fill, moe_job *job) {
-    moe_error err;
-    moe_cuda_job *slot;
+    moe_slot_fill f = *fill;
     MOE_ASSERT(fill->slot->slots && fill->offset >= 0 && fill->bytes > 0);
     MOE_ASSERT(fill->bytes <= (int64_t)moe_cuda_network_image_bytes(&fill->slot->network.shape) - fill->offset);
-    pthread_mutex_lock(&cuda->jobs.lock);
-    moe_status status = moe_cuda_job_begin(&cuda->jobs, job, &slot, &err);
-    if (status == MOE_OK) {
-        status = enqueue(fill, slot, &err);
-        if (status == MOE_OK)
-            moe_cuda_job_submit(&cuda->jobs, slot);
-        else
-            moe_cuda_job_abandon(&cuda->jobs, slot, &err);
-    }
-    pthread_mutex_unlock(&cuda->jobs.lock);
-    if (status != MOE_OK) moe_cuda_job_refuse(job, &err);
+    moe_cuda_jobs_submit(&cuda->jobs, job, enqueue, &f);
 }

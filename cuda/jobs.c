@@ -37,7 +37,8 @@ static void fail_device(moe_cuda_jobs *jobs, const moe_error *why) {
     moe_error_log("the GPU has failed and computes no more: %s", why->message);
 }
 
-moe_status moe_cuda_job_begin(moe_cuda_jobs *jobs, moe_job *job, moe_cuda_job **out, moe_error *err) {
+/* A slot for a job that is being submitted: INTERNAL once the device has failed, RESOURCE_EXHAUSTED. */
+static moe_status take_slot(moe_cuda_jobs *jobs, moe_job *job, moe_cuda_job **out, moe_error *err) {
     moe_cuda_job *slot = jobs->idle;
     if (jobs->failure.code != MOE_OK) return moe_fail(err, MOE_INTERNAL, "the GPU has failed: %s", jobs->failure.message);
     if (jobs->num_active >= MOE_CUDA_MAX_JOBS)
@@ -69,27 +70,37 @@ void moe_cuda_job_deliver(moe_cuda_job *job, void *to, const void *from, size_t 
     job->deliveries[job->num_deliveries++].bytes = bytes;
 }
 
-void moe_cuda_job_submit(moe_cuda_jobs *jobs, moe_cuda_job *job) {
-    MOE_ASSERT(job->recorded & 1u << MOE_CUDA_DONE);
-    job->next = jobs->active;
-    jobs->active = job;
-    jobs->num_active++;
-}
-
 static void give_back(moe_cuda_jobs *jobs, moe_cuda_job *job) {
     if (job->release) job->release(job->owner, job->resource);
     job->next = jobs->idle;
     jobs->idle = job;
 }
 
-void moe_cuda_job_abandon(moe_cuda_jobs *jobs, moe_cuda_job *job, const moe_error *why) {
-    if (why->code != MOE_RESOURCE_EXHAUSTED) fail_device(jobs, why);
-    give_back(jobs, job);
+static moe_status put_in_flight(moe_cuda_jobs *jobs, moe_job *job, moe_cuda_enqueue enqueue, void *ctx, moe_error *err) {
+    moe_cuda_job *slot = NULL;
+    moe_status status = take_slot(jobs, job, &slot, err);
+    if (status != MOE_OK) return status;
+    status = enqueue(ctx, slot, err);
+    if (status != MOE_OK) {
+        if (err->code != MOE_RESOURCE_EXHAUSTED) fail_device(jobs, err);
+        give_back(jobs, slot);
+        return status;
+    }
+    MOE_ASSERT(slot->recorded & 1u << MOE_CUDA_DONE);
+    slot->next = jobs->active;
+    jobs->active = slot;
+    jobs->num_active++;
+    return MOE_OK;
 }
 
-void moe_cuda_job_refuse(moe_job *job, const moe_error *why) {
-    job->status = why->code;
-    snprintf(job->message, sizeof job->message, "%.*s", (int)sizeof job->message - 1, why->message);
+void moe_cuda_jobs_submit(moe_cuda_jobs *jobs, moe_job *job, moe_cuda_enqueue enqueue, void *ctx) {
+    moe_error err = {0};
+    pthread_mutex_lock(&jobs->lock);
+    moe_status status = put_in_flight(jobs, job, enqueue, ctx, &err);
+    pthread_mutex_unlock(&jobs->lock);
+    if (status == MOE_OK) return;
+    job->status = err.code;
+    snprintf(job->message, sizeof job->message, "%.*s", (int)sizeof job->message - 1, err.message);
     job->done(job);
 }
 

@@ -46,18 +46,17 @@ typedef struct moe_cuda_jobs {
 moe_status moe_cuda_jobs_open(moe_cuda_jobs *jobs, moe_error *err);
 void moe_cuda_jobs_close(moe_cuda_jobs *jobs); /* waits for the device and ends what was submitted */
 
-/* With the lock held. A slot for a job that is being submitted: INTERNAL once the device has failed, RESOURCE_EXHAUSTED. */
-moe_status moe_cuda_job_begin(moe_cuda_jobs *jobs, moe_job *job, moe_cuda_job **out, moe_error *err);
+/* Enqueues a job's work on its streams, MOE_CUDA_DONE marked last. The lock is held. */
+typedef moe_status (*moe_cuda_enqueue)(void *ctx, moe_cuda_job *slot, moe_error *err);
+
+/* A job in flight with what `enqueue` makes of it; takes the lock. Where that fails, nothing is in flight and done is called with the
+ * reason: INTERNAL once the device has failed, for good with any code of `enqueue` but RESOURCE_EXHAUSTED. */
+void moe_cuda_jobs_submit(moe_cuda_jobs *jobs, moe_job *job, moe_cuda_enqueue enqueue, void *ctx);
+
+/* For `enqueue`. */
 cudaError_t moe_cuda_job_mark(moe_cuda_job *job, moe_cuda_mark mark, cudaStream_t stream);
 /* What poll copies to the submitter's memory at the end. */
 void moe_cuda_job_deliver(moe_cuda_job *job, void *to, const void *from, size_t bytes);
-/* Everything is enqueued, MOE_CUDA_DONE recorded last. */
-void moe_cuda_job_submit(moe_cuda_jobs *jobs, moe_cuda_job *job);
-/* It could not be enqueued: the slot goes back. A code other than RESOURCE_EXHAUSTED fails the device for good. */
-void moe_cuda_job_abandon(moe_cuda_jobs *jobs, moe_cuda_job *job, const moe_error *why);
 
 /* As moe_backend_ops.poll; takes the lock, calls done without it. */
 bool moe_cuda_jobs_poll(moe_cuda_jobs *jobs);
-
-/* Ends a job that was never submitted; without the lock. */
-void moe_cuda_job_refuse(moe_job *job, const moe_error *why);

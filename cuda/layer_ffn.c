@@ -185,12 +185,17 @@ static void fill_parcel(layer_run *r, moe_cuda_parcel *parcel) {
 
 /* ---- the job ---- */
 
-static void enqueue(layer_run *r) {
+static moe_status enqueue(void *ctx, moe_cuda_job *slot, moe_error *err) {
+    layer_run *r = ctx;
     const moe_rows *rows = r->ffn->rows;
     cudaStream_t stream = rows->stream;
     moe_cuda_parcel parcel = {0};
-    reserve(r, &parcel);
-    if (r->status != MOE_OK) return;
+    MOE_ASSERT(r->ffn->num_rows == rows->step.num_rows);
+    r->slot = slot;
+    r->err = err;
+    r->status = moe_cuda_lane_take(r->cuda, slot, &r->lane, err);
+    if (r->status == MOE_OK) reserve(r, &parcel);
+    if (r->status != MOE_OK) return r->status;
     fill_parcel(r, &parcel);
     did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_START, stream), "recording an event");
     did(r, moe_cuda_parcel_send(&parcel, stream), "copying the routing to the GPU");
@@ -207,10 +212,11 @@ static void enqueue(layer_run *r) {
     }
     did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_END, stream), "recording an event");
     did(r, moe_cuda_job_mark(r->slot, MOE_CUDA_DONE, stream), "recording an event");
+    return r->status;
 }
 
-static layer_run make_run(moe_cuda *cuda, const moe_model_config *c, const moe_layer_ffn *f, plan *p, moe_error *err) {
-    layer_run r = {.cuda = cuda, .config = c, .ffn = f, .plan = p, .num_items = f->num_rows * c->top_k, .err = err};
+static layer_run make_run(moe_cuda *cuda, const moe_model_config *c, const moe_layer_ffn *f, plan *p) {
+    layer_run r = {.cuda = cuda, .config = c, .ffn = f, .plan = p, .num_items = f->num_rows * c->top_k};
     r.device_sorts = r.num_items > HOST_SORT_ITEMS && c->top_k <= MOE_CUDA_MAX_TOP_K;
     r.groups = (moe_cuda_groups){.device = &cuda->expert_device,
                                  .tune = &cuda->tune,
@@ -227,7 +233,6 @@ static layer_run make_run(moe_cuda *cuda, const moe_model_config *c, const moe_l
 
 void moe_cuda_layer_ffn_submit(moe_cuda *cuda, const moe_base *base, const moe_layer_ffn *ffn, moe_job *job) {
     const moe_model_config *c = &base->model->config;
-    moe_error err = {0};
     plan p;
     MOE_ASSERT(ffn->num_rows > 0 && ffn->num_rows <= ffn->rows->max_rows && ffn->num_given >= 0);
     make_plan(ffn, c, &p);
@@ -238,19 +243,6 @@ void moe_cuda_layer_ffn_submit(moe_cuda *cuda, const moe_base *base, const moe_l
         job->done(job);
         return;
     }
-    layer_run r = make_run(cuda, c, ffn, &p, &err);
-    pthread_mutex_lock(&cuda->jobs.lock);
-    moe_status status = moe_cuda_job_begin(&cuda->jobs, job, &r.slot, &err);
-    if (status == MOE_OK) {
-        MOE_ASSERT(ffn->num_rows == ffn->rows->step.num_rows);
-        r.status = moe_cuda_lane_take(cuda, r.slot, &r.lane, &err);
-        if (r.status == MOE_OK) enqueue(&r);
-        status = r.status;
-        if (status == MOE_OK)
-            moe_cuda_job_submit(&cuda->jobs, r.slot);
-        else
-            moe_cuda_job_abandon(&cuda->jobs, r.slot, &err);
-    }
-    pthread_mutex_unlock(&cuda->jobs.lock);
-    if (status != MOE_OK) moe_cuda_job_refuse(job, &err);
+    layer_run r = make_run(cuda, c, ffn, &p);
+    moe_cuda_jobs_submit(&cuda->jobs, job, enqueue, &r);
 }

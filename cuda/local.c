@@ -207,14 +207,17 @@ static void reserve_all(local_pass *l, moe_cuda_parcel *brought) {
     brought->device = r->segment_device.memory;
 }
 
-static void run(local_pass *l) {
+static moe_status enqueue(void *ctx, moe_cuda_job *slot, moe_error *err) {
+    local_pass *l = ctx;
     moe_cuda_pass *p = &l->pass;
     const moe_segment *g = p->segment;
     const int32_t *logit_rows = NULL;
     moe_cuda_parcel brought = {0};
+    p->slot = slot;
+    p->err = err;
     reserve_all(l, &brought);
     if (p->status == MOE_OK) moe_cuda_pass_begin_step(p);
-    if (p->status != MOE_OK) return;
+    if (p->status != MOE_OK) return p->status;
     for (int32_t i = 0; i < g->num_logit_rows; i++) MOE_ASSERT(g->logit_rows[i] >= 0 && g->logit_rows[i] < g->num_rows);
     if (g->num_logit_rows > 0) {
         logit_rows = moe_cuda_parcel_put(&brought, g->logit_rows, (size_t)g->num_logit_rows * sizeof(int32_t));
@@ -231,28 +234,16 @@ static void run(local_pass *l) {
         p->slot->num_expert_spans = p->config->num_moe_layers;
     }
     moe_cuda_pass_mark(p, MOE_CUDA_DONE);
+    return p->status;
 }
 
 void moe_cuda_local_submit(moe_cuda *cuda, const moe_base *base, const moe_local *local, const moe_local_step *step,
                            moe_job *job) {
-    moe_error err = {0};
     const moe_segment *g = &step->segment;
     local_pass l = {.local = local, .step = step};
-    l.pass =
-        (moe_cuda_pass){.cuda = cuda, .base = base, .config = &base->model->config, .segment = g, .rows = g->rows, .err = &err};
+    l.pass = (moe_cuda_pass){.cuda = cuda, .base = base, .config = &base->model->config, .segment = g, .rows = g->rows};
     l.pass.queue = moe_cuda_rows_queue(cuda, g->rows);
     MOE_ASSERT(g->num_rows > 0 && g->num_rows <= g->rows->max_rows && g->num_top <= MOE_MAX_TOP_LOGITS);
     MOE_ASSERT(!step->pre_gate || base->model->has_pre_gates);
-    pthread_mutex_lock(&cuda->jobs.lock);
-    moe_status status = moe_cuda_job_begin(&cuda->jobs, job, &l.pass.slot, &err);
-    if (status == MOE_OK) {
-        run(&l);
-        status = l.pass.status;
-        if (status == MOE_OK)
-            moe_cuda_job_submit(&cuda->jobs, l.pass.slot);
-        else
-            moe_cuda_job_abandon(&cuda->jobs, l.pass.slot, &err);
-    }
-    pthread_mutex_unlock(&cuda->jobs.lock);
-    if (status != MOE_OK) moe_cuda_job_refuse(job, &err);
+    moe_cuda_jobs_submit(&cuda->jobs, job, enqueue, &l);
 }

@@ -172,14 +172,17 @@ static void give_to_experts(stage *s) {
 
 /* ---- the segment ---- */
 
-static void run(stage *s) {
+static moe_status enqueue(void *ctx, moe_cuda_job *slot, moe_error *err) {
+    stage *s = ctx;
     const moe_segment *g = segment_of(s);
     moe_cuda_pass *p = &s->pass;
     moe_cuda_parcel brought = {0};
     uint32_t flags = (g->want_gate ? 1u : 0) | (has_next(s) ? (uint32_t)g->want_next << 1 : 0);
+    p->slot = slot;
+    p->err = err;
     reserve_all(s, &brought);
     if (g->index == 0) moe_cuda_pass_begin_step(p);
-    if (p->status != MOE_OK) return;
+    if (p->status != MOE_OK) return p->status;
     MOE_ASSERT(g->num_rows == p->rows->step.num_rows);
     const int32_t *logit_rows = bring(s, &brought);
     if (g->index == 0) {
@@ -197,25 +200,13 @@ static void run(stage *s) {
     else
         give_to_experts(s);
     moe_cuda_pass_mark(p, MOE_CUDA_DONE);
+    return p->status;
 }
 
 void moe_cuda_segment_submit(moe_cuda *cuda, const moe_base *base, const moe_segment *segment, moe_job *job) {
-    moe_error err = {0};
     stage s = {.pass = {.cuda = cuda, .base = base, .config = &base->model->config, .segment = segment, .rows = segment->rows}};
     MOE_ASSERT(segment->index >= 0 && segment->index <= s.pass.config->num_moe_layers && segment->num_top <= MOE_MAX_TOP_LOGITS);
     MOE_ASSERT(segment->num_rows > 0 && segment->num_rows <= segment->rows->max_rows);
-    s.pass.err = &err;
     s.pass.queue = moe_cuda_rows_queue(cuda, segment->rows);
-    pthread_mutex_lock(&cuda->jobs.lock);
-    moe_status status = moe_cuda_job_begin(&cuda->jobs, job, &s.pass.slot, &err);
-    if (status == MOE_OK) {
-        run(&s);
-        status = s.pass.status;
-        if (status == MOE_OK)
-            moe_cuda_job_submit(&cuda->jobs, s.pass.slot);
-        else
-            moe_cuda_job_abandon(&cuda->jobs, s.pass.slot, &err);
-    }
-    pthread_mutex_unlock(&cuda->jobs.lock);
-    if (status != MOE_OK) moe_cuda_job_refuse(job, &err);
+    moe_cuda_jobs_submit(&cuda->jobs, job, enqueue, &s);
 }

@@ -31,6 +31,7 @@ beside ipc
 output=32 prompt=32 measure shm-partial 60 "${known[@]}" --experts shm --workers 1 --runs 1 --combine partial
 if [ "$(nvidia-smi -L | wc -l)" -gt 1 ]; then
   beside gpu2 --devices 1 --router-device 0
+  output=32 prompt=32 measure gpu2-shm-partial 60 "${known[@]}" --experts shm --workers 1 --runs 1 --combine partial --devices 1 --router-device 0
 else
   echo "not measured: a worker on a second GPU (there is one GPU)"
 fi

@@ -50,10 +50,10 @@ sanitize() { # TOOL NAME FILTER
   MOESAIC_TEST_SANITIZER=$1 MOESAIC_TEST_FILTER=$3 run "$1, $2" 150 \
     compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 99 "$build/tests/$2"
 }
-for tool in memcheck racecheck synccheck; do
-  for name in test_backend_ops test_cuda_backend; do sanitize $tool $name 'cuda*'; done
-done
+for tool in memcheck racecheck synccheck; do sanitize $tool test_cuda_backend 'cuda*'; done
 for tool in memcheck racecheck synccheck; do # at a time: these look at nobody's free memory
+  sanitize $tool test_backend_ops 'cuda*' &
+  sanitize $tool test_layer_ffn on_cuda &
   for name in test_cuda_attention test_cuda_ffn test_cuda_local; do sanitize $tool $name test_bfloat16; done &
 done
 wait
