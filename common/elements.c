@@ -2,38 +2,48 @@
 
 #include <math.h>
 
-#define WORDS_PER_BLOCK 64
-#define F32_EXPONENT UINT32_C(0x7f800000)
-#define LOW_BF16_EXPONENT UINT32_C(0x00007f80) /* of the first of two in a word; that of the second is where an f32 has it */
+/* A value is finite where its exponent is not all ones: where its bits without the sign are less than those of infinity. One maximum
+ * over all of them and no way out sooner, so that the loop is of vectors; elements may lie anywhere. */
+#define F32_INFINITY UINT32_C(0x7f800000)
+#define BF16_INFINITY UINT16_C(0x7f80)
 
-static inline __attribute__((always_inline)) bool words_finite(const uint8_t *at, size_t bytes, uint32_t low) {
-    while (bytes > 0) {
-        uint32_t words[WORDS_PER_BLOCK], bad = 0;
-        size_t n = bytes < sizeof words ? bytes : sizeof words;
-        if (n < sizeof words) memset(words, 0, sizeof words);
-        memcpy(words, at, n);
-        for (int i = 0; i < WORDS_PER_BLOCK; i++) bad |= ((words[i] & F32_EXPONENT) == F32_EXPONENT) | ((words[i] & low) == low);
-        if (bad) return false;
-        at += n;
-        bytes -= n;
+static inline __attribute__((always_inline)) bool f32_finite(const uint8_t *elements, size_t count) {
+    uint32_t most = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, elements + i * sizeof bits, sizeof bits);
+        bits &= INT32_MAX;
+        most = bits > most ? bits : most;
     }
-    return true;
+    return most < F32_INFINITY;
+}
+
+static inline __attribute__((always_inline)) bool bf16_finite(const uint8_t *elements, size_t count) {
+    uint16_t most = 0;
+    for (size_t i = 0; i < count; i++) {
+        uint16_t bits;
+        memcpy(&bits, elements + i * sizeof bits, sizeof bits);
+        bits &= INT16_MAX;
+        most = bits > most ? bits : most;
+    }
+    return most < BF16_INFINITY;
+}
+
+static inline __attribute__((always_inline)) bool all_finite(const void *elements, moe_dtype dtype, size_t count) {
+    return dtype == MOE_BF16 ? bf16_finite(elements, count) : f32_finite(elements, count);
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"), optimize("O3"))) static bool words_finite_avx2(const uint8_t *at, size_t bytes, uint32_t low) {
-    return words_finite(at, bytes, low);
+__attribute__((target("avx2"), optimize("O3"))) static bool all_finite_avx2(const void *elements, moe_dtype dtype, size_t count) {
+    return all_finite(elements, dtype, count);
 }
 #endif
 
 bool moe_elements_finite(const void *elements, moe_dtype dtype, size_t count) {
-    size_t bytes = count * moe_dtype_bytes(dtype);
-    /* an exponent of ones in the low half of a word means something in bfloat16 alone */
-    uint32_t low = dtype == MOE_BF16 ? LOW_BF16_EXPONENT : UINT32_MAX;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2")) return words_finite_avx2(elements, bytes, low);
+    if (__builtin_cpu_supports("avx2")) return all_finite_avx2(elements, dtype, count);
 #endif
-    return words_finite(elements, bytes, low);
+    return all_finite(elements, dtype, count);
 }
 
 void moe_elements_narrow(const float *x, moe_dtype dtype, size_t count, void *out) {

@@ -5,7 +5,7 @@
 #include "common/random.h"
 #include "tests/support/test.h"
 
-#define COUNT 301 /* more than two blocks of the finiteness check, and odd */
+#define COUNT 301 /* many vectors, and odd */
 
 static void narrow_and_widen(void **state) {
     moe_random r = {.state = 1};
