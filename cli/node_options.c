@@ -148,6 +148,7 @@ moe_status moe_engine_options(const moe_options *o, moe_router_node_config *c, m
     c->max_model_len = (int32_t)moe_option_int(o, "max-model-len");
     c->max_waiting = (int32_t)moe_option_int(o, "max-waiting");
     c->micro_batches = (int32_t)moe_option_int(o, "micro-batches");
+    c->pipeline_degree = (int32_t)moe_option_int(o, "pipeline-degree");
     c->kv_cache_bytes = moe_option_int(o, "kv-cache-memory");
     c->replica_wait_ns = moe_option_ns(o, "replica-wait");
     c->poll_us = moe_poll_us_option(o, 1); /* of all processes of the machine only the engine's thread, where cores are few */

@@ -4,6 +4,7 @@
 
 #include "expert-worker/cold.h"
 #include "expert-worker/eviction.h"
+#include "router/engine/pipeline.h"
 
 #define GiB (1024.0 * 1024.0 * 1024.0)
 #define MAX_BYTES 0x1p52
@@ -218,6 +219,9 @@ static const moe_option_row rows[] = {
     {"micro-batches", INT, ENGINES, "Performance", "0", 0, 8, NULL, "N",
      "micro-batches in flight: while one waits for experts another computes attention; 0: 2, or 1 where the experts are in the "
      "router's process or, under serve, each process has less than two cores"},
+    {"pipeline-degree", INT, ENGINES, "Performance", "0", 0, MOE_PIPELINE_MAX_DEGREE, NULL, "N",
+     "chunks in which a layer's rows go to the workers, so that packing, wire and computation overlap; 0: tuned while serving, by the "
+     "size of the layer"},
     {"poll-us", INT, MODELS, "Performance", "-1", -1, 1000000, NULL, "N",
      "microseconds that a wait for messages may poll before it sleeps, while messages come faster than that; 0: never; -1: 500 "
      "in "

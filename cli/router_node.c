@@ -253,6 +253,7 @@ static moe_status open_engine(moe_router_node *n, moe_error *err) {
                                 .max_model_len = longest,
                                 .max_waiting = c->max_waiting,
                                 .micro_batches = micro_batches(n),
+                                .pipeline_degree = c->pipeline_degree,
                                 .num_kv_blocks = kv_blocks(n, longest),
                                 .replica_wait_ns = c->replica_wait_ns,
                                 .call_timeout_ns = MOE_CALL_TIMEOUT_NS,

@@ -30,6 +30,7 @@ typedef struct moe_router_node_config {
     moe_tier_options tiers; /* its budget: of the experts that tokens are routed to; the rest where embedded: of the experts */
     bool local_steps;      /* where embedded: a forward step is one job of the backend, where it can be */
     int32_t micro_batches; /* 0: 1 where embedded, else 2 */
+    int32_t pipeline_degree; /* as in moe_engine_config */
     int64_t kv_cache_bytes;
     int64_t replica_wait_ns;
     int64_t poll_us; /* how long the engine polls for its workers' messages before it sleeps */

@@ -27,6 +27,7 @@ typedef enum moe_metric_kind { MOE_COUNTER, MOE_GAUGE, MOE_HISTOGRAM_S /* second
     X(REQUEST_SECONDS, HISTOGRAM_S, "moesaic_request_seconds", "", "From admission to the end of a request")                     \
     X(MICRO_BATCHES, GAUGE, "moesaic_micro_batches_in_flight", "", "Micro-batches in flight")                                    \
     X(STEP_TOKENS, HISTOGRAM_COUNT, "moesaic_step_tokens", "", "Tokens (rows) of a micro-batch")                                 \
+    X(PIPELINE_DEGREE, HISTOGRAM_COUNT, "moesaic_pipeline_degree", "", "Chunks of a layer that go to the workers")              \
     X(LAYER_EXPERTS, HISTOGRAM_COUNT, "moesaic_layer_experts", "", "Distinct experts of one layer of one micro-batch")           \
     X(STAGE_ATTENTION, HISTOGRAM_S, "moesaic_stage_seconds", "stage=\"attention\"",                                              \
       "Time of one layer of one micro-batch, by stage")                                                                          \

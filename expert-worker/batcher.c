@@ -152,11 +152,13 @@ static void set_failed(moe_work *w, moe_status status, const char *message) {
 /* Ends all calls of a batch with its outcome; what throws doubt on this worker is looked into first. */
 static void answer_batch(moe_batcher *b, moe_batch *batch, moe_status status, const char *message, bool doubtful) {
     moe_work *w;
+    int32_t all = batch->assignments;
     while ((w = TAILQ_FIRST(&batch->works))) {
         moe_batch_remove(batch, w);
-        w->compute_ns = batch_compute_ns(b);
+        double share = (double)w->assignments / all; /* calls of one layer may be in one batch, or in several */
+        w->compute_ns = (int64_t)(share * (double)batch_compute_ns(b));
         w->host_ns = b->lanes[MOE_PASS_HOST].compute_ns;
-        w->copy_ns = b->batch_copy_ns;
+        w->copy_ns = (int64_t)(share * (double)b->batch_copy_ns);
         w->stall_ns = b->batch_stall_ns;
         if (status == MOE_OK)
             moe_work_check_finite(w, b->config.shard);

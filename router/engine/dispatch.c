@@ -4,302 +4,20 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "common/alloc.h"
 #include "common/elements.h"
-#include "common/log.h"
 #include "common/metrics.h"
 #include "proto/forward.h"
 #include "router/engine/internal.h"
 
-static sequence *row_sequence(const micro_batch *b, int32_t row) { return b->seqs[b->row_seq[row]].seq; }
-
-static void add_orphans(micro_batch *b, const moe_assignment *assignments, int32_t count) {
+void dispatch_orphan(micro_batch *b, const moe_assignment *assignments, int32_t count) {
     if (count == 0) return;
     if (b->num_orphans == 0) b->orphaned_ns = engine_now(b->engine);
     b->orphans_tried_ns = 0;
     for (int32_t i = 0; i < count; i++)
-        if (row_sequence(b, assignments[i].row)->ended == MOE_OK) b->orphans[b->num_orphans++] = assignments[i];
+        if (micro_batch_sequence(b, assignments[i].row)->ended == MOE_OK) b->orphans[b->num_orphans++] = assignments[i];
 }
 
-void dispatch_release_call(expert_call *call) {
-    call->active = false;
-    call->batch->calls_outstanding--;
-}
-
-/* A call came to nothing: its work is an orphan, and its worker is left out of this layer's next plans. */
-static void call_failed(expert_call *call, const char *why) {
-    micro_batch *b = call->batch;
-    if (call->primary) {
-        hedge_drop(call->primary);
-        return;
-    }
-    hedge_drop(call);
-    const engine_worker *w = &b->engine->workers[call->worker];
-    snprintf(b->last_failure, sizeof b->last_failure, "worker %s: %.400s", w->id, why);
-    b->excluded[call->worker] = true;
-    b->attempts++;
-    moe_metric_add(MOE_METRIC_EXPERT_RETRIES, 1);
-    dispatch_release_call(call);
-    add_orphans(b, call->assignments, call->num_assignments);
-}
-
-static void end_call_sequences(const expert_call *call, moe_status status, const char *message) {
-    for (int32_t i = 0; i < call->num_assignments; i++)
-        scheduler_end(call->batch->engine, row_sequence(call->batch, call->assignments[i].row), status, message);
-}
-
-/* Rows of an answer: one an assignment, or one a token. */
-static int32_t out_rows_of(const expert_call *call) {
-    return call->batch->engine->config.combine == MOE_COMBINE_EXACT ? call->num_assignments : call->num_rows;
-}
-
-static void place_results(const expert_call *call, const void *out) {
-    micro_batch *b = call->batch;
-    const moe_engine *e = b->engine;
-    size_t row_bytes = moe_row_bytes(e->out_dtype, e->model->hidden);
-    int64_t top_k = e->model->top_k;
-    const uint8_t *from = out;
-    bool exact = e->config.combine == MOE_COMBINE_EXACT;
-    for (int32_t i = 0; i < out_rows_of(call); i++, from += row_bytes) {
-        int64_t slot =
-            exact ? call->assignments[i].row * top_k + call->assignments[i].slot : call->rows[i] * top_k + call->row_slots[i];
-        memcpy(moe_row_at(b->expert_out, e->out_dtype, e->model->hidden, slot), from, row_bytes);
-        if (!exact) b->combine_weights[slot] = 1.0f;
-    }
-}
-
-static void note_death(micro_batch *b, sequence *seq, int32_t worker) {
-    if (seq->death_step != b->step) seq->num_dead = 0;
-    seq->death_step = b->step;
-    for (int32_t i = 0; i < seq->num_dead; i++)
-        if (seq->dead_workers[i] == worker) return;
-    if (seq->ended != MOE_OK) return;
-    seq->dead_workers[seq->num_dead++] = worker;
-    if (seq->num_dead < MOE_POISON_WORKERS) return;
-    char message[MOE_ERROR_MESSAGE_BYTES];
-    snprintf(message, sizeof message,
-             "%d expert workers died while they computed MoE layer %d with this request; it is not tried on another",
-             MOE_POISON_WORKERS, b->segment.index);
-    moe_metric_add(MOE_METRIC_POISON_REQUESTS, 1);
-    moe_warn("request %s: %s", seq->name, message);
-    scheduler_end(b->engine, seq, MOE_INTERNAL, message);
-}
-
-/* Its worker is gone, and perhaps one of these requests is why: each is charged, once, with the death. */
-static void charge_death(const expert_call *call) {
-    micro_batch *b = call->batch;
-    const moe_rpc_peer *peer = workers_peer(b->engine, call->worker);
-    if (peer && peer->incarnation == call->incarnation) return; /* it lives, and refused */
-    for (int32_t i = 0; i < call->num_assignments; i++) note_death(b, row_sequence(b, call->assignments[i].row), call->worker);
-}
-
-/* Rows that give NaN or infinity at a sound expert: their requests end, the others' rows are computed again. False where the reply
- * names none. */
-static bool end_not_finite(expert_call *call, const moe_rpc_reply *reply) {
-    micro_batch *b = call->batch;
-    const Moesaic__V1__ForwardResponse *body = (const Moesaic__V1__ForwardResponse *)reply->body;
-    if (reply->status != MOE_INTERNAL || !body || body->n_not_finite == 0) return false;
-    for (size_t i = 0; i < body->n_not_finite; i++)
-        if (body->not_finite[i] >= (uint32_t)call->num_rows) return false;
-    if (call->primary) return false; /* the slow call will name them, too */
-    hedge_drop(call);
-    for (size_t i = 0; i < body->n_not_finite; i++)
-        scheduler_end(b->engine, row_sequence(b, call->rows[body->not_finite[i]]), MOE_INTERNAL, reply->message);
-    dispatch_release_call(call);
-    add_orphans(b, call->assignments, call->num_assignments);
-    return true;
-}
-
-static void note_residency(micro_batch *b, engine_worker *w, const moe_forward_residency *r) {
-    w->has_tiers = r->present;
-    if (!r->present) return;
-    b->has_tiers = true;
-    if ((int64_t)r->stall_ns > b->stall_ns) b->stall_ns = (int64_t)r->stall_ns;
-    if ((int64_t)r->host_ns > b->host_ns) b->host_ns = (int64_t)r->host_ns;
-    moe_forward_residency_count(r, b->segment.index);
-}
-
-/* A worker lacks what the map says it has: the map is old. */
-static void note_not_held(const moe_engine *e, const moe_rpc_reply *reply) {
-    const Moesaic__V1__ForwardResponse *body = (const Moesaic__V1__ForwardResponse *)reply->body;
-    if (reply->status == MOE_FAILED_PRECONDITION && body && body->n_not_held && e->config.on_not_held)
-        e->config.on_not_held(e->config.on_not_held_ctx);
-}
-
-static void on_reply(void *ctx, const moe_rpc_reply *reply) {
-    expert_call *call = ctx;
-    micro_batch *b = call->batch;
-    moe_engine *e = b->engine;
-    if (reply->status == MOE_DEADLINE_EXCEEDED && !call->primary) {
-        hedge_drop(call);
-        end_call_sequences(call, MOE_UNAVAILABLE, "an expert worker did not answer within the call's deadline");
-        dispatch_release_call(call);
-        return;
-    }
-    if (reply->status != MOE_OK) {
-        e->workers[call->worker].owed_ns = 0; /* it answers, or is gone */
-        note_not_held(e, reply);
-        if (reply->status == MOE_UNAVAILABLE) charge_death(call);
-        if (!end_not_finite(call, reply)) call_failed(call, reply->message);
-        return;
-    }
-    const moe_forward_expected expected = {e->out_dtype, out_rows_of(call), e->model->hidden, call->incarnation};
-    moe_forward_result result;
-    moe_error err;
-    if (moe_forward_decode_reply(reply, &expected, &result, &err) != MOE_OK) {
-        call_failed(call, err.message);
-        return;
-    }
-    if (call->digest && result.shard_digest != call->digest) {
-        call_failed(call, "it computed with other weights than the placement map names (digest mismatch)");
-        return;
-    }
-    engine_worker *w = &e->workers[call->worker];
-    int64_t took = engine_now(e) - call->sent_ns;
-    w->call_ns = w->call_ns ? (7 * w->call_ns + took) / 8 : took;
-    w->call_rows = w->call_rows > 0 ? (7 * w->call_rows + call->num_assignments) / 8 : call->num_assignments;
-    moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED,
-                   expected.rows * (int64_t)moe_row_bytes(expected.dtype, e->model->hidden));
-    int64_t compute_ns = result.compute_ns < (uint64_t)took ? (int64_t)result.compute_ns : took;
-    if (compute_ns > b->expert_ns) b->expert_ns = compute_ns;
-    int64_t copy_ns = result.copy_ns < (uint64_t)(took - compute_ns) ? (int64_t)result.copy_ns : took - compute_ns;
-    if (copy_ns > b->copy_ns) b->copy_ns = copy_ns;
-    note_residency(b, w, &result.residency);
-    if (!call->primary) hedge_drop(call);
-    place_results(call, result.out);
-    if (e->virtual && e->config.combine == MOE_COMBINE_EXACT) virtual_experts_answered(call, result.out);
-    if (call->primary)
-        hedge_answered(call);
-    else
-        dispatch_release_call(call);
-}
-
-/* A free call with room for `count` assignments; NULL when out of memory or when all calls are active (the work waits as
- * orphans). */
-static expert_call *take_call(micro_batch *b, int32_t count) {
-    expert_call *call = b->calls;
-    while (call < b->calls + b->max_calls && call->active) call++;
-    if (call == b->calls + b->max_calls) return NULL;
-    if (call->capacity < count) {
-        moe_assignment *assignments = moe_realloc(call->assignments, (size_t)count, sizeof *assignments);
-        if (assignments) call->assignments = assignments;
-        int32_t *rows = moe_realloc(call->rows, (size_t)count, sizeof *rows);
-        if (rows) call->rows = rows;
-        int32_t *row_slots = moe_realloc(call->row_slots, (size_t)count, sizeof *row_slots);
-        if (row_slots) call->row_slots = row_slots;
-        if (!assignments || !rows || !row_slots) return NULL;
-        call->capacity = count;
-    }
-    return call;
-}
-
-/* Experts of the next MoE layer that this micro-batch will probably want and that the worker holds. */
-static int32_t collect_hints(const micro_batch *b, int32_t placed, int32_t next_layer, plan_scratch *s) {
-    const moe_engine *e = b->engine;
-    if (!b->have_next_route || next_layer >= e->model->num_moe_layers) return 0;
-    memset(s->hinted, 0, (size_t)e->model->num_experts * sizeof *s->hinted);
-    for (int64_t i = 0; i < (int64_t)b->num_rows * e->model->top_k; i++) s->hinted[b->next_route.experts[i]] = true;
-    int32_t count = 0;
-    for (int32_t x = 0; x < e->model->num_experts && count < MOE_FORWARD_MAX_HINTS; x++) {
-        const moe_placement_entry *entry = moe_placement_at(b->map->placement, next_layer, x);
-        for (int r = 0; s->hinted[x] && r < entry->num_replicas; r++) {
-            if (entry->replicas[r].worker != placed) continue;
-            s->hints[count++] = (uint32_t)x;
-            break;
-        }
-    }
-    return count;
-}
-
-/* Numbers the rows that a call needs (each once, ascending) and gathers the message's small arrays into scratch. The rows
- * themselves go from the activations into the message. */
-static void build_message(const micro_batch *b, expert_call *call, plan_scratch *s) {
-    for (int32_t t = 0; t < b->num_rows; t++) s->local_row[t] = -1;
-    for (int32_t i = 0; i < call->num_assignments; i++) s->local_row[call->assignments[i].row] = 0;
-    call->num_rows = 0;
-    for (int32_t t = 0; t < b->num_rows; t++) {
-        if (s->local_row[t] < 0) continue;
-        call->row_slots[call->num_rows] = -1;
-        call->rows[call->num_rows] = t;
-        s->local_row[t] = call->num_rows++;
-    }
-    call->digest = 0;
-    bool all_known = true;
-    for (int32_t i = 0; i < call->num_assignments; i++) {
-        const moe_assignment *a = &call->assignments[i];
-        int32_t local = s->local_row[a->row];
-        if (call->row_slots[local] < 0) call->row_slots[local] = a->slot;
-        s->message_rows[i] = (uint32_t)local;
-        s->message_experts[i] = (uint32_t)a->expert;
-        s->message_weights[i] = a->weight;
-        if (i > 0 && a->expert == call->assignments[i - 1].expert) continue;
-        uint64_t digest = moe_placement_at(b->map->placement, b->segment.index, a->expert)->digest;
-        call->digest ^= digest;
-        all_known = all_known && digest;
-    }
-    if (!all_known) call->digest = 0;
-}
-
-bool dispatch_start_call(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count, expert_call *primary) {
-    moe_engine *e = b->engine;
-    plan_scratch *s = &e->scratch;
-    expert_call *call = take_call(b, count);
-    if (!call) {
-        if (!primary) add_orphans(b, assignments, count);
-        return false;
-    }
-    int32_t worker = b->map->worker[placed];
-    const engine_worker *w = &e->workers[worker];
-    call->batch = b;
-    call->active = true;
-    call->blamed = call->hedged = call->answered = false;
-    call->hedge_parts = call->parts_answered = 0;
-    call->primary = primary;
-    if (primary)
-        primary->hedge_parts++;
-    else
-        hedge_earn(e, count);
-    call->worker = worker;
-    call->incarnation = w->incarnation;
-    call->sent_ns = engine_now(e);
-    call->num_assignments = count;
-    memcpy(call->assignments, assignments, (size_t)count * sizeof *assignments);
-    build_message(b, call, s);
-    b->calls_outstanding++;
-    workers_note_call(e, worker);
-    bool exact = e->config.combine == MOE_COMBINE_EXACT;
-    moe_forward_call message = {.epoch = b->map->placement->epoch,
-                                .incarnation = w->incarnation,
-                                .request_id = b->seqs[0].seq->id,
-                                .step = b->step,
-                                .model_digest = e->config.model->digest,
-                                .micro_batch = (uint32_t)b->index,
-                                .attempt = b->attempts,
-                                .layer = b->segment.index,
-                                .rows = call->num_rows,
-                                .assignments = count,
-                                .block_lo = 0,
-                                .block_hi = MOE_FFN_BLOCKS,
-                                .combine = e->config.combine,
-                                .cluster_uuid = e->config.cluster_uuid,
-                                .hints = s->hints,
-                                .num_hints = collect_hints(b, placed, b->segment.index + 1, s),
-                                .dtype = e->dtype,
-                                .activations = b->activations,
-                                .activation_rows = call->rows,
-                                .assignment_rows = s->message_rows,
-                                .assignment_experts = s->message_experts,
-                                .assignment_weights = exact ? NULL : s->message_weights};
-    moe_error err;
-    moe_status status = moe_forward_start(e->channels[w->transport].rpc, w->peer, &message, e->model->hidden,
-                                          call->sent_ns + e->config.call_timeout_ns, on_reply, call, &call->rpc_call, &err);
-    moe_metric_add(MOE_METRIC_EXPERT_CALLS, 1);
-    moe_metric_add(MOE_METRIC_EXPERT_CALL_BYTES_SENT, call->num_rows * (int64_t)moe_row_bytes(e->dtype, e->model->hidden));
-    if (status == MOE_OK) return true;
-    call->answered = true; /* there is no call to cancel */
-    call_failed(call, err.message);
-    return false;
-}
+bool dispatch_first_chunk(const micro_batch *b) { return b->next_row <= b->chunk_rows; }
 
 void dispatch_choose(const micro_batch *b, const moe_assignment *assignments, int32_t count,
                      moe_plan_fitness (*fitness)(const void *ctx, int32_t placed), const void *ctx) {
@@ -336,9 +54,9 @@ static void plan_and_send(micro_batch *b, int32_t count) {
             if (s->chosen[s->assignments[i].expert] == w) s->sorted[taken++] = s->assignments[i];
         if (taken == 0) continue;
         if (w == MOE_PLAN_NO_WORKER)
-            add_orphans(b, s->sorted, taken);
+            dispatch_orphan(b, s->sorted, taken);
         else
-            dispatch_start_call(b, w, s->sorted, taken, NULL);
+            expert_call_start(b, w, s->sorted, taken, NULL);
     }
     for (int32_t i = 0; i < e->config.num_transports; i++) moe_rpc_uncork(e->channels[i].rpc);
 }
@@ -360,7 +78,7 @@ static void send_prefetches(micro_batch *b) {
                                         .step = b->step,
                                         .micro_batch = (uint32_t)b->index,
                                         .layer = b->segment.index + 1,
-                                        .num_experts = collect_hints(b, placed, b->segment.index + 1, &e->scratch),
+                                        .num_experts = expert_call_hints(b, placed, b->segment.index + 1),
                                         .experts = e->scratch.hints};
         if (call.num_experts == 0) continue;
         const engine_worker *w = &e->workers[worker];
@@ -370,84 +88,120 @@ static void send_prefetches(micro_batch *b) {
     }
 }
 
-void dispatch_begin(micro_batch *b) {
+static void count_experts(const micro_batch *b) {
+    const moe_engine *e = b->engine;
+    int32_t distinct = 0;
+    bool *seen = memset(e->scratch.hinted, 0, (size_t)e->model->num_experts * sizeof *e->scratch.hinted);
+    for (int64_t i = 0; i < (int64_t)b->num_rows * e->model->top_k; i++) {
+        distinct += !seen[b->route.experts[i]];
+        seen[b->route.experts[i]] = true;
+    }
+    moe_metric_observe_count(MOE_METRIC_LAYER_EXPERTS, distinct);
+}
+
+/* What a layer of the micro-batch sends and gets back. */
+static int64_t layer_bytes(const micro_batch *b) {
+    const moe_engine *e = b->engine;
+    int32_t outputs = e->config.combine == MOE_COMBINE_EXACT ? e->model->top_k : 1;
+    return b->num_rows * (int64_t)(moe_row_bytes(e->dtype, e->model->hidden) +
+                                   (size_t)outputs * moe_row_bytes(e->out_dtype, e->model->hidden));
+}
+
+/* A worker in this process computes when the engine does not; one with tiers would copy its experts for each chunk. */
+static bool chunks_may_pay(const micro_batch *b) {
+    const moe_engine *e = b->engine;
+    if (e->config.step_local_worker) return false;
+    for (int32_t w = 0; w < b->map->placement->num_workers; w++)
+        if (b->map->worker[w] >= 0 && e->workers[b->map->worker[w]].has_tiers) return false;
+    return true;
+}
+
+static void choose_degree(micro_batch *b) {
+    const moe_engine *e = b->engine;
+    b->degree = e->config.pipeline_degree;
+    if (b->degree == 0) b->degree = chunks_may_pay(b) ? moe_pipeline_degree(&e->pipeline, layer_bytes(b)) : 1;
+    b->chunk_rows = (b->num_rows + b->degree - 1) / b->degree;
+}
+
+/* The assignments of rows [first, end) into scratch->assignments. A row that is not finite ends its sequence. */
+static int32_t gather_assignments(micro_batch *b, int32_t first, int32_t end) {
     moe_engine *e = b->engine;
-    plan_scratch *s = &e->scratch;
     int32_t top_k = e->model->top_k, count = 0;
-    int64_t began = engine_now(e);
     bool exact = e->config.combine == MOE_COMBINE_EXACT;
-    memset(b->excluded, 0, sizeof b->excluded);
-    b->attempts = 0;
-    b->expert_ns = b->copy_ns = b->stall_ns = b->host_ns = 0;
-    b->has_tiers = false;
-    b->num_orphans = 0;
-    b->last_failure[0] = '\0';
-    for (int32_t t = 0; t < b->num_rows; t++) {
+    for (int32_t t = first; t < end; t++) {
         const void *row = moe_row_at(b->activations, e->dtype, e->model->hidden, t);
         if (!moe_elements_finite(row, e->dtype, (size_t)e->model->hidden))
-            scheduler_end(e, row_sequence(b, t), MOE_INTERNAL, "the model produced a value that is not finite");
-        bool live = row_sequence(b, t)->ended == MOE_OK;
+            scheduler_end(e, micro_batch_sequence(b, t), MOE_INTERNAL, "the model produced a value that is not finite");
+        bool live = micro_batch_sequence(b, t)->ended == MOE_OK;
         b->combine_counts[t] = live ? top_k : 0;
         for (int32_t j = 0; j < top_k; j++) {
             int64_t at = (int64_t)t * top_k + j;
             b->combine_weights[at] = exact ? b->route.weights[at] : 0.0f;
-            if (live) s->assignments[count++] = (moe_assignment){t, j, b->route.experts[at], b->route.weights[at]};
+            if (live)
+                e->scratch.assignments[count++] = (moe_assignment){t, j, b->route.experts[at], b->route.weights[at]};
         }
     }
+    return count;
+}
+
+static void send_chunk(micro_batch *b) {
+    moe_engine *e = b->engine;
+    plan_scratch *s = &e->scratch;
+    int64_t began = engine_now(e);
+    int32_t first = b->next_row, rows = b->num_rows - first;
+    b->next_row += rows < b->chunk_rows ? rows : b->chunk_rows;
+    int32_t count = gather_assignments(b, first, b->next_row);
     moe_plan_sort(s->assignments, count, e->model->num_experts, s->sorted, s->counts);
     plan_and_send(b, count);
-    send_prefetches(b);
-    int32_t distinct = 0;
-    for (int32_t x = 0; x < e->model->num_experts; x++) distinct += s->rows_of_expert[x] > 0;
-    moe_metric_observe_count(MOE_METRIC_LAYER_EXPERTS, distinct);
-    b->stage_began_ns = engine_now(e);
-    moe_metric_observe_ns(MOE_METRIC_STAGE_PLAN, b->stage_began_ns - began);
+    if (dispatch_first_chunk(b)) send_prefetches(b);
+    b->plan_ns += engine_now(e) - began;
 }
 
-bool dispatch_done(const micro_batch *b) { return b->calls_outstanding == 0 && b->num_orphans == 0; }
-
-/* Every assignment of a call could go to another replica that is not suspect. */
-static bool has_alternatives(const expert_call *call) {
-    const micro_batch *b = call->batch;
-    const moe_engine *e = b->engine;
-    for (int32_t i = 0; i < call->num_assignments; i++) {
-        const moe_placement_entry *entry = moe_placement_at(b->map->placement, b->segment.index, call->assignments[i].expert);
-        bool other = false;
-        for (int r = 0; r < entry->num_replicas && !other; r++) {
-            int32_t worker = b->map->worker[entry->replicas[r].worker];
-            other = worker != call->worker && entry->replicas[r].state != MOE_REPLICA_LOADING &&
-                    workers_fitness(e, b->map, entry->replicas[r].worker) >= MOE_PLAN_RESERVE && !b->excluded[worker];
-        }
-        if (!other) return false;
-    }
-    return true;
+bool dispatch_can_send(const micro_batch *b) {
+    int32_t workers = b->map ? b->map->placement->num_workers : 0;
+    return b->state == BATCH_EXPERTS && b->next_row < b->num_rows &&
+           b->calls_outstanding <= (MOE_CHUNKS_IN_FLIGHT - 1) * workers && b->calls_outstanding + workers <= b->max_calls;
 }
 
-/* How long a call's rows may be on a slow wire: a message is seen when all of it is here, and no sign of progress overtakes it. */
-static int64_t transfer_ns(const expert_call *call) {
-    const moe_engine *e = call->batch->engine;
-    double there = (double)call->num_rows * (double)moe_row_bytes(e->dtype, e->model->hidden),
-           back = (double)out_rows_of(call) * (double)moe_row_bytes(e->out_dtype, e->model->hidden);
-    return (int64_t)((there + back) * (double)MOE_NS_PER_S / MOE_SLOW_WIRE_BYTES_PER_S);
+void dispatch_begin(micro_batch *b) {
+    memset(b->excluded, 0, sizeof b->excluded);
+    memset(b->expert_ns, 0, sizeof b->expert_ns);
+    memset(b->copy_ns, 0, sizeof b->copy_ns);
+    b->attempts = 0;
+    b->plan_ns = b->stall_ns = b->host_ns = 0;
+    b->has_tiers = false;
+    b->num_orphans = 0;
+    b->last_failure[0] = '\0';
+    b->next_row = 0;
+    b->stage_began_ns = engine_now(b->engine);
+    count_experts(b);
+    choose_degree(b);
+    send_chunk(b);
 }
 
-/* A worker that makes no progress while it owes us a result is suspect; what others can do is taken from it. */
-static void check_progress(expert_call *call, int64_t now) {
-    moe_engine *e = call->batch->engine;
-    if (call->answered) return;
-    const engine_worker *w = &e->workers[call->worker];
-    const moe_rpc_peer *peer = workers_peer(e, call->worker);
-    if (!peer || peer->incarnation != call->incarnation) return; /* the RPC ends this call by itself */
-    int64_t limit = MOE_SUSPECT_JOB_FACTOR * w->call_ns;
-    if (limit < e->config.suspect_after_ns) limit = e->config.suspect_after_ns;
-    limit += transfer_ns(call);
-    if (now - workers_silent_since(e, call->worker, call->sent_ns) > limit && !call->blamed) {
-        call->blamed = true;
-        workers_suspect(e, call->worker);
-    }
-    if (!call->blamed || !has_alternatives(call)) return;
-    moe_rpc_cancel(e->channels[w->transport].rpc, call->rpc_call);
-    call_failed(call, "no progress");
+bool dispatch_done(const micro_batch *b) {
+    return b->calls_outstanding == 0 && b->num_orphans == 0 && b->next_row == b->num_rows;
+}
+
+static int64_t longest(const int64_t ns[MOE_PLACEMENT_MAX_WORKERS], int32_t num_workers) {
+    int64_t most = 0;
+    for (int32_t w = 0; w < num_workers; w++) most = ns[w] > most ? ns[w] : most;
+    return most;
+}
+
+void dispatch_observe(const micro_batch *b) {
+    moe_engine *e = b->engine;
+    int64_t took_ns = engine_now(e) - b->stage_began_ns;
+    moe_metric_observe_ns(MOE_METRIC_STAGE_PLAN, b->plan_ns);
+    moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, took_ns - b->plan_ns);
+    moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, longest(b->expert_ns, e->num_workers));
+    moe_metric_observe_ns(MOE_METRIC_STAGE_COPY, longest(b->copy_ns, e->num_workers));
+    moe_metric_observe_count(MOE_METRIC_PIPELINE_DEGREE, b->degree);
+    if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, b->stall_ns);
+    if (b->has_tiers && b->segment.index == 0) moe_metric_observe_ns(MOE_METRIC_FIRST_STALL, b->stall_ns);
+    if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_HOST, b->host_ns);
+    if (e->config.pipeline_degree == 0 && b->attempts == 0)
+        moe_pipeline_observe(&e->pipeline, layer_bytes(b), b->degree, took_ns);
 }
 
 static void retry_orphans(micro_batch *b, int64_t now) {
@@ -477,7 +231,7 @@ static void give_up_orphans(micro_batch *b) {
         char message[MOE_ERROR_MESSAGE_BYTES];
         snprintf(message, sizeof message, "no live replica of expert %d of MoE layer %d%s%.300s", a->expert, b->segment.index,
                  b->last_failure[0] ? "; last failure: " : "", b->last_failure);
-        scheduler_end(b->engine, row_sequence(b, a->row), MOE_UNAVAILABLE, message);
+        scheduler_end(b->engine, micro_batch_sequence(b, a->row), MOE_UNAVAILABLE, message);
     }
     b->num_orphans = 0;
 }
@@ -486,7 +240,7 @@ static void give_up_orphans(micro_batch *b) {
 static void drop_ended_orphans(micro_batch *b) {
     int32_t kept = 0;
     for (int32_t i = 0; i < b->num_orphans; i++)
-        if (row_sequence(b, b->orphans[i].row)->ended == MOE_OK) b->orphans[kept++] = b->orphans[i];
+        if (micro_batch_sequence(b, b->orphans[i].row)->ended == MOE_OK) b->orphans[kept++] = b->orphans[i];
     b->num_orphans = kept;
 }
 
@@ -494,8 +248,9 @@ void dispatch_tick(micro_batch *b, int64_t now) {
     for (int32_t i = 0; i < b->max_calls && b->calls_outstanding; i++)
         if (b->calls[i].active) {
             hedge_tick(&b->calls[i], now);
-            check_progress(&b->calls[i], now);
+            expert_call_tick(&b->calls[i], now);
         }
+    if (dispatch_can_send(b)) send_chunk(b);
     drop_ended_orphans(b);
     if (b->num_orphans == 0) return;
     retry_orphans(b, now);
@@ -509,7 +264,8 @@ void dispatch_cancel(micro_batch *b) {
         if (!call->answered)
             moe_rpc_cancel(b->engine->channels[b->engine->workers[call->worker].transport].rpc, call->rpc_call);
         call->hedge_parts = 0;
-        dispatch_release_call(call);
+        expert_call_release(call);
     }
     b->num_orphans = 0;
+    b->next_row = b->num_rows;
 }

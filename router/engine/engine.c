@@ -149,6 +149,7 @@ moe_status moe_engine_new(const moe_engine_config *config, moe_engine **out, moe
     e->inbox_tail = &e->inbox;
     e->load_epoch_ns = engine_now(e);
     e->view_dirty = true;
+    moe_pipeline_init(&e->pipeline);
     pthread_mutex_init(&e->lock, NULL);
     status = engine_init(e, err);
     if (status != MOE_OK) moe_engine_free(&e);
@@ -248,7 +249,10 @@ static int64_t sleep_until(const moe_engine *e, int64_t deadline_ns) {
     if (e->local_work) return 0;
     int64_t until = deadline_ns;
     bool busy = e->config.num_transports > 1;
-    for (int32_t i = 0; i < e->config.micro_batches; i++) busy = busy || e->batches[i].state == BATCH_EXPERTS;
+    for (int32_t i = 0; i < e->config.micro_batches; i++) {
+        if (dispatch_can_send(&e->batches[i])) return 0;
+        busy = busy || e->batches[i].state == BATCH_EXPERTS;
+    }
     for (int32_t i = 0; i < e->config.micro_batches; i++) {
         int64_t hedge = hedge_next_ns(&e->batches[i]);
         if (hedge < until) until = hedge;

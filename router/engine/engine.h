@@ -46,6 +46,7 @@ typedef struct moe_engine_config {
     int32_t max_model_len;          /* tokens, prompt and output */
     int32_t max_waiting;            /* queued requests; more are refused with RESOURCE_EXHAUSTED */
     int32_t micro_batches;          /* in flight at once */
+    int32_t pipeline_degree;        /* a layer goes to the workers in so many chunks of rows; 0: as pays */
     int32_t num_kv_blocks;
     int64_t replica_wait_ns;  /* how long a step waits when an expert has no live replica */
     int64_t call_timeout_ns;  /* budget of one layer's expert calls, retries included */

@@ -64,7 +64,7 @@ static void begin(expert_call *call) {
         int32_t taken = 0;
         for (int32_t i = 0; i < call->num_assignments; i++)
             if (s->chosen[call->assignments[i].expert] == w) s->sorted[taken++] = call->assignments[i];
-        if (taken && !dispatch_start_call(b, w, s->sorted, taken, call)) {
+        if (taken && !expert_call_start(b, w, s->sorted, taken, call)) {
             hedge_drop(call);
             return;
         }
@@ -84,7 +84,7 @@ static void end_part(expert_call *part) {
     else if (e->config.combine == MOE_COMBINE_PARTIAL)
         for (int32_t i = 0; i < part->num_rows; i++)
             b->combine_weights[part->rows[i] * (int64_t)e->model->top_k + part->row_slots[i]] = 0.0f;
-    dispatch_release_call(part);
+    expert_call_release(part);
 }
 
 void hedge_drop(expert_call *call) {
@@ -108,7 +108,7 @@ void hedge_answered(expert_call *part) {
     workers_note_late(e, call->worker, call->sent_ns);
     moe_rpc_cancel(e->channels[e->workers[call->worker].transport].rpc, call->rpc_call);
     for (int32_t i = 0; i < b->max_calls; i++)
-        if (b->calls[i].active && b->calls[i].primary == call) dispatch_release_call(&b->calls[i]);
+        if (b->calls[i].active && b->calls[i].primary == call) expert_call_release(&b->calls[i]);
     call->hedge_parts = 0;
-    dispatch_release_call(call);
+    expert_call_release(call);
 }

@@ -1,5 +1,5 @@
 /* The engine's own structures. A token's way through these files:
- *   inbox.c → scheduler.c → micro_batch.c (segments) → dispatch.c (plan, calls, retry) → micro_batch.c → sequence.c (sampling)
+ *   inbox.c → scheduler.c → micro_batch.c (segments) → dispatch.c (chunks, plan, retry), expert_call.c → micro_batch.c → sequence.c
  * or, with every expert in this process, scheduler.c → micro_batch.c (one local step, local_step.c) → sequence.c, or, where not all are on
  * the device, or routing is looked at, micro_batch.c (segments) → in_place.c → micro_batch.c → sequence.c. */
 #pragma once
@@ -9,6 +9,7 @@
 #include "router/engine/engine.h"
 #include "router/engine/kv_blocks.h"
 #include "router/engine/output.h"
+#include "router/engine/pipeline.h"
 #include "router/engine/plan.h"
 #include "router/engine/quarantine.h"
 #include "router/engine/sampler.h"
@@ -28,6 +29,7 @@
 #define MOE_HEDGE_BURST_ROWS 4096              /* saved up to this */
 #define MOE_LATE_HOLD_NS (50 * MOE_NS_PER_MS) /* a worker that a hedge beat without a sign of progress gets no work for so long */
 #define MOE_OWING_GAP_NS (100 * MOE_NS_PER_MS) /* silence is counted over calls that follow each other this closely */
+#define MOE_CHUNKS_IN_FLIGHT 4                   /* of a layer, at most: calls to every worker of the map */
 #define MOE_ORPHAN_RETRY_NS (50 * MOE_NS_PER_MS) /* between tries while an expert has no usable replica */
 
 typedef struct micro_batch micro_batch;
@@ -181,8 +183,12 @@ struct micro_batch {
     expert_call *calls; /* [max_calls] */
     int32_t max_calls, calls_outstanding;
     uint32_t attempts;       /* calls of this layer that failed */
-    int64_t expert_ns;       /* longest computation that a reply of this layer told of */
-    int64_t copy_ns;         /* longest copies between host and device, likewise */
+    int32_t degree;                /* this layer goes out in so many chunks, */
+    int32_t chunk_rows;            /* each of so many rows; */
+    int32_t next_row;              /* the next one begins here; num_rows: all are sent */
+    int64_t plan_ns;               /* what the chunks sent so far took to plan and pack */
+    int64_t expert_ns[MOE_PLACEMENT_MAX_WORKERS]; /* computation that an engine worker's replies of this layer told of */
+    int64_t copy_ns[MOE_PLACEMENT_MAX_WORKERS];   /* copies between host and device, likewise */
     int64_t stall_ns;        /* longest wait of a worker's computation for experts */
     int64_t host_ns;         /* longest computation of cold experts by a worker's host */
     bool has_tiers;          /* a reply of this layer came from a worker with tiers */
@@ -244,6 +250,7 @@ struct moe_engine {
     moe_quarantine quarantine;
     double hedge_rows;         /* what hedges may still cost */
     virtual_experts *virtual;  /* NULL: no expert budget */
+    moe_pipeline pipeline;
     _Atomic int64_t *hints_made, *hints_found; /* [num_moe_layers]: experts; see moe_engine_hint_recall */
     uint64_t topology_version; /* counts changes of map and workers, so that orphans know when to try again */
 
@@ -269,6 +276,7 @@ struct moe_engine {
     _Atomic bool stopping;
 };
 
+static inline sequence *micro_batch_sequence(const micro_batch *b, int32_t row) { return b->seqs[b->row_seq[row]].seq; }
 static inline int64_t engine_now(const moe_engine *e) { return moe_now_ns(e->config.clock); }
 
 /* sequence.c */
@@ -337,18 +345,27 @@ void in_place_await(micro_batch *b);           /* until none is */
 void in_place_leave(micro_batch *b);           /* what is under way comes to its end though nobody wants it */
 
 /* dispatch.c */
-void dispatch_begin(micro_batch *b);             /* plans and sends this layer's calls */
+void dispatch_begin(micro_batch *b);             /* plans and sends this layer's calls, or those of its first chunk */
+bool dispatch_can_send(const micro_batch *b);    /* another chunk may go out */
 bool dispatch_done(const micro_batch *b);        /* all results are in place */
-void dispatch_tick(micro_batch *b, int64_t now); /* suspicion, orphans, deadlines */
+void dispatch_tick(micro_batch *b, int64_t now); /* suspicion, orphans, deadlines, the next chunk */
+void dispatch_observe(const micro_batch *b);     /* after that: the layer's metrics */
 void dispatch_cancel(micro_batch *b);
-/* Sends assignments, sorted by (expert, row), to a worker of the map. As a part of the hedge of `primary`, else NULL: then what
- * cannot be sent becomes orphans. False where no call began. */
-bool dispatch_start_call(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count, expert_call *primary);
-void dispatch_release_call(expert_call *call);
+void dispatch_orphan(micro_batch *b, const moe_assignment *assignments, int32_t count); /* their call came to nothing */
+bool dispatch_first_chunk(const micro_batch *b); /* what is sent now is of the layer's first chunk; later ones bring no hints */
 /* Chooses a replica for each expert of `count` assignments: scratch->rows_of_expert, scratch->chosen. Of the map's workers only
  * those count that `fitness` says. */
 void dispatch_choose(const micro_batch *b, const moe_assignment *assignments, int32_t count,
                      moe_plan_fitness (*fitness)(const void *ctx, int32_t placed), const void *ctx);
+
+/* expert_call.c */
+/* Sends assignments, sorted by (expert, row), to a worker of the map. As a part of the hedge of `primary`, else NULL: then what
+ * cannot be sent becomes orphans. False where no call began. */
+bool expert_call_start(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count, expert_call *primary);
+void expert_call_tick(expert_call *call, int64_t now); /* a worker silent for too long is suspect, and loses the call */
+void expert_call_release(expert_call *call);
+/* Experts of the next MoE layer that the micro-batch will probably want and that the worker holds, into scratch->hints; how many. */
+int32_t expert_call_hints(const micro_batch *b, int32_t placed, int32_t next_layer);
 
 /* virtual_experts.c */
 moe_status virtual_experts_new(moe_engine *e, virtual_experts **out, moe_error *err); /* *out NULL without a budget */

@@ -312,13 +312,7 @@ static void go_on_in_place(micro_batch *b) {
 }
 
 static void dispatched(micro_batch *b) {
-    moe_engine *e = b->engine;
-    moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, engine_now(e) - b->stage_began_ns);
-    moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, b->expert_ns);
-    moe_metric_observe_ns(MOE_METRIC_STAGE_COPY, b->copy_ns);
-    if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, b->stall_ns);
-    if (b->has_tiers && b->segment.index == 0) moe_metric_observe_ns(MOE_METRIC_FIRST_STALL, b->stall_ns);
-    if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_HOST, b->host_ns);
+    dispatch_observe(b);
     if (!all_ended(b)) submit_segment(b, b->segment.index + 1); /* else the next turn ends it */
 }
 

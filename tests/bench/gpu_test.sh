@@ -47,14 +47,13 @@ MOESAIC_BACKEND=cuda MOESAIC_DTYPE=float32 MOESAIC_BIN=$PWD/$build/bin run "e2e/
 
 # The sanitizers see the CUDA tests alone, without those that cannot run under them (each says why).
 sanitize() { # TOOL NAME FILTER
-  MOESAIC_TEST_SANITIZER=$1 MOESAIC_TEST_FILTER=$3 run "$1, $2" 150 \
+  MOESAIC_TEST_SANITIZER=$1 MOESAIC_TEST_FILTER=$3 run "$1, $2" 200 \
     compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 99 "$build/tests/$2"
 }
 for tool in memcheck racecheck synccheck; do sanitize $tool test_cuda_backend 'cuda*'; done
 for tool in memcheck racecheck synccheck; do # at a time: these look at nobody's free memory
-  sanitize $tool test_backend_ops 'cuda*' &
-  sanitize $tool test_layer_ffn on_cuda &
-  for name in test_cuda_attention test_cuda_ffn test_cuda_local; do sanitize $tool $name test_bfloat16; done &
+  { sanitize $tool test_backend_ops 'cuda*'; sanitize $tool test_layer_ffn on_cuda; sanitize $tool test_cuda_attention test_bfloat16; } &
+  { sanitize $tool test_cuda_ffn test_bfloat16; sanitize $tool test_cuda_local test_bfloat16; } &
 done
 wait
 if [ -s "$failures" ]; then

@@ -40,7 +40,7 @@ for number, (gating, (workers, replicas)) in enumerate(itertools.product(("gate"
     placement = ("balanced", f"random:{number}")[number % 2]
     combine = ("exact", "partial")[number // 2 % 2]
     SHAPES.append(shape("--gating", gating, "--replicas", str(replicas), "--placement", placement, "--combine", combine,
-                        "--micro-batches", str(1 + number % 2), workers=workers))
+                        "--micro-batches", str(1 + number % 2), "--pipeline-degree", str((0, 3, 16)[number % 3]), workers=workers))
 SHAPES.append(shape("--gating", "gate", "--replicas", "2", "--transport", "zmq", workers=2))
 
 

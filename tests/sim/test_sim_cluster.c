@@ -15,20 +15,21 @@
 static void test_every_shape_gives_the_same_tokens(void **state) {
     (void)state;
     static const struct {
-        int32_t workers, replicas, micro_batches, rows, kv_blocks;
+        int32_t workers, replicas, micro_batches, degree, rows, kv_blocks;
         moe_combine_mode combine;
         moe_placement_kind layout;
         moe_gating gating;
-    } shapes[] = {{1, 1, 1, 512, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_BALANCED, MOE_GATING_GATE},
-                  {2, 1, 2, 64, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_RANDOM, MOE_GATING_HINT},
-                  {3, 2, 2, 7, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_RANDOM, MOE_GATING_GATE},
-                  {3, 3, 3, 33, 17, MOE_COMBINE_EXACT, MOE_PLACEMENT_BALANCED, MOE_GATING_GATE}, /* few blocks: preemption */
-                  {4, 2, 2, 16, 40, MOE_COMBINE_PARTIAL, MOE_PLACEMENT_RANDOM, MOE_GATING_HINT}};
+    } shapes[] = {{1, 1, 1, 1, 512, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_BALANCED, MOE_GATING_GATE},
+                  {2, 1, 2, 5, 64, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_RANDOM, MOE_GATING_HINT},
+                  {3, 2, 2, 2, 7, 128, MOE_COMBINE_EXACT, MOE_PLACEMENT_RANDOM, MOE_GATING_GATE},
+                  {3, 3, 3, 0, 33, 17, MOE_COMBINE_EXACT, MOE_PLACEMENT_BALANCED, MOE_GATING_GATE}, /* few blocks: preemption */
+                  {4, 2, 2, 128, 16, 40, MOE_COMBINE_PARTIAL, MOE_PLACEMENT_RANDOM, MOE_GATING_HINT}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         sim_config config = sim_fixture_config(i);
         config.workers = shapes[i].workers;
         config.replicas = shapes[i].replicas;
         config.micro_batches = shapes[i].micro_batches;
+        config.pipeline_degree = shapes[i].degree;
         config.max_num_batched_tokens = shapes[i].rows;
         config.num_kv_blocks = shapes[i].kv_blocks;
         config.combine = shapes[i].combine;

@@ -212,6 +212,7 @@ static uint64_t run_seed(uint64_t seed) {
     config.new_cluster = true;
     config.workers = 3 + (int32_t)moe_random_below(&random, 2);
     config.routers = seed % SCENARIOS == ROUTERS || seed % SCENARIOS == MIGRATION ? 2 : 1;
+    config.pipeline_degree = (int32_t)(seed / SCENARIOS % 3) * 2;
     config.layout = moe_random_below(&random, 2) ? MOE_PLACEMENT_RANDOM : MOE_PLACEMENT_BALANCED;
     config.balance = (moe_balance_config){
         .automatic = seed % SCENARIOS == MIGRATION, .interval_ns = MOE_NS_PER_S, .dwell_ns = MOE_NS_PER_S, .redundant = 2};

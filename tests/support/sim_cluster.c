@@ -163,6 +163,7 @@ void sim_start_router(sim_cluster *s, int32_t index) {
                                 .max_model_len = m->max_positions,
                                 .max_waiting = SIM_MAX_REQUESTS,
                                 .micro_batches = s->config.micro_batches,
+                                .pipeline_degree = s->config.pipeline_degree,
                                 .num_kv_blocks = s->config.num_kv_blocks,
                                 .replica_wait_ns = 2 * MOE_NS_PER_S,
                                 .call_timeout_ns = 10 * MOE_NS_PER_S,

@@ -60,6 +60,7 @@ typedef struct sim_config {
     bool new_cluster;                          /* the routers need not listen for an older map before the first */
     moe_balance_config balance;
     int32_t workers, replicas, micro_batches, max_num_batched_tokens, num_kv_blocks;
+    int32_t pipeline_degree; /* as in moe_engine_config */
     moe_gating gating;
     moe_combine_mode combine;
     moe_expert_budget budget; /* of the routers, and what the workers' devices hold; none: everything */
