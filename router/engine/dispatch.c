@@ -9,16 +9,6 @@
 #include "proto/forward.h"
 #include "router/engine/internal.h"
 
-void dispatch_orphan(micro_batch *b, const moe_assignment *assignments, int32_t count) {
-    if (count == 0) return;
-    if (b->num_orphans == 0) b->orphaned_ns = engine_now(b->engine);
-    b->orphans_tried_ns = 0;
-    for (int32_t i = 0; i < count; i++)
-        if (micro_batch_sequence(b, assignments[i].row)->ended == MOE_OK) b->orphans[b->num_orphans++] = assignments[i];
-}
-
-bool dispatch_first_chunk(const micro_batch *b) { return b->next_row <= b->chunk_rows; }
-
 void dispatch_choose(const micro_batch *b, const moe_assignment *assignments, int32_t count,
                      moe_plan_fitness (*fitness)(const void *ctx, int32_t placed), const void *ctx) {
     const moe_engine *e = b->engine;
@@ -54,7 +44,7 @@ static void plan_and_send(micro_batch *b, int32_t count) {
             if (s->chosen[s->assignments[i].expert] == w) s->sorted[taken++] = s->assignments[i];
         if (taken == 0) continue;
         if (w == MOE_PLAN_NO_WORKER)
-            dispatch_orphan(b, s->sorted, taken);
+            expert_call_orphan(b, s->sorted, taken);
         else
             expert_call_start(b, w, s->sorted, taken, NULL);
     }
@@ -118,8 +108,11 @@ static bool chunks_may_pay(const micro_batch *b) {
 
 static void choose_degree(micro_batch *b) {
     const moe_engine *e = b->engine;
-    b->degree = e->config.pipeline_degree;
-    if (b->degree == 0) b->degree = chunks_may_pay(b) ? moe_pipeline_degree(&e->pipeline, layer_bytes(b)) : 1;
+    b->tuned = e->config.pipeline_degree == 0 && chunks_may_pay(b);
+    if (b->tuned)
+        b->degree = moe_pipeline_degree(&e->pipeline, layer_bytes(b));
+    else
+        b->degree = e->config.pipeline_degree ? e->config.pipeline_degree : 1;
     b->chunk_rows = (b->num_rows + b->degree - 1) / b->degree;
 }
 
@@ -153,7 +146,7 @@ static void send_chunk(micro_batch *b) {
     int32_t count = gather_assignments(b, first, b->next_row);
     moe_plan_sort(s->assignments, count, e->model->num_experts, s->sorted, s->counts);
     plan_and_send(b, count);
-    if (dispatch_first_chunk(b)) send_prefetches(b);
+    if (micro_batch_first_chunk(b)) send_prefetches(b);
     b->plan_ns += engine_now(e) - began;
 }
 
@@ -200,7 +193,7 @@ void dispatch_observe(const micro_batch *b) {
     if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, b->stall_ns);
     if (b->has_tiers && b->segment.index == 0) moe_metric_observe_ns(MOE_METRIC_FIRST_STALL, b->stall_ns);
     if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_HOST, b->host_ns);
-    if (e->config.pipeline_degree == 0 && b->attempts == 0)
+    if (b->tuned && b->attempts == 0)
         moe_pipeline_observe(&e->pipeline, layer_bytes(b), b->degree, took_ns);
 }
 

@@ -9,6 +9,14 @@
 #include "proto/forward.h"
 #include "router/engine/internal.h"
 
+void expert_call_orphan(micro_batch *b, const moe_assignment *assignments, int32_t count) {
+    if (count == 0) return;
+    if (b->num_orphans == 0) b->orphaned_ns = engine_now(b->engine);
+    b->orphans_tried_ns = 0;
+    for (int32_t i = 0; i < count; i++)
+        if (micro_batch_sequence(b, assignments[i].row)->ended == MOE_OK) b->orphans[b->num_orphans++] = assignments[i];
+}
+
 void expert_call_release(expert_call *call) {
     call->active = false;
     call->batch->calls_outstanding--;
@@ -28,7 +36,7 @@ static void call_failed(expert_call *call, const char *why) {
     b->attempts++;
     moe_metric_add(MOE_METRIC_EXPERT_RETRIES, 1);
     expert_call_release(call);
-    dispatch_orphan(b, call->assignments, call->num_assignments);
+    expert_call_orphan(b, call->assignments, call->num_assignments);
 }
 
 static void end_call_sequences(const expert_call *call, moe_status status, const char *message) {
@@ -94,7 +102,7 @@ static bool end_not_finite(expert_call *call, const moe_rpc_reply *reply) {
     for (size_t i = 0; i < body->n_not_finite; i++)
         scheduler_end(b->engine, micro_batch_sequence(b, call->rows[body->not_finite[i]]), MOE_INTERNAL, reply->message);
     expert_call_release(call);
-    dispatch_orphan(b, call->assignments, call->num_assignments);
+    expert_call_orphan(b, call->assignments, call->num_assignments);
     return true;
 }
 
@@ -185,7 +193,7 @@ static expert_call *take_call(micro_batch *b, int32_t count) {
 int32_t expert_call_hints(const micro_batch *b, int32_t placed, int32_t next_layer) {
     const moe_engine *e = b->engine;
     const plan_scratch *s = &e->scratch;
-    if (!b->have_next_route || !dispatch_first_chunk(b) || next_layer >= e->model->num_moe_layers) return 0;
+    if (!b->have_next_route || !micro_batch_first_chunk(b) || next_layer >= e->model->num_moe_layers) return 0;
     memset(s->hinted, 0, (size_t)e->model->num_experts * sizeof *s->hinted);
     for (int64_t i = 0; i < (int64_t)b->num_rows * e->model->top_k; i++) s->hinted[b->next_route.experts[i]] = true;
     int32_t count = 0;
@@ -240,7 +248,7 @@ bool expert_call_start(micro_batch *b, int32_t placed, const moe_assignment *ass
     plan_scratch *s = &e->scratch;
     expert_call *call = take_call(b, count);
     if (!call) {
-        if (!primary) dispatch_orphan(b, assignments, count);
+        if (!primary) expert_call_orphan(b, assignments, count);
         return false;
     }
     int32_t worker = b->map->worker[placed];

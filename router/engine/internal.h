@@ -183,10 +183,11 @@ struct micro_batch {
     expert_call *calls; /* [max_calls] */
     int32_t max_calls, calls_outstanding;
     uint32_t attempts;       /* calls of this layer that failed */
-    int32_t degree;                /* this layer goes out in so many chunks, */
-    int32_t chunk_rows;            /* each of so many rows; */
-    int32_t next_row;              /* the next one begins here; num_rows: all are sent */
-    int64_t plan_ns;               /* what the chunks sent so far took to plan and pack */
+    bool tuned;              /* as the pipeline says, */
+    int32_t degree;          /* this layer goes out in so many chunks, */
+    int32_t chunk_rows;      /* each of so many rows; */
+    int32_t next_row;        /* the next one begins here; num_rows: all are sent */
+    int64_t plan_ns;         /* what the chunks sent so far took to plan and pack */
     int64_t expert_ns[MOE_PLACEMENT_MAX_WORKERS]; /* computation that an engine worker's replies of this layer told of */
     int64_t copy_ns[MOE_PLACEMENT_MAX_WORKERS];   /* copies between host and device, likewise */
     int64_t stall_ns;        /* longest wait of a worker's computation for experts */
@@ -277,6 +278,8 @@ struct moe_engine {
 };
 
 static inline sequence *micro_batch_sequence(const micro_batch *b, int32_t row) { return b->seqs[b->row_seq[row]].seq; }
+/* What is sent now is of the layer's first chunk; later ones bring no hints. */
+static inline bool micro_batch_first_chunk(const micro_batch *b) { return b->next_row <= b->chunk_rows; }
 static inline int64_t engine_now(const moe_engine *e) { return moe_now_ns(e->config.clock); }
 
 /* sequence.c */
@@ -351,8 +354,6 @@ bool dispatch_done(const micro_batch *b);        /* all results are in place */
 void dispatch_tick(micro_batch *b, int64_t now); /* suspicion, orphans, deadlines, the next chunk */
 void dispatch_observe(const micro_batch *b);     /* after that: the layer's metrics */
 void dispatch_cancel(micro_batch *b);
-void dispatch_orphan(micro_batch *b, const moe_assignment *assignments, int32_t count); /* their call came to nothing */
-bool dispatch_first_chunk(const micro_batch *b); /* what is sent now is of the layer's first chunk; later ones bring no hints */
 /* Chooses a replica for each expert of `count` assignments: scratch->rows_of_expert, scratch->chosen. Of the map's workers only
  * those count that `fitness` says. */
 void dispatch_choose(const micro_batch *b, const moe_assignment *assignments, int32_t count,
@@ -364,6 +365,7 @@ void dispatch_choose(const micro_batch *b, const moe_assignment *assignments, in
 bool expert_call_start(micro_batch *b, int32_t placed, const moe_assignment *assignments, int32_t count, expert_call *primary);
 void expert_call_tick(expert_call *call, int64_t now); /* a worker silent for too long is suspect, and loses the call */
 void expert_call_release(expert_call *call);
+void expert_call_orphan(micro_batch *b, const moe_assignment *assignments, int32_t count); /* there is no call for them */
 /* Experts of the next MoE layer that the micro-batch will probably want and that the worker holds, into scratch->hints; how many. */
 int32_t expert_call_hints(const micro_batch *b, int32_t placed, int32_t next_layer);
 
