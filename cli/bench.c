@@ -21,6 +21,7 @@ static const moe_metric stage_metrics[MOE_BENCH_STAGES] = {
 typedef struct reading {
     int64_t at_ns, tokens, sum_ns[MOE_BENCH_STAGES], count[MOE_BENCH_STAGES];
     int64_t steps, layers, layer_experts, call_bytes;
+    int64_t dispatched, degrees; /* layers that went to workers, and the chunks of all of them */
     int64_t swaps, hits, late_hits, misses, first_misses, copied_bytes, wasted_bytes;
     int64_t first_stall_ns, first_stalls;
     int64_t host_experts, host_rows;
@@ -52,6 +53,8 @@ static void take_reading(const measurement *m, reading *out) {
     out->steps = moe_metric_value(MOE_METRIC_STEP_TOKENS);
     out->layers = moe_metric_value(MOE_METRIC_LAYER_EXPERTS);
     out->layer_experts = moe_metric_sum(MOE_METRIC_LAYER_EXPERTS);
+    out->degrees = moe_metric_sum(MOE_METRIC_PIPELINE_DEGREE);
+    out->dispatched = moe_metric_value(MOE_METRIC_PIPELINE_DEGREE);
     out->call_bytes =
         moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_SENT) + moe_metric_value(MOE_METRIC_EXPERT_CALL_BYTES_RECEIVED);
     out->swaps = moe_metric_value(MOE_METRIC_VIRTUAL_SWAPS);
@@ -122,6 +125,8 @@ static void subtract(const measurement *m, moe_bench_sample *out) {
     out->tokens = prefill ? (int64_t)m->c->requests * m->c->prompt_tokens : to->tokens - from->tokens;
     out->time_ns = to->at_ns - from->at_ns;
     out->steps = to->steps - from->steps;
+    int64_t dispatched = to->dispatched - from->dispatched;
+    out->pipeline_degree = dispatched > 0 ? (double)(to->degrees - from->degrees) / (double)dispatched : 0;
     out->layer_experts = layers > 0 ? (double)(to->layer_experts - from->layer_experts) / (double)layers : 0;
     out->context = m->c->prompt_tokens + (from->leader_tokens + to->leader_tokens) / 2.0;
     out->call_bytes = to->call_bytes - from->call_bytes;

@@ -44,6 +44,7 @@ typedef struct moe_bench_sample {
     int64_t first_misses;              /* of these, at the first MoE layer */
     double first_stall_ns;             /* mean stall of the first MoE layer of one micro-batch */
     int64_t host_experts, host_rows;   /* of batches, see moe_residency_counts */
+    double pipeline_degree;            /* mean number of chunks of a layer that went to workers */
     int64_t call_bytes;                /* payloads of the calls to expert workers, both ways */
     double stage_ns[MOE_BENCH_STAGES]; /* mean of one layer of one micro-batch; logits, sample, step: of one micro-batch */
 } moe_bench_sample;

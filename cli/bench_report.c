@@ -53,7 +53,8 @@ void moe_bench_csv_header(FILE *out) {
     for (int s = 0; s < MOE_BENCH_STAGES; s++) fprintf(out, ",%s_us", moe_bench_stage_names[s]);
     fprintf(out,
             ",wire_us,expert_hits,expert_late_hits,expert_misses,copied_bytes,wasted_bytes,first_misses,first_stall_us,moe_layers,gating,"
-            "device_memory,cold_experts,dummy_routing,copy_gb_per_s,device_used_bytes,host_experts,host_rows,expert_swaps\n");
+            "device_memory,cold_experts,dummy_routing,copy_gb_per_s,device_used_bytes,host_experts,host_rows,expert_swaps,"
+            "pipeline_degree\n");
 }
 
 void moe_bench_csv_run(FILE *out, const moe_bench_series *series, int32_t run) {
@@ -73,10 +74,10 @@ void moe_bench_csv_run(FILE *out, const moe_bench_series *series, int32_t run) {
     fprintf(out, ",%.3f,%lld,%lld,%lld,%lld,%lld,%lld,%.3f,%d", wire_ns(s) / 1e3, (long long)s->hits, (long long)s->late_hits,
             (long long)s->misses, (long long)s->copied_bytes, (long long)s->wasted_bytes, (long long)s->first_misses,
             s->first_stall_ns / 1e3, series->model->config.num_moe_layers);
-    fprintf(out, ",%s,%s,%s,\"%s\",%.3f,%lld,%lld,%lld,%lld\n", series->setting->gating,
+    fprintf(out, ",%s,%s,%s,\"%s\",%.3f,%lld,%lld,%lld,%lld,%.2f\n", series->setting->gating,
             series->setting->device_memory, series->setting->cold_experts, series->setting->dummy_routing,
             series->copy_bytes_per_s / 1e9, (long long)series->device_used_bytes, (long long)s->host_experts,
-            (long long)s->host_rows, (long long)s->swaps);
+            (long long)s->host_rows, (long long)s->swaps, s->pipeline_degree);
     fflush(out);
 }
 

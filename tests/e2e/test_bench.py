@@ -34,6 +34,7 @@ def check_row(row, phase):
         check(stages["plan"] == stages["wait"] == 0 and 6 * (stages["attention"] + stages["expert"]) <= stages["step"], f"stages: {row}")
     layer_us = sum(us for name, us in stages.items() if name != "step")  # which has the others in it, and may be all there is
     check(phase == "prefill" or layer_us < seconds * 1e6, f"one layer takes longer than all: {row}")
+    check((float(row["pipeline_degree"]) >= 1) == (int(row["workers"]) > 0), f"pipeline degree: {row}")
     check(stages["wire"] <= stages["wait"] and (int(row["workers"]) > 0) == (float(row["wire_bytes_per_token"]) > 0), f"wire: {row}")
     check_floor(row, requests, phase)
 
