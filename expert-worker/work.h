@@ -26,8 +26,9 @@ typedef struct moe_work {
     uint32_t *not_finite; /* [num_not_finite] ascending rows of the call that gave what is not finite; owned */
     int32_t num_not_finite;
     const void *out;   /* exact [assignments, H], partial [rows, H] of moe_work_out_dtype; borrowed from the batch */
-    int64_t compute_ns, copy_ns, stall_ns; /* stall: nothing could be computed before a copy had ended */
-    int64_t host_ns; /* of compute_ns or beside it: cold experts, by the host */
+    int64_t compute_ns, copy_ns;           /* this call's share, by assignments, of its batch's */
+    int64_t stall_ns;                      /* of the batch: nothing could be computed before a copy had ended */
+    int64_t host_ns; /* of the batch, in its computation or beside it: cold experts, by the host */
 } moe_work;
 
 TAILQ_HEAD(moe_work_list, moe_work);

@@ -1,4 +1,4 @@
-/* Dispatch of one layer of one micro-batch: the plan becomes one Forward call per worker; results go to their slots; what fails
+/* Dispatch of one layer of one micro-batch: its rows go out in chunks, of each the plan becomes one Forward call per worker; what fails
  * becomes an orphan, which is planned again while other replicas, a newer map or a returning worker can take it. An expert is
  * never skipped: where no replica comes in time, the sequences that need it end with UNAVAILABLE. */
 #include <stdio.h>
@@ -113,7 +113,7 @@ static void choose_degree(micro_batch *b) {
         b->degree = moe_pipeline_degree(&e->pipeline, layer_bytes(b));
     else
         b->degree = e->config.pipeline_degree ? e->config.pipeline_degree : 1;
-    b->chunk_rows = (b->num_rows + b->degree - 1) / b->degree;
+    b->chunk_rows = (b->num_rows + b->degree - 1) / b->degree; /* few rows may make fewer chunks */
 }
 
 /* The assignments of rows [first, end) into scratch->assignments. A row that is not finite ends its sequence. */
@@ -189,7 +189,7 @@ void dispatch_observe(const micro_batch *b) {
     moe_metric_observe_ns(MOE_METRIC_STAGE_WAIT, took_ns - b->plan_ns);
     moe_metric_observe_ns(MOE_METRIC_STAGE_EXPERT, longest(b->expert_ns, e->num_workers));
     moe_metric_observe_ns(MOE_METRIC_STAGE_COPY, longest(b->copy_ns, e->num_workers));
-    moe_metric_observe_count(MOE_METRIC_PIPELINE_DEGREE, b->degree);
+    moe_metric_observe_count(MOE_METRIC_PIPELINE_DEGREE, (b->num_rows + b->chunk_rows - 1) / b->chunk_rows);
     if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_STALL, b->stall_ns);
     if (b->has_tiers && b->segment.index == 0) moe_metric_observe_ns(MOE_METRIC_FIRST_STALL, b->stall_ns);
     if (b->has_tiers) moe_metric_observe_ns(MOE_METRIC_STAGE_HOST, b->host_ns);

@@ -29,7 +29,7 @@
 #define MOE_HEDGE_BURST_ROWS 4096              /* saved up to this */
 #define MOE_LATE_HOLD_NS (50 * MOE_NS_PER_MS) /* a worker that a hedge beat without a sign of progress gets no work for so long */
 #define MOE_OWING_GAP_NS (100 * MOE_NS_PER_MS) /* silence is counted over calls that follow each other this closely */
-#define MOE_CHUNKS_IN_FLIGHT 4                   /* of a layer, at most: calls to every worker of the map */
+#define MOE_CHUNKS_IN_FLIGHT 4                 /* of a layer, at most: calls to every worker of the map */
 #define MOE_ORPHAN_RETRY_NS (50 * MOE_NS_PER_MS) /* between tries while an expert has no usable replica */
 
 typedef struct micro_batch micro_batch;
@@ -184,7 +184,7 @@ struct micro_batch {
     int32_t max_calls, calls_outstanding;
     uint32_t attempts;       /* calls of this layer that failed */
     bool tuned;              /* as the pipeline says, */
-    int32_t degree;          /* this layer goes out in so many chunks, */
+    int32_t degree;          /* this layer goes out in so many chunks at most, */
     int32_t chunk_rows;      /* each of so many rows; */
     int32_t next_row;        /* the next one begins here; num_rows: all are sent */
     int64_t plan_ns;         /* what the chunks sent so far took to plan and pack */
